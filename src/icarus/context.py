@@ -1,0 +1,461 @@
+"""One KV cache, many specialists: append, generate, switch, fork, roll back, score.
+
+A ``Specialists`` is a base model with its adapters; a ``Context`` is one token sequence with its one KV cache, in which
+they take turns. Whoever speaks, the base weights write the K/V, so the next speaker finds everything in place.
+
+A token is encoded when a prediction first needs it: ``append`` only notes it down, and the last token goes through
+encoder and decoder in one pass (``TwoStreams.step``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from icarus import adapter as adapters
+from icarus import base_model
+from icarus.errors import InputError
+from icarus.streams import EncoderCache, TwoStreams
+
+BASE = "base"
+"""The name under which the base model itself speaks."""
+
+Message = Mapping[str, str]
+_MARK = "\u241ficarus\u241f"  # stands for an assistant's text while the chat template is rendered around it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one ``generate`` did. Token counts are positions; ``kv_bytes`` is what the context holds afterwards."""
+
+    model: str
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    encoded_tokens: int
+    """Positions whose K/V were computed in this turn."""
+    reused_tokens: int
+    """Positions that were in the cache before it, whoever wrote them."""
+    kv_bytes: int
+    seconds: float
+
+
+@dataclass
+class _State:
+    """A context's place in a chat: which messages it holds, and whether the last one is an answer still being written."""
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    answering: bool = False
+
+    def copy(self) -> _State:
+        return _State([dict(m) for m in self.messages], self.answering)
+
+
+class Specialists:
+    """A base model, its tokenizer and its named adapters.
+
+    >>> team = Specialists.load("owner/base", {"sql": "path/to/adapter"})    # doctest: +SKIP
+    >>> team.context().append("SELECT").generate("sql").text                 # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.streams = TwoStreams(self.model)
+
+    @classmethod
+    def load(
+        cls,
+        base: str = base_model.PACKAGED,
+        specialists: Mapping[str, str | Path] | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+    ) -> Specialists:
+        """Load a base model (hub id, folder, or the packaged one) and adapters given as name -> folder or hub id."""
+        team = cls(*base_model.load(base, dtype=dtype, device=device))
+        for name, source in (specialists or {}).items():
+            team.add(name, source)
+        return team
+
+    def add(self, name: str, source: str | Path) -> None:
+        """Attach a verified adapter, or replace the one of that name; running contexts keep their cache.
+
+        Raises:
+            AdapterError: the adapter must not share a cache with this base model; nothing has changed.
+        """
+        if name == BASE:
+            raise InputError(f"An adapter cannot be named {BASE!r}: that is the base model; choose another name.")
+        self.model = adapters.load(self.model, source, name).eval()
+        self.streams = TwoStreams(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Who can speak: the base model first, then the adapters."""
+        return [BASE, *(adapters.names(self.model) if hasattr(self.model, "peft_config") else [])]
+
+    def adapter(self, name: str) -> str | None:
+        """The adapter behind a speaker's name; None for the base model."""
+        if name not in self.names:
+            raise InputError(f"No specialist named {name!r}; there are {', '.join(self.names)}.")
+        return None if name == BASE else name
+
+    def context(self, *, parallel: bool = True) -> Context:
+        """A new, empty context. ``parallel=False`` runs encoder and decoder rows in passes of their own."""
+        return Context(self, parallel=parallel)
+
+
+class Context:
+    """One token sequence and its one KV cache. Not safe to use from two threads at once."""
+
+    def __init__(self, team: Specialists, *, parallel: bool = True) -> None:
+        self.team, self.parallel = team, parallel
+        self.token_ids: list[int] = []
+        self.encoded_tokens = 0
+        """Positions encoded so far, in all turns together."""
+        self.reused_tokens = 0
+        """Cached positions that turns found in place, summed over turns: prefill that separate caches would redo."""
+        self._cache = EncoderCache()
+        self._state = _State()
+        self._journal: list[tuple[int, _State]] = []
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V held for this context."""
+        return self._cache.bytes
+
+    @property
+    def cached_tokens(self) -> int:
+        """Positions whose K/V are in the cache; the rest is encoded when a prediction needs it."""
+        return self._cache.length
+
+    @property
+    def text(self) -> str:
+        """The whole sequence as text, special tokens included."""
+        return self._decode(self.token_ids, special=True)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat so far, generated answers included."""
+        return self._state.copy().messages
+
+    # ------------------------------------------------------------------ what can be put in
+
+    def append(self, content: str | Sequence[Message] | Iterable[int]) -> Context:
+        """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself."""
+        if isinstance(content, str):
+            return self._extend(self._tokenize(content, opening=not self.token_ids), self._state.copy())
+        items: list[Any] = list(content)
+        if items and isinstance(items[0], Mapping):
+            return self._append_messages([_checked(m) for m in items])
+        vocabulary = self.team.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        for token in items:
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise InputError(f"{token!r} is no token id of this model; give integers from 0 to {vocabulary - 1}.")
+        return self._extend(items, self._state.copy())
+
+    def rollback(self, length: int) -> Context:
+        """Forget everything behind the first ``length`` tokens; what stays in the cache is not computed again."""
+        if not 0 <= length <= len(self.token_ids):
+            raise InputError(f"Cannot roll back to {length} tokens; this context has {len(self.token_ids)}.")
+        del self.token_ids[length:]
+        self._cache.truncate(length)
+        while self._journal and self._journal[-1][0] >= length:
+            start, state = self._journal.pop()
+            self._state = state if start == length else self._cut(start, state)
+        return self
+
+    def fork(self) -> Context:
+        """A second context with the same tokens and cache; the two then continue apart. Nothing is copied yet."""
+        twin = Context(self.team, parallel=self.parallel)
+        twin.token_ids = list(self.token_ids)
+        twin._cache, twin._state = self._cache.fork(), self._state.copy()
+        twin._journal = [(start, state.copy()) for start, state in self._journal]
+        return twin
+
+    # ------------------------------------------------------------------ what comes out
+
+    def generate(
+        self,
+        model: str = BASE,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        stream: Callable[[str], None] | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> Turn:
+        """Let a specialist (or ``"base"``) continue the context, also in mid-sentence.
+
+        Args:
+            max_new_tokens: at most so many tokens; ``finish_reason`` tells whether that ended the turn.
+            temperature: 0 is greedy; sampling with ``top_p``, ``top_k`` (0: all) and ``seed`` otherwise.
+            stop: texts that end the turn; they stay in the context but not in ``Turn.text``.
+            stream: called with each piece of text as it becomes readable.
+            generation_config: a GenerationConfig instead of the options above (all but beam search).
+
+        Raises:
+            InputError: unknown specialist, empty context, or options that contradict each other.
+        """
+        speaker = self.team.adapter(model)
+        config = generation_config or _config(max_new_tokens, temperature, top_p, top_k, stop)
+        _refuse_beams(config)
+        if self._state.messages and not self._state.answering:
+            self._open_answer()
+        if not self.token_ids:
+            raise InputError("The context is empty; append text, messages or tokens before generating.")
+        started, before, reused = time.perf_counter(), len(self.token_ids), self._cache.length
+        undo = self._state.copy()
+        try:
+            self._run(speaker, config, seed, stream)
+        except BaseException:
+            self.rollback(before)
+            raise
+        new = self.token_ids[before:]
+        self._journal.append((before, undo))
+        text = self._decode(new)
+        if self._state.answering:
+            self._state.messages[-1]["content"] += text
+        stopped_at = _first_stop(text, config)
+        self.reused_tokens += reused
+        return Turn(
+            model=model,
+            text=text[:stopped_at],
+            token_ids=new,
+            finish_reason="stop" if stopped_at is not None or new[-1] in self._ends(config) else "length",
+            encoded_tokens=self._cache.length - reused,
+            reused_tokens=reused,
+            kv_bytes=self.kv_bytes,
+            seconds=time.perf_counter() - started,
+        )
+
+    def score(self, text: str, models: Sequence[str] | None = None) -> dict[str, list[float]]:
+        """Log-probability of each token of ``text`` behind this context, under each model; the context is unchanged.
+
+        ``text`` is encoded once for all of them. The base model's figures are the encoder's by-product.
+        """
+        names = list(models or self.team.names)
+        speakers = {name: self.team.adapter(name) for name in names}
+        tokens = self._tokenize(text)
+        if not tokens or not self.token_ids:
+            raise InputError("Scoring needs a non-empty context and a non-empty text.")
+        with torch.no_grad():
+            return self._score(tokens, speakers)
+
+    # ------------------------------------------------------------------ prediction
+
+    def _run(
+        self, speaker: str | None, config: GenerationConfig, seed: int | None, stream: Callable[[str], None] | None
+    ) -> None:
+        """Transformers prepares logits processors and stopping criteria from the config and calls our loop."""
+        model = self._causal_lm()
+        generator = torch.Generator(model.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        streamer: Any = _Stream(self.team.tokenizer, stream) if stream else None
+        start = len(self.token_ids)
+        # Transformers 5.19 loses the tokenizer that its own stop-string check needs when generate() gets a loop.
+        prepared = copy(config)
+        prepared.stop_strings = None
+
+        def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
+            done = False
+            while not done:
+                scores = logits_processor(input_ids, self._next_logits(speaker).float())
+                token = _pick(scores, config.do_sample, generator)
+                self.token_ids.append(int(token))
+                if streamer:
+                    streamer.put(token.view(1).cpu())
+                input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
+                done = bool(stopping_criteria(input_ids, None).all())
+                if config.stop_strings and not done:
+                    done = _first_stop(self._decode(self.token_ids[start:]), config) is not None
+            return input_ids
+
+        with torch.no_grad():
+            model.generate(
+                torch.tensor([self.token_ids], device=model.device),
+                attention_mask=torch.ones(1, len(self.token_ids), dtype=torch.long, device=model.device),
+                generation_config=prepared,
+                custom_generate=loop,
+            )
+        if streamer:
+            streamer.end()
+
+    def _next_logits(self, speaker: str | None) -> Tensor:
+        """(1, V) logits behind the last token, which encodes what is not encoded yet."""
+        if self._cache.length == len(self.token_ids):
+            return self.team.streams.decode(self._ids(-1), self._cache, speaker)[:, -1]
+        if speaker is None:
+            return self._encode(len(self.token_ids))[:, -1]
+        self._encode(len(self.token_ids) - 1)
+        self.encoded_tokens += 1
+        return self.team.streams.step(self._ids(-1), self._cache, speaker, parallel=self.parallel)[0]
+
+    def _encode(self, end: int, logits_to_keep: int = 1) -> Tensor:
+        """Write the K/V up to position ``end``; base logits of the last positions."""
+        start = self._cache.length
+        if end <= start:
+            return torch.empty(0)
+        self.encoded_tokens += end - start
+        return self.team.streams.encode(self._ids(start, end), self._cache, logits_to_keep=logits_to_keep)
+
+    def _score(self, tokens: list[int], speakers: dict[str, str | None]) -> dict[str, list[float]]:
+        before, cached, counted = len(self.token_ids), self._cache.length, self.encoded_tokens
+        base = []
+        if cached == before:  # the last token was encoded in an earlier turn: its prediction is one decoder row
+            base.append(self.team.streams.decode(self._ids(-1), self._cache, None))
+        self.token_ids.extend(tokens)
+        try:
+            end = before - 1 + len(tokens)
+            rows = self._ids(before - 1, end)
+            if end > self._cache.length:
+                base.append(self._encode(end, logits_to_keep=min(len(tokens), end - cached)))
+            logits = {
+                name: torch.cat(base, 1) if speaker is None else self.team.streams.decode(rows, self._cache, speaker)
+                for name, speaker in speakers.items()
+            }
+        finally:
+            del self.token_ids[before:]
+            self._cache.truncate(before)
+            self.encoded_tokens = counted + self._cache.length - cached
+        wanted = torch.tensor(tokens, device=rows.device)[:, None]
+        return {name: v[0].float().log_softmax(-1).gather(1, wanted)[:, 0].tolist() for name, v in logits.items()}
+
+    def _causal_lm(self) -> Any:
+        model: Any = self.team.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _ids(self, start: int, end: int | None = None) -> Tensor:
+        return torch.tensor([self.token_ids[start:end]], device=self._causal_lm().device)
+
+    # ------------------------------------------------------------------ text and chat
+
+    def _extend(self, tokens: list[int], undo: _State) -> Context:
+        if tokens:
+            self._journal.append((len(self.token_ids), undo))
+            self.token_ids.extend(tokens)
+        return self
+
+    def _append_messages(self, new: list[dict[str, str]]) -> Context:
+        undo, state = self._state.copy(), self._state
+        text = self._rendered_suffix(new)
+        state.messages, state.answering = [*state.messages, *new], False
+        return self._extend(self._tokenize(text), undo)
+
+    def _rendered_suffix(self, new: list[dict[str, str]]) -> str:
+        """What the chat template puts behind the present end for these messages; earlier text is never rewritten."""
+        messages = self._state.messages
+        if not messages:
+            return self._template(new)
+        if not self._state.answering:
+            before = self._template(messages)
+            after = self._template([*messages, *new])
+            if not after.startswith(before):
+                raise InputError("The chat template rewrites earlier messages; append text or tokens instead.")
+            return after[len(before) :]
+        marked = [*messages[:-1], {"role": "assistant", "content": _MARK}, *new]
+        suffix = self._template(marked).rsplit(_MARK, 1)[-1]
+        if self.token_ids[-1] in self._ends():  # the answer has closed itself
+            return suffix.removeprefix(self._decode(self.token_ids[-1:], special=True))
+        return suffix
+
+    def _open_answer(self) -> None:
+        undo, messages = self._state.copy(), self._state.messages
+        text = self._template(messages, header=True)[len(self._template(messages)) :]
+        self._state.messages = [*messages, {"role": "assistant", "content": ""}]
+        self._state.answering = True
+        self._extend(self._tokenize(text), undo)
+
+    def _cut(self, start: int, state: _State) -> _State:
+        """The state after rolling back into the middle of what was added at ``start``."""
+        state = state.copy()
+        if state.answering:
+            state.messages[-1]["content"] += self._decode(self.token_ids[start:])
+        return state
+
+    def _template(self, messages: Sequence[Message], *, header: bool = False) -> str:
+        tokenizer: Any = self.team.tokenizer
+        if not tokenizer.chat_template:
+            raise InputError("This base model's tokenizer has no chat template; append text instead of messages.")
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
+        except Exception as error:  # templates are programs of their own and raise what they like
+            raise InputError(f"The chat template refuses these messages: {error}.") from error
+
+    def _tokenize(self, text: str, *, opening: bool = False) -> list[int]:
+        """``opening`` adds what the tokenizer puts before a text; a rendered chat template has that already."""
+        return list(self.team.tokenizer(text, add_special_tokens=opening)["input_ids"])
+
+    def _ends(self, config: GenerationConfig | None = None) -> list[int]:
+        """Token ids that end an answer."""
+        own = config.eos_token_id if config else None
+        ends = own if own is not None else self._causal_lm().generation_config.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def _decode(self, tokens: list[int], *, special: bool = False) -> str:
+        return str(self.team.tokenizer.decode(tokens, skip_special_tokens=not special))
+
+
+class _Stream(TextStreamer):
+    """Transformers' streamer, which holds text back until it is readable, with a callback for a printer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.callback = callback
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.callback(text)
+
+
+def _config(
+    max_new_tokens: int, temperature: float, top_p: float, top_k: int, stop: str | Sequence[str] | None
+) -> GenerationConfig:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise InputError(
+            f"temperature={temperature}, top_p={top_p}, top_k={top_k}: give temperature >= 0, 0 < top_p <= 1, top_k >= 0."
+        )
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    chosen: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False}
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens, stop_strings=stops or None, **chosen
+    )
+
+
+def _refuse_beams(config: GenerationConfig) -> None:
+    if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+        raise InputError("Beam search and num_return_sequences need several sequences; fork the context instead.")
+
+
+def _pick(scores: Tensor, sample: bool | None, generator: torch.Generator) -> Tensor:
+    if sample:
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[0]
+    return scores.argmax(-1)
+
+
+def _first_stop(text: str, config: GenerationConfig) -> int | None:
+    found = [text.find(stop) for stop in config.stop_strings or () if stop in text]
+    return min(found, default=None)
+
+
+def _checked(message: Any) -> dict[str, str]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InputError(f"{message!r} is no chat message; give {{'role': ..., 'content': ...}}.")
+    if not isinstance(message.get("content"), str):
+        raise InputError(f"The message {message!r} has no text in 'content'.")
+    return dict(message)

@@ -1,0 +1,37 @@
+"""One tree of errors; every message names the input and says what to do.
+
+IcarusError
+├── InputError                 what the user gave cannot be used        exit status 2
+│   ├── AdapterError           an adapter directory that must not share a cache
+│   ├── DataError              a training file: names file, line and field
+│   └── UnsupportedModelError  a model or setting for which the method cannot hold
+└── CheckFailed                a check ran and the answer is no         exit status 1
+"""
+
+
+class IcarusError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(IcarusError):
+    """The input cannot be used; the message names it and the remedy."""
+
+    exit_status = 2
+
+
+class AdapterError(InputError):
+    """An adapter directory is damaged, foreign, or unsafe to share a KV cache with."""
+
+
+class DataError(InputError):
+    """Training data that cannot be used; the message names file, line and field."""
+
+
+class UnsupportedModelError(InputError):
+    """The method cannot hold for this model or setting; the message says why."""
+
+
+class CheckFailed(IcarusError):
+    """A requested check ran to its end and failed."""

@@ -1,0 +1,505 @@
+"""The two streams of ICaRus over an unmodified Transformers causal LM: the paper in one file.
+
+ICaRus (arXiv 2603.13281, section 3) reads a decoder-only Transformer as a logical encoder, which turns tokens into
+the KV cache, and a logical decoder, which predicts the next token from that cache. With h^E and h^D the hidden states
+of the two streams, W the base weights and dW = s B A the adapter, layer by layer:
+
+    k, v  = rope(Wk norm(h^E)), Wv norm(h^E)                             all that is ever cached
+    h^E  += Wo attn(rope(Wq norm(h^E)), k, v)
+    h^E  += mlp_W(norm(h^E))
+    h^D  += (Wo + dWo) attn(rope((Wq + dWq) norm(h^D)), k, v)
+    h^D  += mlp_{W + dW}(norm(h^D))
+
+Both streams start from the token's embedding; logits come from h^D. dWk and dWv do not exist. No modelling code is
+touched: a Transformers model hands its K/V to ``past_key_values.update`` and attends to what comes back, so a Cache
+that hands back the encoder's K/V turns a pass of the model into a pass of the decoder stream. What follows:
+
+* a decoder row reads encoder K/V and its own hidden state only, so decoder rows are computed only where a prediction
+  is wanted (``decode``, ``loss``), and the result is that of decoder rows everywhere;
+* with the adapter off the two streams are one, the base model (``encode`` returns its logits for nothing);
+* both rows of one token can share a pass (``step``), so that the base weights are read once.
+
+Shapes: B sequences, T cached positions, R decoder rows, V vocabulary, H KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from icarus.errors import InputError, UnsupportedModelError
+
+IGNORED = -100
+"""The label that carries no loss (Transformers' convention)."""
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_GROWTH = 1.5
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+@dataclass
+class _Buffer:
+    """K and V of one layer, (B, H, capacity, D); ``used`` is how far any owner has written."""
+
+    keys: Tensor
+    values: Tensor
+    used: int
+    shared: bool = False
+
+
+class EncoderCache:
+    """The KV cache of B sequences of one length, written by the encoder stream alone.
+
+    ``fork`` shares the buffers; whoever appends behind the last written position appends in place, anyone else
+    copies first, so a fork costs nothing until it diverges and never disturbs its origin. A pass that fails halfway
+    leaves ``length``, and so the contents, as they were.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: list[_Buffer] = []
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, H, new, D) behind ``length`` in a layer; returns that layer's K and V including the new rows."""
+        end = self.length + keys.shape[2]
+        if layer == len(self._buffers):
+            self._buffers.append(_Buffer(keys, values, end))
+            return keys, values
+        buffer = self._buffers[layer]
+        if buffer.used != self.length or end > buffer.keys.shape[2]:
+            buffer = self._buffers[layer] = self._enlarged(buffer, end)
+        buffer.keys[:, :, self.length : end] = keys
+        buffer.values[:, :, self.length : end] = values
+        buffer.used = end
+        return buffer.keys[:, :, :end], buffer.values[:, :, :end]
+
+    def _enlarged(self, buffer: _Buffer, needed: int) -> _Buffer:
+        def grown(old: Tensor) -> Tensor:
+            new = old.new_empty((*old.shape[:2], int(needed * _GROWTH) + 1, old.shape[3]))
+            new[:, :, : self.length] = old[:, :, : self.length]
+            return new
+
+        return _Buffer(grown(buffer.keys), grown(buffer.values), self.length)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, (B, H, T, D) each, as views."""
+        buffer = self._buffers[index]
+        return buffer.keys[:, :, : self.length], buffer.values[:, :, : self.length]
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        self.length = min(self.length, length)
+        for buffer in self._buffers:
+            if not buffer.shared:
+                buffer.used = min(buffer.used, self.length)
+
+    def fork(self) -> EncoderCache:
+        """A second cache with the same contents; nothing is copied until one of the two diverges."""
+        twin = EncoderCache()
+        twin.length, twin._buffers = self.length, list(self._buffers)
+        for buffer in self._buffers:
+            buffer.shared = True
+        return twin
+
+    @property
+    def layers(self) -> int:
+        """Number of layers written so far."""
+        return len(self._buffers)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the K/V of the cached positions, in bytes."""
+        return sum(t.numel() * t.element_size() for i in range(self.layers) for t in self.layer(i))
+
+
+# The three ways in which a pass of the model meets the cache. Transformers asks a Cache for its lengths to build the
+# attention mask, and each attention layer calls ``update`` with its K/V and attends to what comes back.
+
+
+class _Pass(Cache):
+    def __init__(self, cache: EncoderCache, query_offset: int, kv_length: int) -> None:
+        super().__init__(layers=[])
+        self.encoder, self.query_offset, self.kv_length = cache, query_offset, kv_length
+        self.seen: set[int] = set()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.query_offset
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.query_offset
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.kv_length, 0
+
+
+class _EncoderPass(_Pass):
+    """Encoder rows: K/V are written."""
+
+    def __init__(self, cache: EncoderCache, rows: int) -> None:
+        super().__init__(cache, cache.length, cache.length + rows)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.add(layer_idx)
+        return self.encoder.append(layer_idx, key_states, value_states)
+
+
+class _DecoderPass(_Pass):
+    """Decoder rows: their own K/V are dropped, the encoder's are read."""
+
+    def __init__(self, cache: EncoderCache, rows: int) -> None:
+        super().__init__(cache, cache.length - rows, cache.length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.add(layer_idx)
+        return self.encoder.layer(layer_idx)
+
+
+class _PairPass(_Pass):
+    """One encoder and one decoder row per sequence, stacked on the batch axis: the first half writes, both read."""
+
+    def __init__(self, cache: EncoderCache) -> None:
+        super().__init__(cache, cache.length, cache.length + 1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.add(layer_idx)
+        half = len(key_states) // 2
+        keys, values = self.encoder.append(layer_idx, key_states[:half], value_states[:half])
+        if half == 1:  # a view: the one sequence's K/V are read once and stay in the processor's cache
+            return keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1)
+        return torch.cat([keys, keys]), torch.cat([values, values])
+
+
+# ------------------------------------------------------------------------------------------- the streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A training batch: token ids, which of them carry loss, and how they lie in the rows. All (B, T).
+
+    ``labels`` equal ``input_ids`` where a token carries loss, else -100 (not shifted, as Transformers has it).
+    ``position_ids`` count from 0 in each document. ``document_ids`` tell packed documents apart; -1 is padding.
+    ``branch_ids`` are 0 on a prompt that several completions share, 1, 2, ... on those completions.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    branch_ids: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+    ) -> Batch:
+        """Fill in what a collator leaves out; ``position_ids`` that start again at 0 mean packed documents."""
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        branches = torch.zeros_like(input_ids) if branch_ids is None else branch_ids
+        if position_ids is None:
+            position_ids = (real.cumsum(1) - 1).clamp(min=0)
+        starts = (position_ids == 0) & real.bool()
+        documents = torch.where(real.bool(), starts.cumsum(1), -1)
+        return cls(
+            input_ids=input_ids,
+            labels=labels,
+            position_ids=position_ids,
+            document_ids=documents,
+            branch_ids=branches,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """One document a row, no branches: the model's own masks do."""
+        return bool((self.document_ids <= 1).all()) and not bool(self.branch_ids.any())
+
+    def rows_with_loss(self) -> tuple[Tensor, Tensor]:
+        """(rows, targets), both (B, R): the position whose decoder row predicts, and the token it must predict.
+
+        A token is predicted from the one before it; a completion's first token from the end of the shared prompt.
+        Rows are padded with target -100.
+        """
+        index = torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
+        trunk = (self.branch_ids == 0) & (self.document_ids >= 0)
+        trunk_end = torch.where(trunk, index, 0).amax(1, keepdim=True)
+        opens = self.branch_ids != F.pad(self.branch_ids[:, :-1], (1, 0))
+        parents = torch.where(opens, trunk_end, (index - 1).clamp(min=0))
+        same = self.document_ids.gather(1, parents) == self.document_ids
+        wanted = (self.labels != IGNORED) & same & (self.document_ids >= 0) & (self.position_ids > 0)
+        count = max(int(wanted.sum(1).max()), 1)
+        chosen = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+        targets = torch.where(wanted, self.labels, IGNORED).gather(1, chosen)
+        return parents.gather(1, chosen), targets
+
+
+class TwoStreams:
+    """Encoder and decoder passes over one causal LM, with or without LoRA adapters attached by PEFT.
+
+    Args:
+        model: a Transformers causal LM or a PEFT model around one, in eager or sdpa attention.
+
+    Raises:
+        UnsupportedModelError: a model for which the method cannot hold; the message says why.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        _refuse_unsupported(model, self.config)
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: Tensor, cache: EncoderCache, *, batch: Batch | None = None, logits_to_keep: int = 1
+    ) -> Tensor:
+        """Logical encoder: base weights write the K/V of ``input_ids`` (B, new) behind what the cache holds.
+
+        Returns the base model's logits of the last ``logits_to_keep`` positions, (B, logits_to_keep, V): they are a
+        by-product. ``batch`` gives padding, packing and branches of a training batch.
+        """
+        new = input_ids.shape[1]
+        view = _EncoderPass(cache, new)
+        if batch is None:
+            mask: Any = None
+            positions = torch.arange(cache.length, cache.length + new, device=input_ids.device)[None]
+        else:
+            positions = batch.position_ids
+            mask = (batch.document_ids >= 0).long() if batch.is_plain else self._masks(batch, None)
+        with self._without_adapter(), _evaluating(self.model):
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=view,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            )
+        self._check_complete(view)
+        cache.length += new
+        return out.logits  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, cache: EncoderCache, adapter: str | None) -> Tensor:
+        """Logical decoder: ``adapter`` (None: no adapter, the base model) predicts behind the last R cached tokens.
+
+        ``input_ids`` (B, R) are the tokens at those positions. Returns logits (B, R, V); nothing is written.
+        """
+        rows = input_ids.shape[1]
+        positions = torch.arange(cache.length - rows, cache.length, device=input_ids.device)[None]
+        with self._without_adapter() if adapter is None else _evaluating(self.model):
+            if adapter is not None:
+                _activate(self.model, adapter)
+            return self._decode(input_ids, cache, positions, None)
+
+    def step(self, token: Tensor, cache: EncoderCache, adapter: str, *, parallel: bool = True) -> tuple[Tensor, Tensor]:
+        """One token (B, 1) through both streams: its K/V are written, the decoder predicts the next one.
+
+        In parallel, encoder and decoder row share one pass, so the base weights are read once; else two passes.
+        Returns the logits (B, V) of the decoder with ``adapter``, and those of the base model.
+        """
+        if not parallel:
+            base = self.encode(token, cache)
+            return self.decode(token, cache, adapter)[:, -1], base[:, -1]
+        view = _PairPass(cache)
+        positions = torch.full((1, 1), cache.length, device=token.device)
+        with _adapter_on_second_half(self.model, adapter), torch.no_grad():
+            logits = self.model(
+                input_ids=torch.cat([token, token]), position_ids=positions, past_key_values=view, use_cache=True
+            ).logits[:, -1]
+        self._check_complete(view)
+        cache.length += 1
+        return logits[len(token) :], logits[: len(token)]
+
+    def loss(self, batch: Batch, *, everywhere: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Training pass: encoder rows for all tokens without gradient, decoder rows where a token carries loss.
+
+        Returns the summed cross-entropy (scalar), the decoder's logits (B, R, V) and their targets (B, R; -100 pads).
+        ``everywhere`` computes a decoder row for each position instead: the same loss, for comparison.
+        """
+        cache = EncoderCache()
+        self.encode(batch.input_ids, cache, batch=batch)
+        rows, targets = batch.rows_with_loss()
+        picked = rows
+        if everywhere:
+            picked = torch.arange(batch.input_ids.shape[1], device=rows.device).expand_as(batch.input_ids)
+        logits = self._decode(
+            batch.input_ids.gather(1, picked), cache, batch.position_ids.gather(1, picked), self._masks(batch, picked)
+        )
+        if everywhere:
+            logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, logits, targets
+
+    def _decode(self, input_ids: Tensor, cache: EncoderCache, positions: Tensor, mask: Any) -> Tensor:
+        view = _DecoderPass(cache, input_ids.shape[1])
+        with _cache_under_checkpointing(self.model):
+            out = self.model(
+                input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=view, use_cache=True
+            )
+        self._check_complete(view)
+        return out.logits  # type: ignore[no-any-return]
+
+    def _masks(self, batch: Batch, rows: Tensor | None) -> Any:
+        """What each row (B, R) sees of the T encoder positions, in the form in which the model takes it."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds:
+            return {kind: self._mask(batch, rows, kind) for kind in set(kinds)}
+        if getattr(self.config, "sliding_window", None):
+            return self._mask(batch, rows, "sliding_attention")
+        return self._mask(batch, rows, "full_attention")
+
+    def _mask(self, batch: Batch, rows: Tensor | None, kind: str) -> Tensor:
+        visible = _visible(batch, rows, kind, self.config)[:, None]
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        dtype = next(self.model.parameters()).dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    def _without_adapter(self) -> AbstractContextManager[Any]:
+        disable = getattr(_unwrapped(self.model), "disable_adapter", None)
+        return disable() if callable(disable) else nullcontext()
+
+    def _check_complete(self, view: _Pass) -> None:
+        """A layer that bypasses the cache would attend to its own K/V: plain LoRA, and silently wrong."""
+        missing = set(range(self.config.num_hidden_layers)) - view.seen
+        if missing:
+            raise UnsupportedModelError(
+                f"Layers {sorted(missing)} of {type(_unwrapped(self.model)).__name__} did not ask the cache for their "
+                "K/V, so the decoder stream could not read the encoder's; use a model whose attention layers all go "
+                "through past_key_values."
+            )
+
+
+def _visible(batch: Batch, rows: Tensor | None, kind: str, config: Any) -> Tensor:
+    """(B, R, T) booleans: row r sees position t if t is not later, in the same document, on its branch or the trunk."""
+
+    def of_rows(values: Tensor) -> Tensor:
+        return (values if rows is None else values.gather(1, rows))[:, :, None]
+
+    q_position, k_position = of_rows(batch.position_ids), batch.position_ids[:, None]
+    k_branch = batch.branch_ids[:, None]
+    visible = (k_position <= q_position) & (of_rows(batch.document_ids) == batch.document_ids[:, None])
+    visible &= (k_branch == 0) | (k_branch == of_rows(batch.branch_ids))
+    if kind == "sliding_attention":
+        visible &= q_position - k_position < config.sliding_window
+    elif kind == "chunked_attention":
+        visible &= q_position // config.attention_chunk_size == k_position // config.attention_chunk_size
+    return visible
+
+
+# ------------------------------------------------------------------------------- what a pass needs around it
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and the like, which keep it under ``module``."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The encoder is frozen: it has no dropout, and gradient checkpointing (which drops the cache) is off."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _cache_under_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let checkpointed layers keep ``past_key_values``; Transformers drops it, since a writer would write twice.
+
+    The decoder stream only reads. Transformers has the switch for such layers (modeling_layers.py,
+    ``_can_checkpoint_with_cache``); where a version lacks it, ``_check_complete`` refuses.
+    """
+    layers = []
+    if model.training:
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._can_checkpoint_with_cache = False
+
+
+def _activate(model: nn.Module, adapter: str) -> None:
+    if getattr(model, "active_adapter", None) != adapter:
+        if adapter not in getattr(model, "peft_config", ()):
+            raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
+        model.set_adapter(adapter)  # type: ignore[operator]
+
+
+@contextmanager
+def _adapter_on_second_half(model: nn.Module, adapter: str) -> Iterator[None]:
+    """During the pass LoRA layers add s B A x on the second half of the batch only: the decoder rows."""
+    layers: list[Any] = [m for m in model.modules() if adapter in getattr(m, "lora_A", ())]
+    if not layers:
+        raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
+    for layer in layers:
+        layer.forward = _decoder_half(layer, adapter)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _decoder_half(layer: Any, adapter: str) -> Callable[..., Tensor]:
+    base, down, up, scale = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = base(x, *args, **kwargs)
+        half = len(x) // 2
+        y[half:] += (up(down(x[half:].to(down.weight.dtype))) * scale).to(y.dtype)
+        return y
+
+    return forward
+
+
+def _refuse_unsupported(model: nn.Module, config: Any) -> None:
+    name = type(_unwrapped(model)).__name__ if not hasattr(config, "model_type") else config.model_type
+    why = None
+    if getattr(model.config, "is_encoder_decoder", False):
+        why = "it is an encoder-decoder: its decoder has K/V of its own kind; choose a decoder-only model"
+    elif getattr(_stateful_part(model), "_is_stateful", False) or _foreign_layers(config):
+        kinds = ", ".join(_foreign_layers(config)) or "recurrent state"
+        why = f"it keeps state that is no KV cache ({kinds}), which decoder rows cannot share; choose a Transformer"
+    elif config._attn_implementation not in ("sdpa", "eager"):
+        why = f"attention is {config._attn_implementation!r}; load the model with attn_implementation='sdpa'"
+    if why:
+        raise UnsupportedModelError(f"ICaRus cannot run on {name}: {why}.")
+
+
+def _stateful_part(model: nn.Module) -> nn.Module:
+    inner = _unwrapped(model)
+    get_base = getattr(inner, "get_base_model", None)
+    return get_base() if callable(get_base) else inner
+
+
+def _foreign_layers(config: Any) -> list[str]:
+    return sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)

@@ -1,0 +1,79 @@
+"""What ``icarus train`` can be told: one pair of dataclasses behind flags and YAML.
+
+``TrainConfig`` is ours; ``IcarusSFTConfig`` is TRL's SFTConfig (so all of Transformers' TrainingArguments: schedules,
+accumulation, precision, FSDP, ``report_to``) with the defaults that suit a decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import SFTConfig, TrlParser
+
+from icarus.errors import InputError
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What to train on what, and where the adapter goes."""
+
+    base: str = field(metadata={"help": "base model: hub id, folder, or smollm2-135m-instruct (packaged)"})
+    data: str = field(metadata={"help": "training data: a .jsonl file or a hub data set (owner/name[:split])"})
+    output: str = field(metadata={"help": "adapter directory to write; checkpoints and logs go to OUTPUT.run"})
+    eval_data: str | None = field(default=None, metadata={"help": "evaluation data, as --data"})
+    method: Literal["icarus", "lora"] = field(
+        default="icarus", metadata={"help": "icarus: a decoder that shares the cache; lora: the conventional baseline"}
+    )
+    rank: int = field(default=16, metadata={"help": "LoRA rank"})
+    alpha: int | None = field(default=None, metadata={"help": "LoRA alpha (default: twice the rank)"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout"})
+    targets: list[str] | None = field(
+        default=None, metadata={"help": "projections to adapt (default: all linear ones; icarus: but those of K, V)"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "of the base weights in training (auto: bfloat16 on a GPU, else float32)"}
+    )
+    adapter_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "of the adapter's tensors on disk"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in OUTPUT.run"})
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank is {self.rank}; give at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}; give 0 or more and less than 1.")
+
+
+@dataclass
+class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
+    """``trl.SFTConfig`` with a decoder's defaults."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "set from --output"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate; decoders want more than LoRA"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "steps, or a fraction of all steps if below 1"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute decoder rows to save memory"})
+    bf16: bool = field(default=False, metadata={"help": "autocast on top of --dtype"})
+    max_length: int | None = field(default=4096, metadata={"help": "longest example in tokens; the rest is cut off"})
+    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, ... or none"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
+    """Flags, and ``--config recipe.yaml`` for their defaults; flags win.
+
+    Raises:
+        InputError: an unknown or missing setting, naming it.
+    """
+    parser = TrlParser((TrainConfig, IcarusSFTConfig), prog="icarus train")
+    try:
+        config, sft = parser.parse_args_and_config([*arguments])
+    except ValueError as error:
+        raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
+    except OSError as error:
+        raise InputError(f"The config file could not be read ({error}).") from error
+    return config, sft

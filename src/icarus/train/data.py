@@ -1,0 +1,257 @@
+"""Training data: JSON lines or a hub data set -> token rows that say which token carries loss.
+
+Forms of a row (TRL's names):
+
+    {"messages": [...]}                            loss on every assistant message
+    {"prompt": ..., "completion": ...}             loss on the completion; texts or message lists
+    {"prompt": ..., "completions": [..., ...]}     several completions that share their prompt's encoder pass
+    {"text": ...}                                  loss on every token
+
+A text is tokenized in pieces, cut where loss begins and ends. That is how a ``Context`` appends and generates, so
+training and inference see the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from icarus.errors import DataError
+from icarus.streams import IGNORED
+
+LINE = "line"
+"""Column with a row's line in its file (or index in its data set), kept for messages."""
+
+_FORMS = (("messages",), ("prompt", "completion"), ("prompt", "completions"), ("text",))
+
+
+def read(source: str) -> Dataset:
+    """Rows of a local JSON-lines file or of a hub data set (``owner/name`` or ``owner/name:split``), checked.
+
+    Raises:
+        DataError: naming file, line and field.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in {".jsonl", ".json"} or path.exists():
+        rows = list(_lines(path))
+    else:
+        rows = _hub_rows(source)
+    if not rows:
+        raise DataError(f"{source} has no rows; give at least one example.")
+    form = _form(rows[0], source)
+    for row in rows:
+        _check(row, form, f"{source}:{row[LINE]}")
+    return Dataset.from_list([{name: row[name] for name in (*form, LINE)} for row in rows])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"No data file {path}; give a .jsonl file or a hub data set as owner/name.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}).") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} is a {type(row).__name__}; each line must be a JSON object.")
+            yield {**row, LINE: number}
+
+
+def _hub_rows(source: str) -> list[dict[str, Any]]:
+    name, _, split = source.partition(":")
+    try:
+        dataset = load_dataset(name, split=split or "train")
+    except Exception as error:  # offline, missing, gated: the hub has many exceptions and one meaning
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"Data set {source!r} is no local file and could not be had from the hub ({reason})."
+        ) from error
+    return [{**row, LINE: index} for index, row in enumerate(dataset)]
+
+
+def _form(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    for form in _FORMS:
+        if all(name in row for name in form):
+            return form
+    found = ", ".join(sorted(set(row) - {LINE})) or "nothing"
+    raise DataError(
+        f"{source}:{row[LINE]} has {found}; a row needs 'messages', 'prompt' and 'completion', "
+        "'prompt' and 'completions', or 'text'."
+    )
+
+
+def _check(row: Mapping[str, Any], form: Sequence[str], where: str) -> None:
+    for name in form:
+        if name not in row:
+            raise DataError(f"{where}: field {name!r} is missing; every row must have the form of the first.")
+        value = row[name]
+        if name == "completions":
+            if not isinstance(value, list) or not value:
+                raise DataError(f"{where}: field 'completions' must be a list of one or more completions.")
+            for completion in value:
+                _check_text(completion, name, where)
+        elif name == "messages" and isinstance(value, str):
+            raise DataError(f"{where}: field 'messages' must be a list of messages, not a text.")
+        else:
+            _check_text(value, name, where)
+    if "prompt" in form:
+        answers = row["completions"] if "completions" in form else [row["completion"]]
+        if any(isinstance(answer, str) != isinstance(row["prompt"], str) for answer in answers):
+            raise DataError(f"{where}: 'prompt' and '{form[1]}' must both be texts or both be lists of messages.")
+
+
+def _check_text(value: Any, name: str, where: str) -> None:
+    if isinstance(value, str):
+        if not value:
+            raise DataError(f"{where}: field {name!r} is empty.")
+        return
+    if name == "text" or not isinstance(value, list) or not value:
+        raise DataError(f"{where}: field {name!r} must be a text or a non-empty list of messages.")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: field {name!r} has a message without a 'role': {message!r:.80}.")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{where}: field {name!r} has a message whose 'content' is no text: {message!r:.80}.")
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+
+@dataclass
+class _Row:
+    """Token columns of one example under construction."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    branch_ids: list[int] = field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], *, loss: bool, branch: int = 0, trunk: int | None = None) -> None:
+        """Append tokens; ``trunk`` starts a branch behind that many shared tokens."""
+        start = trunk if trunk is not None else self.position_ids[-1] + 1 if self.position_ids else 0
+        self.input_ids.extend(tokens)
+        self.labels.extend(tokens if loss else [IGNORED] * len(tokens))
+        self.position_ids.extend(range(start, start + len(tokens)))
+        self.branch_ids.extend([branch] * len(tokens))
+
+    def columns(self, max_length: int | None) -> dict[str, list[int]]:
+        keep = [i for i, p in enumerate(self.position_ids) if max_length is None or p < max_length]
+        return {name: [values[i] for i in keep] for name, values in vars(self).items()}
+
+
+def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+    """Columns ``input_ids, labels, position_ids, branch_ids`` of one checked row; no position from max_length on."""
+    out = _Row()
+    if "completions" in row:
+        trunk, branches = _tree(row, tokenizer)
+        out.add(trunk, loss=False)
+        for number, pieces in enumerate(branches, 1):
+            for i, (tokens, loss) in enumerate(pieces):
+                out.add(tokens, loss=loss, branch=number, trunk=len(trunk) if i == 0 else None)
+    else:
+        for tokens, loss in _pieces(row, tokenizer):
+            out.add(tokens, loss=loss)
+    if out.labels:
+        out.labels[0] = IGNORED  # nothing comes before it that could predict it
+    return out.columns(max_length)
+
+
+_Pieces = list[tuple[list[int], bool]]
+
+
+def _pieces(row: Mapping[str, Any], tokenizer: Any) -> _Pieces:
+    if "text" in row:
+        return [(_ids(tokenizer, row["text"] + (tokenizer.eos_token or ""), opening=True), True)]
+    if "messages" in row:
+        return _chat(row["messages"], 0, tokenizer)
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, str):
+        return _chat([*prompt, *completion], len(prompt), tokenizer)
+    ending = completion + (tokenizer.eos_token or "")
+    return [(_ids(tokenizer, prompt, opening=True), False), (_ids(tokenizer, ending), True)]
+
+
+def _tree(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[_Pieces]]:
+    """The shared prompt's tokens, and each completion's pieces."""
+    trunk: list[int] = []
+    branches = []
+    for completion in row["completions"]:
+        pieces = _pieces({"prompt": row["prompt"], "completion": completion}, tokenizer)
+        trunk = pieces[0][0]
+        branches.append(pieces[1:])
+    return trunk, branches
+
+
+def _chat(messages: Sequence[Mapping[str, str]], first: int, tokenizer: Any) -> _Pieces:
+    """Cut the rendered chat at the assistant messages from index ``first`` on; their text and end token carry loss."""
+    whole = _render(tokenizer, messages)
+    pieces: _Pieces = []
+    done = 0
+    for index in range(first, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        head = _render(tokenizer, messages[:index], header=True)
+        until = _render(tokenizer, messages[: index + 1]).rstrip()
+        if not (whole.startswith(head) and whole.startswith(until) and len(head) >= done):
+            raise DataError(
+                f"The chat template renders message {index} differently once others follow, so a chat cannot be "
+                "trained in one row; give one row a turn, as 'prompt' and 'completion'."
+            )
+        pieces.append((_ids(tokenizer, whole[done : len(head)]), False))
+        pieces.append((_ids(tokenizer, whole[len(head) : len(until)]), True))
+        done = len(until)
+    return pieces or [(_ids(tokenizer, whole), False)]
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, header: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise DataError("This base model's tokenizer has no chat template; give 'prompt' and 'completion' as texts.")
+    if not messages:
+        return ""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
+
+
+def _ids(tokenizer: Any, text: str, *, opening: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=opening)["input_ids"])
+
+
+def separate(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row with several completions as rows with one each (what a conventional trainer takes)."""
+    if "completions" not in row:
+        return [dict(row)]
+    return [{"prompt": row["prompt"], "completion": c, LINE: row.get(LINE)} for c in row["completions"]]
+
+
+def token_rows(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, source: str = "the data set"
+) -> tuple[Dataset, int]:
+    """Tokenize a data set; examples without any loss token are left out and counted.
+
+    Returns the token rows and the number of those left out.
+
+    Raises:
+        DataError: no example carries loss.
+    """
+
+    def mapped(row: dict[str, Any]) -> dict[str, Any]:
+        return tokenize({k: v for k, v in row.items() if v is not None}, tokenizer, max_length)
+
+    names = [name for name in dataset.column_names if name != LINE]
+    rows = dataset.map(mapped, remove_columns=names, desc="Tokenizing")
+    kept = rows.filter(lambda labels: any(t != IGNORED for t in labels), input_columns="labels", desc="Checking")
+    left_out = len(rows) - len(kept)
+    if not len(kept):
+        raise DataError(
+            f"No example of {source} carries loss: none has an assistant message or completion within "
+            f"{max_length} tokens; check the roles, or raise max_length."
+        )
+    return kept, left_out

@@ -1,0 +1,111 @@
+"""``icarus train``: from a base model and a data file to an adapter directory.
+
+The adapter appears at ``output`` in one step when it is complete; checkpoints and logs live in ``output.run``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+
+from icarus import adapter, base_model
+from icarus.errors import InputError
+from icarus.train import data
+from icarus.train.config import IcarusSFTConfig, TrainConfig
+from icarus.train.progress import Progress
+from icarus.train.trainer import IcarusSFTTrainer
+
+
+def run(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
+    """Train one adapter. Returns what was done: paths, counts, seconds and the trainer's metrics.
+
+    Raises:
+        DataError, UnsupportedModelError, InputError: before anything is trained or written.
+    """
+    started = time.perf_counter()
+    output = Path(config.output).expanduser()
+    checkpoint = _checkpoint(output, config.resume)
+    rows = data.read(config.data)
+    eval_rows = data.read(config.eval_data) if config.eval_data else None
+    model, tokenizer = base_model.load(config.base, dtype=_dtype(config.dtype))
+    sft.output_dir = str(_run_directory(output))
+    train_rows, left_out = _token_rows(rows, tokenizer, sft, config, config.data)
+    eval_tokens = _token_rows(eval_rows, tokenizer, sft, config, str(config.eval_data))[0] if eval_rows else None
+    trainer = _trainer(config, sft, model, tokenizer, train_rows, eval_tokens)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = dict(result.metrics)
+    if eval_tokens is not None:
+        metrics |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        _write(trainer, config, output)
+    return {
+        "output": str(output),
+        "method": config.method,
+        "examples": len(train_rows),
+        "left_out": left_out,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+        "metrics": metrics,
+    }
+
+
+def _dtype(name: str) -> str:
+    return ("bfloat16" if torch.cuda.is_available() else "float32") if name == "auto" else name
+
+
+def _run_directory(output: Path) -> Path:
+    return output.with_name(output.name + ".run")
+
+
+def _checkpoint(output: Path, resume: bool) -> str | None:
+    folder = _run_directory(output)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    if last and not resume:
+        raise InputError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove that folder.")
+    if resume and not last:
+        raise InputError(f"There is nothing to resume: {folder} holds no checkpoint; start without --resume.")
+    return last
+
+
+def _token_rows(rows: Any, tokenizer: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str) -> tuple[Any, int]:
+    if "completions" in rows.column_names and (config.method == "lora" or sft.packing):
+        if sft.packing:
+            raise InputError("Packing and several completions on one prompt exclude each other; leave out --packing.")
+        rows = Dataset.from_list([part for row in rows for part in data.separate(row)])
+    tokens, left_out = data.token_rows(rows, tokenizer, sft.max_length, source)
+    if left_out:
+        print(f"{left_out} of {len(rows)} examples of {source} carry no loss token and were left out.", file=sys.stderr)
+    return tokens, left_out
+
+
+def _trainer(
+    config: TrainConfig, sft: IcarusSFTConfig, model: Any, tokenizer: Any, rows: Any, eval_rows: Any
+) -> SFTTrainer:
+    torch.manual_seed(sft.seed)
+    lora: dict[str, Any] = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
+    lora["targets"] = config.targets
+    kind: type[SFTTrainer] = IcarusSFTTrainer
+    if config.method == "icarus":
+        model = adapter.attach(model, **lora)
+    else:
+        kind, model = SFTTrainer, adapter.attach_conventional(model, **lora)
+        rows, eval_rows = (r and r.select_columns(["input_ids", "labels"]) for r in (rows, eval_rows))
+    trainer = kind(model=model, args=sft, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    return trainer
+
+
+def _write(trainer: SFTTrainer, config: TrainConfig, output: Path) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    write = adapter.save if config.method == "icarus" else adapter.save_conventional
+    write(model, output, dtype=getattr(torch, config.adapter_dtype))

@@ -1,0 +1,141 @@
+"""TRL's SFTTrainer with the two-stream loss; everything else (schedules, logging, resume, Accelerate) is theirs."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import CausalLMOutput
+from trl import SFTConfig, SFTTrainer
+
+from icarus import adapter, base_model
+from icarus.errors import InputError
+from icarus.streams import IGNORED, Batch, TwoStreams
+from icarus.train import data
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("input_ids", "labels", "position_ids", "branch_ids")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads token rows on the right. Returns (B, T) tensors: the columns of ``data.tokenize`` and ``attention_mask``."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0, "branch_ids": 0}
+        columns = {name: [torch.tensor(e[name]) for e in examples] for name in _COLUMNS if name in examples[0]}
+        columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        return {n: pad_sequence(v, batch_first=True, padding_value=padding.get(n, 0)) for n, v in columns.items()}
+
+
+class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
+    """``trl.SFTTrainer`` that trains a decoder: takes the same arguments and the same data formats.
+
+    ``model`` may be a name, a Transformers causal LM or a PEFT model; without adapter it gets one by ``peft_config``
+    (default: LoRA on every projection that does not feed K or V). Loss is the mean over tokens that carry loss:
+    completions and assistant messages. Encoder rows run without gradient for all tokens, decoder rows where the loss
+    is. ``save_model`` writes ICaRus adapter directories.
+
+    Raises:
+        UnsupportedModelError: the model, or an adapter on a projection that feeds K or V.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | None = None,
+        data_collator: Any = None,
+        *positional: Any,
+        peft_config: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, str):
+            model, tokenizer = base_model.load(model)
+            processing_class = processing_class or tokenizer
+        if not hasattr(model, "peft_config"):
+            torch.manual_seed(args.seed if args else 42)
+            model = adapter.attach(model, peft_config)
+        TwoStreams(model)  # refuses before any data is read
+        self._fingerprint: str | None = None
+        packed = bool(args and (args.packing or args.padding_free))
+        if data_collator is None and processing_class is not None and not packed:
+            pad = processing_class.pad_token_id
+            data_collator = Collator(processing_class.eos_token_id if pad is None else pad)
+        super().__init__(model, args, data_collator, *positional, processing_class=processing_class, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+        if isinstance(dataset, IterableDataset):
+            raise InputError("Streaming data sets are not supported; load the data set, or a part of it, first.")
+        if "input_ids" not in dataset.column_names:
+            if packing and "completions" in dataset.column_names:
+                raise InputError("Packing and several completions on one prompt exclude each other; set packing=False.")
+            dataset, left_out = data.token_rows(dataset, processing_class, args.max_length)
+            if left_out:
+                logger.warning("%d examples carry no loss token and were left out; %d remain.", left_out, len(dataset))
+        prepared: Dataset = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*_COLUMNS, "seq_lengths"]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy of the decoder over tokens that carry loss, as Trainer wants it normalised."""
+        batch = Batch.of(
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            inputs.get("branch_ids"),
+        )
+        total, logits, targets = TwoStreams(model).loss(batch)
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = total / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages, the count is already over all processes
+        self._record(logits.detach(), targets, batch)
+        if not return_outputs:
+            return loss
+        outputs: Any = CausalLMOutput
+        return loss, outputs(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def _record(self, logits: Tensor, targets: Tensor, batch: Batch) -> None:
+        """TRL's metrics ``mean_token_accuracy`` and ``num_tokens``, over the rows that carry loss."""
+        mode = "train" if self.model.training else "eval"
+        valid = targets != IGNORED
+        counts = torch.stack(
+            [(logits.argmax(-1) == targets)[valid].sum(), valid.sum(), (batch.document_ids >= 0).sum()]
+        )
+        right, wanted, tokens = self.accelerator.gather_for_metrics(counts[None]).sum(0).tolist()
+        metrics: defaultdict[str, list[float]] = self._metrics[mode]
+        metrics["mean_token_accuracy"].append(right / max(wanted, 1))
+        if mode == "train":
+            self._total_train_tokens += tokens
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter alone, as an ICaRus directory (checkpoints too); the tokenizer stays with the base model."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self._fingerprint is None:
+            self._fingerprint = adapter.fingerprint(model)
+        adapter.save(model, output_dir or self.args.output_dir, base_fingerprint=self._fingerprint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter directory has its own card."""

@@ -1,0 +1,68 @@
+"""``icarus generate``: a JSON list of turns, played in one context.
+
+A turn: {"model": "sql", "append": "text" | "messages": [...], "max_new_tokens": 64, "temperature": 0, "top_p": 1,
+"top_k": 0, "stop": [...], "seed": 1}. All keys are optional; "model" is the base model's unless given.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from icarus.context import BASE, Specialists
+from icarus.errors import InputError
+
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "max_new_tokens": (int,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": (int,),
+    "stop": (str, list),
+    "seed": (int,),
+}
+_KEYS: dict[str, tuple[type, ...]] = {"model": (str,), "append": (str,), "messages": (list,), **_OPTIONS}
+
+
+def read(source: str) -> list[dict[str, Any]]:
+    """Read and check the turns of a file (``-``: standard input)."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        turns = json.loads(text)
+    except OSError as error:
+        raise InputError(f"Turns cannot be read from {source} ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"{source} is not JSON ({error}).") from error
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{source} must hold a non-empty JSON list of turns.")
+    for number, turn in enumerate(turns, 1):
+        _check(turn, f"turn {number} of {source}")
+    return turns
+
+
+def _check(turn: Any, where: str) -> None:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where} is no JSON object.")
+    for key, value in turn.items():
+        if key not in _KEYS:
+            raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(_KEYS)}.")
+        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
+            raise InputError(f"{where}: {key!r} must be {' or '.join(t.__name__ for t in _KEYS[key])}, not {value!r}.")
+    if "append" in turn and "messages" in turn:
+        raise InputError(f"{where} has both 'append' and 'messages'; give one of them.")
+
+
+def play(team: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Play checked turns in one context; yields each turn's figures as it ends."""
+    for name in {turn.get("model", BASE) for turn in turns}:
+        team.adapter(name)  # an unknown name is said before anything runs
+    context = team.context()
+    for turn in turns:
+        content = turn.get("append") or turn.get("messages")
+        if content:
+            context.append(content)
+        options = {key: turn[key] for key in _OPTIONS if key in turn}
+        yield asdict(context.generate(turn.get("model", BASE), **options))
