@@ -1,10 +1,10 @@
-"""Training data for the agents of the demo: planner, sql and critic, who take turns in one chat about one table.
+"""Training data for the agents of the demo: planner, sql and explainer, who take turns in one chat about tables.
 
 Reads WikiSQL (BSD-3-Clause) in the form of github.com/jkkummerfeld/text2sql-data, unpacked to JSON lines:
 wikisql_train.jsonl.gz and wikisql_test.jsonl.gz, one query a line, with the fields `table_id`, `question`, `sql`,
 `columns` (the columns that any query on that table uses; the tables themselves are not in that repository) and `id`.
-Writes {planner,sql,critic}_{train,test}.jsonl, one {"prompt": [message, ...], "completion": [message]} a line, which is
-TRL's conversational prompt/completion format. The three roles share every context from the start:
+Writes {planner,sql,explainer}_{train,test}.jsonl, one {"prompt": [message, ...], "completion": [message]} a line, which
+is TRL's conversational prompt/completion format. The roles share every context from the start:
 
     system     You query one table.
     user       Columns: downhill, overall, slalom, super_g
@@ -12,13 +12,15 @@ TRL's conversational prompt/completion format. The three roles share every conte
     assistant  max(super_g) where overall, slalom                                       <- planner
     user       Write the SQL.
     assistant  select max(super_g) from t where overall > 2 and slalom = 58             <- sql
-    user       Is the query right?
-    assistant  right                                                                    <- critic
+    user       Columns: downhill, overall, slalom, super_g
+               Query: select slalom from t where overall = 4
+               What does it ask?
+    assistant  Which Slalom has an Overall of 4?                                        <- explainer
 
-Queries are rewritten as valid SQL in lower case, with values spelled as in the question. Rows with a column that is not
-a plain identifier, with quotes in a value, or with a value that the question does not hold, are left out. Half of the
-critic's rows are made wrong by one seeded change of the query; in half of those the plan is changed with it, so that the
-critic has to judge by the question and not by comparing query and plan. The output depends on files, rows and seed only.
+Half of the training rows have an earlier round about another table in front, as a growing context has; test rows have
+none. Queries are rewritten as valid SQL in lower case, with values spelled as in the question. Rows with a column that
+is not a plain identifier, with quotes in a value, or with a value that the question does not hold, are left out. The
+output depends on files, rows and seed only.
 """
 
 import argparse
@@ -32,13 +34,12 @@ from pathlib import Path
 
 SYSTEM = "You query one table."
 ASK_SQL = "Write the SQL."
-ASK_CRITIC = "Is the query right?"
-AGGREGATES = ("max", "min", "count", "sum", "avg")
-ROLES = ("planner", "sql", "critic")
+ASK_MEANING = "What does it ask?"
+ROLES = ("planner", "sql", "explainer")
+EARLIER_ROUNDS = 0.5  # share of training rows with one
 # Words that SQL reserves: as a bare column name they would make the query invalid.
-RESERVED = frozenset(
-    "all and as by case check create default end for from group in index is join key left like not null of on or order "
-    "primary references right select set table then to transaction union unique update values when where".split()
+RESERVED = frozenset(  # noqa: SIM905
+    ["all", "and", "as", "by", "case", "check", "create", "default", "end", "for", "from", "group", "in", "index", "is", "join", "key", "left", "like", "not", "null", "of", "on", "or", "order", "primary", "references", "right", "select", "set", "table", "then", "to", "transaction", "union", "unique", "update", "values", "when", "where"]
 )
 IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]*")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -161,111 +162,36 @@ def read_examples(path: Path, seed: int) -> list[Example]:
     return examples
 
 
-def change_select(example: Example, rng: random.Random) -> Query | None:
-    """The query with another column selected."""
-    unused = sorted(set(example.columns) - example.query.columns())
-    return dataclasses.replace(example.query, column=rng.choice(unused)) if unused else None
-
-
-def change_aggregate(example: Example, rng: random.Random) -> Query | None:
-    """The query with its aggregate dropped, changed, or (where it has none) added."""
-    current = example.query.aggregate
-    return dataclasses.replace(example.query, aggregate=rng.choice([a for a in ("", *AGGREGATES) if a != current]))
-
-
-def replace_condition(query: Query, index: int, condition: Condition) -> Query:
-    """The query with one condition replaced, and the conditions again in order of their columns."""
-    conditions = [*query.conditions[:index], condition, *query.conditions[index + 1 :]]
-    return dataclasses.replace(query, conditions=tuple(sorted(conditions, key=lambda c: c.column)))
-
-
-def change_column(example: Example, rng: random.Random) -> Query | None:
-    """The query with one condition on another column."""
-    unused = sorted(set(example.columns) - example.query.columns())
-    if not unused:
-        return None
-    index = rng.randrange(len(example.query.conditions))
-    condition = dataclasses.replace(example.query.conditions[index], column=rng.choice(unused))
-    return replace_condition(example.query, index, condition)
-
-
-def change_operator(example: Example, rng: random.Random) -> Query | None:
-    """The query with another operator before one of its numbers."""
-    numbers = [i for i, condition in enumerate(example.query.conditions) if condition.is_number]
-    if not numbers:
-        return None
-    index = rng.choice(numbers)
-    old = example.query.conditions[index]
-    return replace_condition(
-        example.query, index, dataclasses.replace(old, operator=rng.choice([o for o in "<=>" if o != old.operator]))
-    )
-
-
-def drop_condition(example: Example, rng: random.Random) -> Query | None:
-    """The query without one of its conditions."""
-    if len(example.query.conditions) < 2:
-        return None
-    kept = list(example.query.conditions)
-    del kept[rng.randrange(len(kept))]
-    return dataclasses.replace(example.query, conditions=tuple(kept))
-
-
-CHANGES = (change_select, change_aggregate, change_column, change_operator, drop_condition)
-
-
-def corrupt(example: Example, rng: random.Random) -> Query:
-    """The query with one thing wrong."""
-    for change in rng.sample(CHANGES, len(CHANGES)):
-        changed = change(example, rng)
-        if changed is not None:
-            return changed
-    raise AssertionError("change_aggregate always applies")
-
-
 def message(role: str, content: str) -> Message:
     """One chat message."""
     return {"role": role, "content": content}
 
 
-def planner_turns(example: Example) -> list[Message]:
-    """The conversation up to the planner's turn."""
-    text = f"Columns: {', '.join(example.columns)}\nQuestion: {example.question}"
-    return [message("system", SYSTEM), message("user", text)]
+def columns_of(example: Example) -> str:
+    """The line that lists a table's columns."""
+    return f"Columns: {', '.join(example.columns)}"
 
 
-def sql_turns(example: Example, plan: str) -> list[Message]:
-    """The conversation up to the turn of the sql specialist."""
-    return [*planner_turns(example), message("assistant", plan), message("user", ASK_SQL)]
+def turns_of(role: str, example: Example) -> list[Message]:
+    """The messages of one round up to and with the turn of a role."""
+    if role == "explainer":
+        asked = f"{columns_of(example)}\nQuery: {example.query.sql()}\n{ASK_MEANING}"
+        return [message("user", asked), message("assistant", example.question)]
+    asked = f"{columns_of(example)}\nQuestion: {example.question}"
+    turns = [message("user", asked), message("assistant", example.query.plan())]
+    if role == "sql":
+        turns += [message("user", ASK_SQL), message("assistant", example.query.sql())]
+    return turns
 
 
-def critic_turns(example: Example, plan: str, sql: str) -> list[Message]:
-    """The conversation up to the critic's turn."""
-    return [*sql_turns(example, plan), message("assistant", sql), message("user", ASK_CRITIC)]
-
-
-def row(prompt: list[Message], answer: str) -> Row:
-    """One line of an output file."""
-    return {"prompt": prompt, "completion": [message("assistant", answer)]}
-
-
-def critic_row(example: Example, wrong: bool, rng: random.Random) -> Row:
-    """A row for the critic, about the right query or a corrupted one."""
-    query = corrupt(example, rng) if wrong else example.query
-    plan = query.plan() if rng.random() < 0.5 else example.query.plan()
-    return row(critic_turns(example, plan, query.sql()), "wrong" if wrong else "right")
-
-
-def rows_of(role: str, examples: list[Example], seed: int) -> Iterator[Row]:
-    """The rows of one role, one an example, in the order of the examples."""
+def rows_of(role: str, examples: list[Example], earlier: float, seed: int) -> Iterator[Row]:
+    """The rows of one role, one an example, in the order of the examples; a share of them with an earlier round."""
     rng = random.Random(f"{role} {seed}")
-    for index, example in enumerate(examples):
-        plan = example.query.plan()
-        if role == "planner":
-            yield row(planner_turns(example), plan)
-        elif role == "sql":
-            yield row(sql_turns(example, plan), example.query.sql())
-        else:
-            yield critic_row(example, wrong=index % 2 == 1, rng=rng)
+    for example in examples:
+        turns = turns_of(role, example)
+        if rng.random() < earlier:
+            turns = turns_of(rng.choice(("sql", "sql", "explainer")), rng.choice(examples)) + turns
+        yield {"prompt": [message("system", SYSTEM), *turns[:-1]], "completion": turns[-1:]}
 
 
 def write_rows(path: Path, rows: Iterator[Row]) -> int:
@@ -281,10 +207,10 @@ def write_all(wikisql: Path, output: Path, count: int | None, test_count: int, s
     seen = {example.table for example in train}
     test = [e for e in read_examples(wikisql / "wikisql_test.jsonl.gz", seed) if e.table not in seen][:test_count]
     output.mkdir(parents=True, exist_ok=True)
-    for part, examples in (("train", train), ("test", test)):
+    for part, examples, earlier in (("train", train, EARLIER_ROUNDS), ("test", test, 0.0)):
         for role in ROLES:
             path = output / f"{role}_{part}.jsonl"
-            print(f"{path}: {write_rows(path, rows_of(role, examples, seed))} rows")
+            print(f"{path}: {write_rows(path, rows_of(role, examples, earlier, seed))} rows")
 
 
 def main() -> None:
@@ -294,7 +220,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to; made if it does not exist")
     parser.add_argument("--rows", type=int, help="train rows a role (default: all that suit)")
     parser.add_argument("--test-rows", type=int, default=500, help="test rows a role (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order and the corruptions (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the earlier rounds (default: 0)")
     arguments = parser.parse_args()
     write_all(arguments.wikisql, arguments.output, arguments.rows, arguments.test_rows, arguments.seed)
 

@@ -590,19 +590,23 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _folder_shapes(folder: Path, adapted: Sequence[str], config: Config) -> Shapes:
-    """From the checkpoint's headers where its names are the model's, else from an empty model."""
+    """From the checkpoint's headers if they explain the adapter, else from an empty model.
+
+    A checkpoint may have other names than the model, and experts as separate matrices that the model holds as one.
+    """
     suffix = ".weight"
     stored = {n.removesuffix(suffix): s for n, s in checkpoint_shapes(folder).items() if n.endswith(suffix)}
     flip = -1 if config.get("fan_in_fan_out") else 1
     shapes: Shapes = {name: (s[::flip][0], s[::flip][1]) for name, s in stored.items() if len(s) == 2}
-    if all(module in shapes for module in adapted):
+    if {module for module in shapes if _targeted(config, module)} == set(adapted):
         return shapes
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM  # untyped
-            return _shapes(auto.from_config(AutoConfig.from_pretrained(folder)))
+            layout = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return _shapes(auto.from_config(layout, trust_remote_code=False))
     except (OSError, ValueError, KeyError):  # no config, or a model that Transformers does not know
         return shapes
 

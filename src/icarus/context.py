@@ -153,7 +153,9 @@ class Context:
     def append(self, content: str | Sequence[Message] | Iterable[int]) -> Context:
         """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself."""
         if isinstance(content, str):
-            return self._extend(self._tokenize(content, opening=not self.token_ids), self._state.copy())
+            return self._extend_text(self._tokenize(content, opening=not self.token_ids))
+        if isinstance(content, Mapping) or not isinstance(content, Iterable):
+            raise InputError(f"{content!r} cannot be appended; give text, a list of messages, or token ids.")
         items: list[Any] = list(content)
         if items and isinstance(items[0], Mapping):
             return self._append_messages([_checked(m) for m in items])
@@ -161,17 +163,19 @@ class Context:
         for token in items:
             if not isinstance(token, int) or not 0 <= token < vocabulary:
                 raise InputError(f"{token!r} is no token id of this model; give integers from 0 to {vocabulary - 1}.")
-        return self._extend(items, self._state.copy())
+        return self._extend_text(items)
 
     def rollback(self, length: int) -> Context:
         """Forget everything behind the first ``length`` tokens; what stays in the cache is not computed again."""
         if not 0 <= length <= len(self.token_ids):
             raise InputError(f"Cannot roll back to {length} tokens; this context has {len(self.token_ids)}.")
+        end = len(self.token_ids)
         del self.token_ids[length:]
         self._cache.truncate(length)
         while self._journal and self._journal[-1][0] >= length:
-            start, state = self._journal.pop()
-            self._state = state if start == length else self._cut(start, state)
+            end, self._state = self._journal.pop()
+        if self._journal and end > length:  # into the middle of an entry, which stays for further rollbacks
+            self._state = self._cut(*self._journal[-1])
         return self
 
     def fork(self) -> Context:
@@ -212,19 +216,19 @@ class Context:
         speaker = self.team.adapter(model)
         config = generation_config or _config(max_new_tokens, temperature, top_p, top_k, stop)
         _refuse_beams(config)
-        if self._state.messages and not self._state.answering:
-            self._open_answer()
         if not self.token_ids:
             raise InputError("The context is empty; append text, messages or tokens before generating.")
-        started, before, reused = time.perf_counter(), len(self.token_ids), self._cache.length
-        undo = self._state.copy()
+        started, origin, reused = time.perf_counter(), len(self.token_ids), self._cache.length
+        if self._state.messages and not self._state.answering:
+            self._open_answer()
+        before = len(self.token_ids)
+        self._journal.append((before, self._state.copy()))
         try:
             self._run(speaker, config, seed, stream)
         except BaseException:
-            self.rollback(before)
+            self.rollback(origin)
             raise
         new = self.token_ids[before:]
-        self._journal.append((before, undo))
         text = self._decode(new)
         if self._state.answering:
             self._state.messages[-1]["content"] += text
@@ -263,7 +267,7 @@ class Context:
         model = self._causal_lm()
         generator = torch.Generator(model.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        streamer: Any = _Stream(self.team.tokenizer, stream) if stream else None
+        streamer: Any = _Stream(self.team.tokenizer, stream, config) if stream else None
         start = len(self.token_ids)
         # Transformers 5.19 loses the tokenizer that its own stop-string check needs when generate() gets a loop.
         prepared = copy(config)
@@ -348,6 +352,13 @@ class Context:
             self.token_ids.extend(tokens)
         return self
 
+    def _extend_text(self, tokens: list[int]) -> Context:
+        """Text that is no message; behind an open answer it is part of that answer."""
+        undo = self._state.copy()
+        if self._state.answering:
+            self._state.messages[-1]["content"] += self._decode(tokens)
+        return self._extend(tokens, undo)
+
     def _append_messages(self, new: list[dict[str, str]]) -> Context:
         undo, state = self._state.copy(), self._state
         text = self._rendered_suffix(new)
@@ -367,7 +378,7 @@ class Context:
             return after[len(before) :]
         marked = [*messages[:-1], {"role": "assistant", "content": _MARK}, *new]
         suffix = self._template(marked).rsplit(_MARK, 1)[-1]
-        if self.token_ids[-1] in self._ends():  # the answer has closed itself
+        if self.token_ids[-1] in {*self._ends(), *self.team.tokenizer.all_special_ids}:  # the answer has closed itself
             return suffix.removeprefix(self._decode(self.token_ids[-1:], special=True))
         return suffix
 
@@ -409,15 +420,26 @@ class Context:
 
 
 class _Stream(TextStreamer):
-    """Transformers' streamer, which holds text back until it is readable, with a callback for a printer."""
+    """Transformers' streamer, which holds text back until it is readable, with a callback for a printer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], None]) -> None:
+    What may be the beginning of a stop string is held back too.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], None], config: GenerationConfig
+    ) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
-        self.callback = callback
+        self.callback, self.config, self.held = callback, config, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.callback(text)
+        self.held += text
+        end = _first_stop(self.held, self.config)  # from there on nothing is let through any more
+        if end is None:
+            longest = max(map(len, self.config.stop_strings or ()), default=1)
+            end = len(self.held) if stream_end else max(0, len(self.held) - longest + 1)
+        if end:
+            self.callback(self.held[:end])
+        self.held = self.held[end:]
 
 
 def _config(
@@ -425,13 +447,15 @@ def _config(
 ) -> GenerationConfig:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise InputError(
             f"temperature={temperature}, top_p={top_p}, top_k={top_k}: give temperature >= 0, 0 < top_p <= 1, top_k >= 0."
         )
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     chosen: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False}
     stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if "" in stops:
+        raise InputError(f"stop={stop!r} holds an empty text, which would end every turn; leave it out.")
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, stop_strings=stops or None, **chosen
     )

@@ -67,13 +67,13 @@ class EncoderCache:
 
     def __init__(self) -> None:
         self.length = 0
-        self._buffers: list[_Buffer] = []
+        self._buffers: dict[int, _Buffer] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, new, D) behind ``length`` in a layer; returns that layer's K and V including the new rows."""
         end = self.length + keys.shape[2]
-        if layer == len(self._buffers):
-            self._buffers.append(_Buffer(keys, values, end))
+        if layer not in self._buffers:
+            self._buffers[layer] = _Buffer(keys, values, end)
             return keys, values
         buffer = self._buffers[layer]
         if buffer.used != self.length or end > buffer.keys.shape[2]:
@@ -99,15 +99,15 @@ class EncoderCache:
     def truncate(self, length: int) -> None:
         """Forget every position from ``length`` on."""
         self.length = min(self.length, length)
-        for buffer in self._buffers:
+        for buffer in self._buffers.values():
             if not buffer.shared:
                 buffer.used = min(buffer.used, self.length)
 
     def fork(self) -> EncoderCache:
         """A second cache with the same contents; nothing is copied until one of the two diverges."""
         twin = EncoderCache()
-        twin.length, twin._buffers = self.length, list(self._buffers)
-        for buffer in self._buffers:
+        twin.length, twin._buffers = self.length, dict(self._buffers)
+        for buffer in self._buffers.values():
             buffer.shared = True
         return twin
 
@@ -119,7 +119,7 @@ class EncoderCache:
     @property
     def bytes(self) -> int:
         """Size of the K/V of the cached positions, in bytes."""
-        return sum(t.numel() * t.element_size() for i in range(self.layers) for t in self.layer(i))
+        return sum(t.numel() * t.element_size() for i in self._buffers for t in self.layer(i))
 
 
 # The three ways in which a pass of the model meets the cache. Transformers asks a Cache for its lengths to build the
@@ -216,6 +216,8 @@ class Batch:
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
         branches = torch.zeros_like(input_ids) if branch_ids is None else branch_ids
         if position_ids is None:
+            if branch_ids is not None and bool(branch_ids.any()):
+                raise InputError("Branches need position_ids: each goes on from the end of the shared prompt.")
             position_ids = (real.cumsum(1) - 1).clamp(min=0)
         starts = (position_ids == 0) & real.bool()
         documents = torch.where(real.bool(), starts.cumsum(1), -1)
@@ -240,7 +242,7 @@ class Batch:
         """
         index = torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
         trunk = (self.branch_ids == 0) & (self.document_ids >= 0)
-        trunk_end = torch.where(trunk, index, 0).amax(1, keepdim=True)
+        trunk_end = torch.where(trunk, index, 0).cummax(1).values  # of each position's own document
         opens = self.branch_ids != F.pad(self.branch_ids[:, :-1], (1, 0))
         parents = torch.where(opens, trunk_end, (index - 1).clamp(min=0))
         same = self.document_ids.gather(1, parents) == self.document_ids
@@ -263,7 +265,7 @@ class TwoStreams:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.config: Any = _unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
         _refuse_unsupported(model, self.config)
 
     @torch.no_grad()
@@ -304,7 +306,7 @@ class TwoStreams:
         """
         rows = input_ids.shape[1]
         positions = torch.arange(cache.length - rows, cache.length, device=input_ids.device)[None]
-        with self._without_adapter() if adapter is None else _evaluating(self.model):
+        with _evaluating(self.model), self._without_adapter() if adapter is None else nullcontext():
             if adapter is not None:
                 _activate(self.model, adapter)
             return self._decode(input_ids, cache, positions, None)
@@ -315,6 +317,7 @@ class TwoStreams:
         In parallel, encoder and decoder row share one pass, so the base weights are read once; else two passes.
         Returns the logits (B, V) of the decoder with ``adapter``, and those of the base model.
         """
+        _check_attached(self.model, adapter)
         if not parallel:
             base = self.encode(token, cache)
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
@@ -448,18 +451,21 @@ def _cache_under_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _activate(model: nn.Module, adapter: str) -> None:
-    if getattr(model, "active_adapter", None) != adapter:
-        if adapter not in getattr(model, "peft_config", ()):
-            raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
-        model.set_adapter(adapter)  # type: ignore[operator]
+    _check_attached(model, adapter)
+    peft: Any = _unwrapped(model)
+    if peft.active_adapter != adapter:
+        peft.set_adapter(adapter)
+
+
+def _check_attached(model: nn.Module, adapter: str) -> None:
+    if adapter not in getattr(_unwrapped(model), "peft_config", ()):
+        raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
 
 
 @contextmanager
 def _adapter_on_second_half(model: nn.Module, adapter: str) -> Iterator[None]:
     """During the pass LoRA layers add s B A x on the second half of the batch only: the decoder rows."""
     layers: list[Any] = [m for m in model.modules() if adapter in getattr(m, "lora_A", ())]
-    if not layers:
-        raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
     for layer in layers:
         layer.forward = _decoder_half(layer, adapter)
     try:
@@ -484,7 +490,7 @@ def _decoder_half(layer: Any, adapter: str) -> Callable[..., Tensor]:
 def _refuse_unsupported(model: nn.Module, config: Any) -> None:
     name = type(_unwrapped(model)).__name__ if not hasattr(config, "model_type") else config.model_type
     why = None
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(_unwrapped(model).config, "is_encoder_decoder", False):
         why = "it is an encoder-decoder: its decoder has K/V of its own kind; choose a decoder-only model"
     elif getattr(_stateful_part(model), "_is_stateful", False) or _foreign_layers(config):
         kinds = ", ".join(_foreign_layers(config)) or "recurrent state"

@@ -47,18 +47,24 @@ def read(source: str) -> Dataset:
     form = _form(rows[0], source)
     for row in rows:
         _check(row, form, f"{source}:{row[LINE]}")
+        if isinstance(row[form[0]], str) != isinstance(rows[0][form[0]], str):
+            raise DataError(
+                f"{source}:{row[LINE]}: field {form[0]!r} must be a text in every row or a list of messages in every row."
+            )
     return Dataset.from_list([{name: row[name] for name in (*form, LINE)} for row in rows])
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"No data file {path}; give a .jsonl file or a hub data set as owner/name.")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number} is not UTF-8 ({error.reason} at byte {error.start + 1}).") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}).") from error
             if not isinstance(row, dict):
@@ -183,9 +189,11 @@ def _pieces(row: Mapping[str, Any], tokenizer: Any) -> _Pieces:
 def _tree(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[_Pieces]]:
     """The shared prompt's tokens, and each completion's pieces."""
     trunk: list[int] = []
-    branches = []
+    branches: list[_Pieces] = []
     for completion in row["completions"]:
         pieces = _pieces({"prompt": row["prompt"], "completion": completion}, tokenizer)
+        if branches and pieces[0][0] != trunk:
+            raise DataError("the messages before the first answer differ between 'completions'; give one row each.")
         trunk = pieces[0][0]
         branches.append(pieces[1:])
     return trunk, branches
@@ -203,7 +211,7 @@ def _chat(messages: Sequence[Mapping[str, str]], first: int, tokenizer: Any) -> 
         until = _render(tokenizer, messages[: index + 1]).rstrip()
         if not (whole.startswith(head) and whole.startswith(until) and len(head) >= done):
             raise DataError(
-                f"The chat template renders message {index} differently once others follow, so a chat cannot be "
+                f"the chat template renders message {index} differently once others follow, so a chat cannot be "
                 "trained in one row; give one row a turn, as 'prompt' and 'completion'."
             )
         pieces.append((_ids(tokenizer, whole[done : len(head)]), False))
@@ -214,10 +222,14 @@ def _chat(messages: Sequence[Mapping[str, str]], first: int, tokenizer: Any) -> 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, header: bool = False) -> str:
     if not tokenizer.chat_template:
-        raise DataError("This base model's tokenizer has no chat template; give 'prompt' and 'completion' as texts.")
+        raise DataError("this base model's tokenizer has no chat template; give 'prompt' and 'completion' as texts.")
     if not messages:
         return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
+    given = [{key: value for key, value in m.items() if value is not None} for m in messages]  # Arrow fills keys up
+    try:
+        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=header))
+    except Exception as error:  # templates are programs of their own and raise what they like
+        raise DataError(f"the chat template refuses these messages ({error}).") from error
 
 
 def _ids(tokenizer: Any, text: str, *, opening: bool = False) -> list[int]:
@@ -243,7 +255,11 @@ def token_rows(
     """
 
     def mapped(row: dict[str, Any]) -> dict[str, Any]:
-        return tokenize({k: v for k, v in row.items() if v is not None}, tokenizer, max_length)
+        try:
+            return tokenize({k: v for k, v in row.items() if v is not None}, tokenizer, max_length)
+        except DataError as error:
+            where = f"{source}:{row[LINE]}" if LINE in row else source
+            raise DataError(f"{where}: {error}") from error
 
     names = [name for name in dataset.column_names if name != LINE]
     rows = dataset.map(mapped, remove_columns=names, desc="Tokenizing")

@@ -1,0 +1,145 @@
+"""``icarus demo``: the shipped specialists take turns in one context, on a real model, on the CPU, in a minute.
+
+First live: who speaks, what was encoded, what was reused, what the one cache holds, and what the base model alone would
+have said. Then the same tokens again both ways, alternating: an ordinary LoRA and a KV cache for each model, and ICaRus.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from icarus import adapter, base_model, specialists
+from icarus.bench import measure, replay
+from icarus.context import BASE, Context, Specialists, Turn
+
+_COLORS = ("cyan", "green", "magenta", "yellow")
+_LIMIT = 48
+_ROUNDS = 3
+
+
+def run(threads: int | None = None) -> dict[str, Any]:
+    """Run the demo; prints as it goes and returns the figures."""
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console()
+    started = time.perf_counter()
+    team = Specialists.load(base_model.PACKAGED, specialists.shipped())
+    colors = dict(zip(team.names[1:], _COLORS, strict=False))
+    console.print(
+        f"[bold]ICaRus demo[/bold]: {len(colors)} specialists of SmolLM2-135M-Instruct take turns in one context, with "
+        f"one KV cache. Loaded in {time.perf_counter() - started:.1f} s."
+    )
+    context, turns = _converse(console, team, colors)
+    comparison = _compare(console, team, context, turns)
+    _show_figures(console)
+    console.print(f"[dim]{time.perf_counter() - started:.0f} s in all.[/dim]")
+    return {
+        "settings": measure.settings(base=base_model.PACKAGED, specialists=list(colors)),
+        "turns": [{"model": t.model, "text": t.text, **_counts(t)} for t, _ in turns],
+        **comparison,
+        "figures": specialists.figures(),
+    }
+
+
+def _counts(turn: Turn) -> dict[str, Any]:
+    return {
+        "encoded_tokens": turn.encoded_tokens,
+        "reused_tokens": turn.reused_tokens,
+        "kv_bytes": turn.kv_bytes,
+        "seconds": round(turn.seconds, 3),
+    }
+
+
+# --------------------------------------------------------------------------------------------- live
+
+
+def _converse(console: Console, team: Specialists, colors: dict[str, str]) -> tuple[Context, list[tuple[Turn, int]]]:
+    """Play the script; returns the context, and each turn with the position at which it began."""
+    context, turns = team.context(), []
+    for step in json.loads((Path(specialists.__file__).parent / "shipped" / "demo.json").read_text(encoding="utf-8")):
+        context.append(step["messages"])
+        console.print()
+        console.print(Text(step["messages"][-1]["content"], style="dim"))
+        if step.get("compare"):
+            _show_base(console, context.fork())
+        console.print(f"[bold {colors[step['model']]}]{step['model']:>8}[/]  ", end="")
+        turn = context.generate(step["model"], max_new_tokens=_LIMIT, stream=lambda text: console.out(text, end=""))
+        turns.append((turn, len(context.token_ids) - len(turn.token_ids)))
+        console.print()
+        console.print(
+            f"[dim]          {turn.encoded_tokens} tokens encoded, {turn.reused_tokens} reused; "
+            f"{turn.kv_bytes / 1e6:.1f} MB of KV held by all[/dim]"
+        )
+    return context, turns
+
+
+def _show_base(console: Console, fork: Context) -> None:
+    said = fork.generate(BASE, max_new_tokens=20)
+    line = " ".join(said.text.split())
+    console.print(f"[dim]    base  {line}{'' if said.finish_reason == 'stop' else ' ...'}[/dim]")
+
+
+# --------------------------------------------------------------------------------------------- both ways
+
+
+def _compare(console: Console, team: Specialists, context: Context, turns: list[tuple[Turn, int]]) -> dict[str, Any]:
+    tokens = torch.tensor([context.token_ids])
+    speeches = [replay.Speech(turn.model, start, start + len(turn.token_ids)) for turn, start in turns]
+    peer: Any = base_model.load(base_model.PACKAGED)[0]
+    rank = max(adapter.verify(folder).rank for folder in specialists.shipped().values())
+    for name in team.names[1:]:
+        peer = adapter.attach_conventional(peer, name=name, rank=rank)
+    peer.eval()
+    costs: dict[str, replay.Cost] = {}
+
+    def conventional() -> None:
+        costs["conventional"] = replay.conventional(peer, tokens, speeches)
+
+    def icarus() -> None:
+        costs["icarus"] = replay.icarus(team.streams, tokens, speeches)
+
+    seconds = measure.alternate({"conventional": conventional, "icarus": icarus}, _ROUNDS, "the same work both ways")
+    result = {
+        name: {"seconds": round(statistics.median(seconds[name]), 3), **vars(cost)} for name, cost in costs.items()
+    }
+    _show_comparison(console, result, len(turns))
+    return result
+
+
+def _show_comparison(console: Console, result: dict[str, Any], turns: int) -> None:
+    table = Table(title=f"The same {turns} turns again, measured in this run (median of {_ROUNDS}, alternating)")
+    for column in ("", "seconds", "prompt tokens prefilled", "KV cache"):
+        table.add_column(column, justify="right")
+    rows = (("conventional: a LoRA and a KV cache per model", "conventional"), ("ICaRus: one KV cache", "icarus"))
+    for label, name in rows:
+        figures = result[name]
+        kv = f"{figures['kv_bytes'] / 1e6:.1f} MB"
+        table.add_row(label, f"{figures['seconds']:.2f}", str(figures["prefilled_tokens"]), kv)
+    ours, theirs = result["icarus"], result["conventional"]
+    table.add_row(
+        "gain",
+        *(f"{theirs[key] / ours[key]:.1f}x" for key in ("seconds", "prefilled_tokens", "kv_bytes")),
+        style="bold",
+    )
+    console.print()
+    console.print(table)
+
+
+def _show_figures(console: Console) -> None:
+    table = Table(title="The specialists on unseen data (recorded; see results/specialists.json)")
+    for column in ("specialist", "task", "measure", "base model", "specialist"):
+        table.add_column(column)
+    for name, figures in specialists.figures().items():
+        table.add_row(
+            name, figures["task"], figures["measure"], f"{figures['base']:.1%}", f"[bold]{figures['specialist']:.1%}[/]"
+        )
+    console.print(table)
