@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from reference import Shape
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from reference import Shape
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -71,7 +72,7 @@ def with_adapters(model: nn.Module, names: Iterable[str] = ("one", "two"), seed:
     adapted: Any = model
     for name in names:
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
-        if adapted is model:
+        if not isinstance(adapted, PeftModel):
             adapted = get_peft_model(model, config, adapter_name=name)
         else:
             adapted.add_adapter(name, config)

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-from conftest import FAMILIES, VOCAB, lora_of, shape_of, tiny, tokens, with_adapters
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 from transformers import DynamicCache
 
+import reference
+from conftest import FAMILIES, VOCAB, lora_of, shape_of, tiny, tokens, with_adapters
 from icarus import streams as under_test
 from icarus.errors import InputError, UnsupportedModelError
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
@@ -143,7 +143,11 @@ def _assert_kv_is_the_bases(streams: TwoStreams, base: Any, parallel: bool) -> N
         for token in made:
             base(token.expand(1 + parallel, 1), past_key_values=past)
     want = [t[:1] for layer in past.layers for t in (layer.keys, layer.values)]
-    assert _equal(_kv(cache), want)
+    if parallel and base.config.model_type == "qwen3_moe":
+        # Each expert's matmul has as many rows as chose it, and the decoder row chooses too: no equal shapes.
+        torch.testing.assert_close(_kv(cache), want, **ROUNDING)
+    else:
+        assert _equal(_kv(cache), want)
 
 
 @all_families
@@ -201,8 +205,8 @@ def _rows(left: bool) -> tuple[Batch, list[Batch]]:
 
 def _packed() -> tuple[Batch, list[Batch]]:
     rows = [DOCUMENTS[:2], DOCUMENTS[2:]]
-    ids, labels = ([sum((d[i] for d in row), []) for row in rows] for i in (0, 1))
-    positions = [sum((list(range(len(d[0]))) for d in row), []) for row in rows]
+    ids, labels = ([[t for d in row for t in d[i]] for row in rows] for i in (0, 1))
+    positions = [[i for d in row for i in range(len(d[0]))] for row in rows]
     real = _padded([[1] * len(r) for r in ids], 0)
     return Batch.of(_padded(ids, 0), _padded(labels, IGNORED), real, _padded(positions, 0)), _separate()
 
@@ -337,6 +341,17 @@ def test_dropout_is_for_the_decoder_alone_and_modes_are_restored() -> None:
     assert len(losses) == 2
 
 
+def test_distributed_data_parallel_trains_the_same(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, streams = _adapted(), TwoStreams(torch.nn.parallel.DistributedDataParallel(_adapted().model))
+        _assert_same(_trained(streams, [_packed()[0]]), _trained(plain, [_packed()[0]]), 1e-6)
+        streams.encode(ids := tokens(1, 9), cache := EncoderCache())
+        assert torch.equal(streams.decode(ids, cache, "two"), plain.decode(ids, cache, "two"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------- 4: gradient checkpointing
 
 
@@ -353,7 +368,7 @@ def test_gradient_checkpointing_trains_the_same(family: str) -> None:
     plain = _adapted(family)
     plain.model.train()
     streams, ran = _checkpointed(family), []
-    streams.model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: ran.append(1))
+    streams.model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     _assert_same(_trained(streams, [batch]), _trained(plain, [batch]), 1e-6)
     assert len(ran) == 3  # encoder, decoder, and the decoder once more on the way back
     assert not any(getattr(m, "_can_checkpoint_with_cache", False) for m in streams.model.modules())
@@ -382,7 +397,6 @@ def test_a_layer_without_the_cache_is_refused_not_trained_as_plain_lora(
     right = _trained(_adapted(), [batch], everywhere=True)
     if how.startswith("checkpointed"):
         streams = _checkpointed("llama")
-        monkeypatch.setattr(under_test, "_cache_under_checkpointing", under_test._evaluating.__wrapped__)
         monkeypatch.setattr(under_test, "_cache_under_checkpointing", _switch_forced_off)
     else:
         streams = _adapted()
@@ -390,9 +404,8 @@ def test_a_layer_without_the_cache_is_refused_not_trained_as_plain_lora(
     with pytest.raises(UnsupportedModelError, match="did not ask the cache"):
         streams.loss(batch, everywhere=True)
     monkeypatch.setattr(TwoStreams, "_check_complete", lambda *_: None)  # what the guard prevents:
-    if how.startswith("checkpointed"):
-        with _must_fail():
-            _assert_same(_trained(streams, [batch], everywhere=True), right, 0.01)
+    with _must_fail():
+        _assert_same(_trained(streams, [batch], everywhere=True), right, 0.01)
 
 
 @contextmanager
@@ -414,8 +427,7 @@ def _assert_parallel_equals_sequential(streams: TwoStreams, sequences: int) -> N
             assert a.shape == (sequences, VOCAB)
             torch.testing.assert_close(a, b, **ROUNDING)
         assert not torch.allclose(*want, atol=0.05)  # the two rows are not the same
-    for a, b in zip(_kv(together), _kv(apart), strict=True):
-        torch.testing.assert_close(a, b, **ROUNDING)
+    torch.testing.assert_close(_kv(together), _kv(apart), **ROUNDING)
 
 
 @all_families
@@ -440,6 +452,32 @@ def test_that_parallel_test_sees_an_adapter_on_the_wrong_rows(rows: slice, monke
         _assert_parallel_equals_sequential(_adapted(), 3)
 
 
+@pytest.mark.parametrize("active", ["one", "two"])
+def test_adapters_with_different_targets_do_not_meet(active: str) -> None:
+    model = with_adapters(tiny(), ["one"], target_modules=["q_proj", "down_proj"])
+    streams = TwoStreams(with_adapters(model, ["two"], target_modules=["o_proj", "down_proj"]))
+    streams.encode(tokens(1, 9), cache := EncoderCache())
+    streams.decode(tokens(1, 1), cache, active)  # leaves this one active
+    _assert_parallel_equals_sequential(streams, 1)
+    together, apart = cache.fork(), cache.fork()
+    streams.decode(tokens(1, 1), cache, active)
+    got, want = streams.step(tokens(1, 1), together, "one"), streams.step(tokens(1, 1), apart, "one", parallel=False)
+    torch.testing.assert_close(got, want, **ROUNDING)
+    torch.testing.assert_close(_kv(together), _kv(apart), **ROUNDING)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_steps_of_a_model_in_training_have_no_dropout(parallel: bool) -> None:
+    streams, got = TwoStreams(with_adapters(tiny(attention_dropout=0.5), lora_dropout=0.5)), []
+    streams.model.gradient_checkpointing_enable()
+    for training in (False, True):
+        streams.model.train(training)
+        streams.encode(tokens(1, 9), cache := EncoderCache())
+        got.append([*streams.step(tokens(1, 1), cache, "one", parallel=parallel), *_kv(cache)])
+        assert streams.model.training == training
+    assert _equal(*got)
+
+
 def test_parallel_step_leaves_the_model_as_it_was() -> None:
     streams = _adapted()
     streams.encode(ids := tokens(1, 9), cache := EncoderCache())
@@ -455,15 +493,14 @@ def test_parallel_step_leaves_the_model_as_it_was() -> None:
 LAYERS = 2
 
 
-class Forks(RuleBasedStateMachine):
+class _Forks:
     """Forks of one cache beside plain concatenations of what was put into each."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.pairs = [(EncoderCache(), torch.empty(LAYERS, 0))]
-        self.written = 0.0
+        self.written = 0
 
-    def _pass(self, which: int, rows: int, layers: int) -> None:
+    def append(self, which: int, rows: int, layers: int = LAYERS) -> None:
         cache, plain = self.pairs[which]
         new = torch.arange(LAYERS * rows).float().view(LAYERS, rows) + self.written
         self.written += LAYERS * rows
@@ -476,28 +513,19 @@ class Forks(RuleBasedStateMachine):
             cache.length += rows
             self.pairs[which] = cache, torch.cat([plain, new], 1)
 
-    @rule(which=st.integers(0, 9), rows=st.integers(1, 5))
-    def append(self, which: int, rows: int) -> None:
-        self._pass(which % len(self.pairs), rows, LAYERS)
-
-    @rule(which=st.integers(0, 9), rows=st.integers(1, 5))
     def append_and_raise_midway(self, which: int, rows: int) -> None:
-        self._pass(which % len(self.pairs), rows, LAYERS - 1)
+        self.append(which, rows, LAYERS - 1)
 
-    @rule(which=st.integers(0, 9), length=st.integers(0, 12))
-    def truncate(self, which: int, length: int) -> None:
-        cache, plain = self.pairs[which % len(self.pairs)]
-        cache.truncate(length)
-        self.pairs[which % len(self.pairs)] = cache, plain[:, :length]
+    def truncate(self, which: int, fewer: int) -> None:
+        cache, plain = self.pairs[which]
+        cache.truncate(length := max(0, cache.length - fewer))
+        self.pairs[which] = cache, plain[:, :length]
 
-    @precondition(lambda self: len(self.pairs) < 5)
-    @rule(which=st.integers(0, 9))
-    def fork(self, which: int) -> None:
-        cache, plain = self.pairs[which % len(self.pairs)]
+    def fork(self, which: int, _: int) -> None:
+        cache, plain = self.pairs[which]
         self.pairs.append((cache.fork(), plain))
 
-    @invariant()
-    def contents_are_the_concatenations(self) -> None:
+    def check(self) -> None:
         for cache, plain in self.pairs:
             assert cache.length == plain.shape[1]
             if cache.layers == LAYERS:
@@ -508,35 +536,27 @@ class Forks(RuleBasedStateMachine):
                     assert torch.equal(values, -keys)
 
 
-def _run_forks() -> None:
-    checks = list(HealthCheck)
-    run_state_machine_as_test(
-        Forks,
-        settings=settings(
-            max_examples=120,
-            stateful_step_count=20,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            print_blob=False,
-            suppress_health_check=checks,
-        ),
-    )
+_ACTS = st.sampled_from(["append", "append", "append_and_raise_midway", "truncate", "fork"])
 
 
-def test_forks_never_disturb_one_another() -> None:
-    _run_forks()
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(_ACTS, st.integers(0, 20), st.integers(1, 5)), min_size=8, max_size=20))
+def test_forks_never_disturb_one_another(acts: list[tuple[str, int, int]]) -> None:
+    forks = _Forks()
+    for act, which, rows in acts:
+        getattr(forks, act)(which % len(forks.pairs), rows)
+        forks.check()
 
 
 def _append_in_place_always(cache: EncoderCache, layer: int, keys: Tensor, values: Tensor) -> Any:
-    if layer < len(cache._buffers):
+    if layer in cache._buffers:
         cache._buffers[layer].used = cache.length
     return _APPEND(cache, layer, keys, values)
 
 
 def _truncate_ignores_sharing(cache: EncoderCache, length: int) -> None:
     cache.length = min(cache.length, length)
-    for buffer in cache._buffers:
+    for buffer in cache._buffers.values():
         buffer.used = min(buffer.used, cache.length)
 
 
@@ -558,7 +578,7 @@ def test_that_fork_test_sees_a_cache_without_its_guards(
 ) -> None:
     monkeypatch.setattr(EncoderCache, method, mutant)
     with pytest.raises((AssertionError, RuntimeError)):
-        _run_forks()
+        test_forks_never_disturb_one_another()
 
 
 def test_fork_copies_nothing_until_the_two_diverge() -> None:
@@ -578,6 +598,12 @@ def test_fork_copies_nothing_until_the_two_diverge() -> None:
     assert not set(places(cache)) & set(origin)
     assert _equal([t[:, :, :11] for t in _kv(cache)], before)
     assert _equal([t[:, :, :11] for t in _kv(twin)], before)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_is_held_after_prefill_is_what_is_counted(family: str) -> None:
+    _adapted(family).encode(tokens(1, 10), cache := EncoderCache())
+    assert sum(t.untyped_storage().nbytes() for t in _kv(cache)) == cache.bytes == 3 * 2 * 2 * 16 * 4 * 10
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -731,6 +757,12 @@ def test_rows_with_loss_against_a_naive_loop(batch: Batch) -> None:
         got = [(int(r), int(t)) for r, t in zip(rows[row], targets[row], strict=True) if t != IGNORED]
         assert got == _naive(batch, row)
     assert rows.shape[1] == max(1, *(len(_naive(batch, row)) for row in range(len(rows))), 1)
+
+
+def test_branches_without_positions_are_refused() -> None:
+    ids = tokens(1, 6)
+    with pytest.raises(InputError, match="position_ids"):
+        Batch.of(ids, ids, branch_ids=torch.tensor([[0, 0, 1, 1, 2, 2]]))
 
 
 def test_a_batch_without_loss_is_zero_and_has_no_gradient_of_its_own() -> None:

@@ -273,11 +273,18 @@ class Context:
         prepared = copy(config)
         prepared.stop_strings = None
 
-        def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
+        def loop(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: GenerationConfig,  # ours, and the model's own where ours leaves something open
+            **_: Any,
+        ) -> Tensor:
             done = False
             while not done:
                 scores = logits_processor(input_ids, self._next_logits(speaker).float())
-                token = _pick(scores, config.do_sample, generator)
+                token = _pick(scores, generation_config.do_sample, generator)
                 self.token_ids.append(int(token))
                 if streamer:
                     streamer.put(token.view(1).cpu())
@@ -377,7 +384,9 @@ class Context:
                 raise InputError("The chat template rewrites earlier messages; append text or tokens instead.")
             return after[len(before) :]
         marked = [*messages[:-1], {"role": "assistant", "content": _MARK}, *new]
-        suffix = self._template(marked).rsplit(_MARK, 1)[-1]
+        _, found, suffix = self._template(marked).rpartition(_MARK)
+        if not found:
+            raise InputError("The chat template changes the text of an answer; append text or tokens instead.")
         if self.token_ids[-1] in {*self._ends(), *self.team.tokenizer.all_special_ids}:  # the answer has closed itself
             return suffix.removeprefix(self._decode(self.token_ids[-1:], special=True))
         return suffix

@@ -73,7 +73,7 @@ class EncoderCache:
         """Write (B, H, new, D) behind ``length`` in a layer; returns that layer's K and V including the new rows."""
         end = self.length + keys.shape[2]
         if layer not in self._buffers:
-            self._buffers[layer] = _Buffer(keys, values, end)
+            self._buffers[layer] = _Buffer(_own(keys), _own(values), end)
             return keys, values
         buffer = self._buffers[layer]
         if buffer.used != self.length or end > buffer.keys.shape[2]:
@@ -120,6 +120,11 @@ class EncoderCache:
     def bytes(self) -> int:
         """Size of the K/V of the cached positions, in bytes."""
         return sum(t.numel() * t.element_size() for i in self._buffers for t in self.layer(i))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A view of a fused projection would keep all of it in memory."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 # The three ways in which a pass of the model meets the cache. Transformers asks a Cache for its lengths to build the
@@ -323,7 +328,7 @@ class TwoStreams:
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
         view = _PairPass(cache)
         positions = torch.full((1, 1), cache.length, device=token.device)
-        with _adapter_on_second_half(self.model, adapter), torch.no_grad():
+        with _evaluating(self.model), _adapter_on_second_half(self.model, adapter), torch.no_grad():
             logits = self.model(
                 input_ids=torch.cat([token, token]), position_ids=positions, past_key_values=view, use_cache=True
             ).logits[:, -1]
@@ -465,7 +470,7 @@ def _check_attached(model: nn.Module, adapter: str) -> None:
 @contextmanager
 def _adapter_on_second_half(model: nn.Module, adapter: str) -> Iterator[None]:
     """During the pass LoRA layers add s B A x on the second half of the batch only: the decoder rows."""
-    layers: list[Any] = [m for m in model.modules() if adapter in getattr(m, "lora_A", ())]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     for layer in layers:
         layer.forward = _decoder_half(layer, adapter)
     try:
@@ -476,7 +481,10 @@ def _adapter_on_second_half(model: nn.Module, adapter: str) -> Iterator[None]:
 
 
 def _decoder_half(layer: Any, adapter: str) -> Callable[..., Tensor]:
-    base, down, up, scale = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+    base = layer.base_layer
+    if adapter not in layer.lora_A:  # it carries other adapters, one of which may be active
+        return lambda *args, **kwargs: base(*args, **kwargs)
+    down, up, scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = base(x, *args, **kwargs)
