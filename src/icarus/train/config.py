@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
+import yaml
 from trl import SFTConfig, TrlParser
 
 from icarus.errors import InputError
@@ -41,8 +42,14 @@ class TrainConfig:
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in OUTPUT.run"})
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank is {self.rank}; give at least 1.")
+        for name, kind in get_type_hints(TrainConfig).items():  # a recipe's values, which argparse does not check
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise InputError(f"{name} is {value!r}; give one of {', '.join(get_args(kind))}.")
+        if type(self.rank) is not int or self.rank < 1:
+            raise InputError(f"rank is {self.rank}; give a whole number from 1 on.")
+        if isinstance(self.targets, str):
+            raise InputError(f"targets is {self.targets!r}; give a list.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}; give 0 or more and less than 1.")
 
@@ -63,17 +70,26 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
 
 
+class _Parser(TrlParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; icarus train --help lists the flags.")
+
+
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
     """Flags, and ``--config recipe.yaml`` for their defaults; flags win.
 
     Raises:
         InputError: an unknown or missing setting, naming it.
     """
-    parser = TrlParser((TrainConfig, IcarusSFTConfig), prog="icarus train")
+    if arguments and arguments[-1] == "--config":
+        raise InputError("--config needs the name of a YAML file.")
+    parser = _Parser((TrainConfig, IcarusSFTConfig), prog="icarus train")
     try:
         config, sft = parser.parse_args_and_config([*arguments])
     except ValueError as error:
         raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
     except OSError as error:
         raise InputError(f"The config file could not be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"The config file is not YAML ({' '.join(str(error).split())}).") from error
     return config, sft

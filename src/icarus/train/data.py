@@ -49,7 +49,7 @@ def read(source: str) -> Dataset:
         _check(row, form, f"{source}:{row[LINE]}")
         if isinstance(row[form[0]], str) != isinstance(rows[0][form[0]], str):
             raise DataError(
-                f"{source}:{row[LINE]}: field {form[0]!r} must be a text in every row or a list of messages in every row."
+                f"{source}:{row[LINE]}: field {form[0]!r} must be a text or a list of messages, in every row alike."
             )
     return Dataset.from_list([{name: row[name] for name in (*form, LINE)} for row in rows])
 

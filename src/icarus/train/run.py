@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from icarus import adapter, base_model
@@ -32,6 +31,8 @@ def run(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     output = Path(config.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file, and an adapter is a directory; choose another --output.")
     checkpoint = _checkpoint(output, config.resume)
     rows = data.read(config.data)
     eval_rows = data.read(config.eval_data) if config.eval_data else None
@@ -67,7 +68,9 @@ def _run_directory(output: Path) -> Path:
 
 def _checkpoint(output: Path, resume: bool) -> str | None:
     folder = _run_directory(output)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    # What is written last tells a whole checkpoint from one that a kill cut short.
+    whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda f: int(f.parent.name.split("-")[1]))
+    last = str(whole[-1].parent) if whole else None
     if last and not resume:
         raise InputError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove that folder.")
     if resume and not last:

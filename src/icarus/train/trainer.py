@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,13 @@ from icarus.train import data
 
 logger = logging.getLogger(__name__)
 
+# Settings of TRL that this loss and these rows would silently ignore, and the values that ask for nothing.
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "completion_only_loss": (None, True),
+    "truncation_mode": ("keep_start",),
+}
 _COLUMNS = ("input_ids", "labels", "position_ids", "branch_ids")
 
 
@@ -60,12 +68,17 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        for name, values in _WITHOUT_EFFECT.items():
+            if (value := getattr(args, name, values[0])) not in values:
+                raise InputError(f"{name}={value!r} has no effect on a decoder's training; leave it out.")
         if isinstance(model, str):
             model, tokenizer = base_model.load(model)
             processing_class = processing_class or tokenizer
         if not hasattr(model, "peft_config"):
             torch.manual_seed(args.seed if args else 42)
             model = adapter.attach(model, peft_config)
+        else:
+            adapter.check_attached(model, str(model.active_adapter))
         TwoStreams(model)  # refuses before any data is read
         self._fingerprint: str | None = None
         packed = bool(args and (args.packing or args.padding_free))
@@ -83,6 +96,10 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
             dataset, left_out = data.token_rows(dataset, processing_class, args.max_length)
             if left_out:
                 logger.warning("%d examples carry no loss token and were left out; %d remain.", left_out, len(dataset))
+        if "position_ids" in dataset.column_names and not packing:
+            # Our rows are cut already, by positions; TRL would cut by tokens, of which branches have more.
+            args = copy(args)
+            args.max_length = None
         prepared: Dataset = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         return prepared
 

@@ -1,0 +1,107 @@
+"""The direction of imports (docs: layout): a module imports from below, never from above or from a sibling."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import icarus
+
+ROOT = Path(icarus.__file__).parent
+# Each line may import the lines above it; a line's members import one another only within a package. ``icarus`` itself
+# is the package's front door, whose names are lazy, and stands on top of all.
+LEVELS = [
+    {"errors"},
+    {"fingerprint", "specialists", "atomic", "card", "undo"},
+    {"base_model", "projections"},
+    {"verify"},
+    {"hub"},
+    {"streams", "adapter"},
+    {"context"},
+    {"train", "evaluate", "vllm", "bench"},
+    {"demo", "turns", "chat"},
+    {"cli"},
+    {""},
+]
+HEIGHT = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train", "evaluate"}, "vllm": {"vllm"}}
+VAGUE = {"utils", "common", "helpers", "misc", "base"}
+
+
+def module_of(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def imported(path: Path, root: Path) -> Iterator[str]:
+    """Full names of what a file imports, wherever it does; ``from icarus import x`` is ``icarus.x``."""
+    package = ["icarus", *path.relative_to(root).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            yield from (".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def violations(root: Path) -> list[str]:
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        module = module_of(path, root)
+        part = module.split(".")[0]
+        if VAGUE & set(module.split(".")):
+            found.append(f"{module}: a vague name")
+        if part not in HEIGHT:
+            found.append(f"{module}: in no level of this test")
+            continue
+        for name in imported(path, root):
+            top, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if top in ONLY_IN and part not in ONLY_IN[top]:
+                found.append(f"{module} imports {top}")
+            if top == "icarus" and target != part and HEIGHT.get(target, HEIGHT[""]) >= HEIGHT[part]:
+                found.append(f"{module} imports {name}")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    modules = [module_of(path, ROOT) for path in ROOT.rglob("*.py")]
+    assert {"errors", "streams", "train.run", "cli", ""} <= set(modules)
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("errors.py", "from icarus import streams", "errors imports icarus.streams"),
+        ("streams.py", "from icarus.adapter import verify", "streams imports icarus.adapter.verify"),
+        ("streams.py", "import icarus.context", "streams imports icarus.context"),
+        ("streams.py", "from .context import Context", "streams imports icarus.context.Context"),
+        ("streams.py", "from icarus import Context", "streams imports icarus.Context"),
+        ("streams.py", "def f():\n    import peft.tuners", "streams imports peft"),
+        ("context.py", "if 1:\n    from icarus.train import run", "context imports icarus.train.run"),
+        ("train/run.py", "from icarus.bench import measure", "train.run imports icarus.bench.measure"),
+        ("train/run.py", "from ..bench import measure", "train.run imports icarus.bench.measure"),
+        ("bench/run.py", "from vllm import LLM", "bench.run imports vllm"),
+        ("train/run.py", "from icarus import cli", "train.run imports icarus.cli"),
+        ("train/utils.py", "", "train.utils: a vague name"),
+        ("helpers/__init__.py", "", "helpers: a vague name"),
+        ("new.py", "", "new: in no level of this test"),
+    ],
+)
+def test_a_planted_violation_is_found(file: str, line: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(line)
+    assert found in violations(tmp_path)
+
+
+def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "run.py").write_text(
+        "import torch, trl\nfrom icarus import adapter\nfrom icarus.train import data\nfrom . import config\n"
+    )
+    (tmp_path / "adapter.py").write_text("from peft import LoraConfig\nfrom icarus.errors import InputError\n")
+    assert violations(tmp_path) == []
