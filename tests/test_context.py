@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from transformers import GenerationConfig
 
 import reference
+import saved
 from conftest import CHATML, SPECIAL, STRIPPING, VOCAB, lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
+from icarus import adapter, fingerprint, verify
 from icarus.context import BASE, Context, Specialists
-from icarus.errors import IcarusError, InputError
+from icarus.errors import AdapterError, IcarusError, InputError
 from icarus.streams import EncoderCache, TwoStreams
 
 END = SPECIAL.index("<|im_end|>")
@@ -562,3 +565,24 @@ def test_an_accident_leaves_the_context_as_before_the_turn(
         each.append([{"role": "user", "content": "x"}] if chat else "x").generate("one", generation_config=_fixed(4))
     assert _same(context, fresh)
     assert _same(context.rollback(9), fresh.rollback(9))
+
+
+def test_the_base_is_hashed_once_for_all_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [saved.save_adapter(tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    hashed = []
+
+    def hashing(model: Any) -> str:
+        hashed.append(model)
+        return fingerprint.fingerprint(model)
+
+    monkeypatch.setattr(adapter, "fingerprint", hashing)
+    monkeypatch.setattr(verify, "fingerprint", hashing)
+    team = Specialists(tiny(), tiny_tokenizer())
+    assert not hashed
+    for folder in folders:
+        team.add(folder.name, folder)
+    assert team.names == [BASE, "one", "two"]
+    assert len(hashed) == 1
+    foreign = adapter.save(adapter.attach(tiny(seed=5)), tmp_path / "foreign")
+    with pytest.raises(AdapterError, match="another base model"):
+        team.add("foreign", foreign)

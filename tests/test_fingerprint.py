@@ -85,7 +85,7 @@ def test_dtype_sharding_and_order_do_not_count(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "float32")
     tensors = load_file(tmp_path / "float32" / "model.safetensors")
     (tmp_path / "reversed").mkdir()
-    save_file(dict(reversed(tensors.items())), tmp_path / "reversed" / "weights.safetensors")
+    save_file(dict(reversed(tensors.items())), tmp_path / "reversed" / "model.safetensors")
     assert fingerprint(tmp_path / "reversed") == expected
     model.to(torch.bfloat16)
     assert fingerprint(model) == expected
@@ -102,6 +102,17 @@ def test_tied_head_may_be_stored_or_not(tmp_path: Path) -> None:
     assert "lm_head.weight" not in tensors
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
     assert fingerprint(tmp_path) == fingerprint(model) == expected
+
+
+def test_other_tied_weights_count_once(tmp_path: Path) -> None:
+    model = llama()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    model._tied_weights_keys = model.all_tied_weights_keys = {names[1]: names[0]}
+    model.save_pretrained(tmp_path)
+    assert names[1] not in checkpoint_shapes(tmp_path)
+    assert fingerprint(model) == fingerprint(tmp_path)
 
 
 def test_head_does_not_count_and_embedding_does() -> None:
@@ -136,6 +147,15 @@ def test_names_count() -> None:
     first, second = (layer.mlp.up_proj.weight for layer in model.model.layers)
     first.data, second.data = second.data, first.data
     assert fingerprint(model) != before
+
+
+def test_shapes_count(tmp_path: Path) -> None:
+    marks = []
+    for shape in ((2, 3), (3, 2)):
+        save_file({"weight": torch.ones(shape)}, tmp_path / "model.safetensors")
+        module._of_files.cache_clear()
+        marks.append(fingerprint(tmp_path))
+    assert marks[0] != marks[1]
 
 
 def test_adapters_do_not_count_and_merged_ones_are_refused() -> None:
@@ -189,7 +209,7 @@ def test_large_models_are_sampled_alike_in_memory_and_folder(tmp_path: Path, mon
     save_file({"weight": model.weight.data}, tmp_path / "model.safetensors")
     full = fingerprint(model)
     monkeypatch.setattr(module, "FULL_HASH_LIMIT", 1000)
-    module._of_folder.cache_clear()
+    module._of_files.cache_clear()
     sampled = fingerprint(model)
     assert sampled == fingerprint(tmp_path) != full
     read = [at for start, stop in module._ranges(200_000, full=False) for at in (start, stop - 1)]

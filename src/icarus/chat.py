@@ -27,7 +27,7 @@ def run(team: Specialists) -> None:
                 context.rollback(starts.pop() if starts else 0)
             elif line == "/text":
                 print(context.text)
-            elif line.startswith("/max"):
+            elif line.split()[:1] == ["/max"]:
                 limit = _number(line)
             elif line.startswith("/"):
                 print(_HELP)
@@ -35,8 +35,11 @@ def run(team: Specialists) -> None:
                 name, text = _addressed(line, speaker)
                 team.adapter(name)
                 speaker = name
-                starts.append(len(context.token_ids))
-                _answer(context, speaker, text, limit)
+                start = len(context.token_ids)
+                if _answer(context, speaker, text, limit):
+                    starts.append(start)
+                else:
+                    context.rollback(start)
         except InputError as error:
             print(error)
 
@@ -63,11 +66,17 @@ def _number(line: str) -> int:
     return int(words[1])
 
 
-def _answer(context: Context, speaker: str, text: str, limit: int) -> None:
+def _answer(context: Context, speaker: str, text: str, limit: int) -> bool:
+    """False if the person broke the answer off."""
     if text:
         context.append([{"role": "user", "content": text}])
-    turn = context.generate(speaker, max_new_tokens=limit, stream=_show)
+    try:
+        turn = context.generate(speaker, max_new_tokens=limit, stream=_show)
+    except KeyboardInterrupt:
+        print("\n    broken off; question and answer are forgotten")
+        return False
     print(f"\n    {_figures(turn)}")
+    return True
 
 
 def _show(text: str) -> None:

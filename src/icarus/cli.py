@@ -187,6 +187,8 @@ def _chat(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
     from icarus import adapter, base_model
 
+    if not Path(options.adapter).is_dir():
+        raise InputError(f"There is no folder {options.adapter}; give the directory of an adapter.")
     base = base_model.folder(options.base) if options.base else None
     found = adapter.problems(options.adapter, base)
     for problem in found:

@@ -50,7 +50,7 @@ class Turn:
 
 @dataclass
 class _State:
-    """A context's place in a chat: which messages it holds, and whether the last one is an answer still being written."""
+    """A context's place in a chat: which messages it holds, and whether the last is an unfinished answer."""
 
     messages: list[dict[str, str]] = field(default_factory=list)
     answering: bool = False
@@ -69,6 +69,7 @@ class Specialists:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.streams = TwoStreams(self.model)
+        self._fingerprint = ""  # of the base model, once an adapter asks for it
 
     @classmethod
     def load(
@@ -93,7 +94,8 @@ class Specialists:
         """
         if name == BASE:
             raise InputError(f"An adapter cannot be named {BASE!r}: that is the base model; choose another name.")
-        self.model = adapters.load(self.model, source, name).eval()
+        self._fingerprint = self._fingerprint or adapters.fingerprint(self.model)
+        self.model = adapters.load(self.model, source, name, base_fingerprint=self._fingerprint).eval()
         self.streams = TwoStreams(self.model)
 
     @property
@@ -458,7 +460,8 @@ def _config(
         raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise InputError(
-            f"temperature={temperature}, top_p={top_p}, top_k={top_k}: give temperature >= 0, 0 < top_p <= 1, top_k >= 0."
+            f"temperature={temperature}, top_p={top_p}, top_k={top_k}: "
+            "give temperature >= 0, 0 < top_p <= 1, top_k >= 0."
         )
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     chosen: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False}

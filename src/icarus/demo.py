@@ -1,7 +1,7 @@
 """``icarus demo``: the shipped specialists take turns in one context, on a real model, on the CPU, in a minute.
 
 First live: who speaks, what was encoded, what was reused, what the one cache holds, and what the base model alone would
-have said. Then the same tokens again both ways, alternating: an ordinary LoRA and a KV cache for each model, and ICaRus.
+have said. Then the same tokens again both ways, alternating: an ordinary LoRA and KV cache for each model, and ICaRus.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from icarus.context import BASE, Context, Specialists, Turn
 
 _COLORS = ("cyan", "green", "magenta", "yellow")
 _LIMIT = 48
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 def run(threads: int | None = None) -> dict[str, Any]:
@@ -68,24 +68,25 @@ def _converse(console: Console, team: Specialists, colors: dict[str, str]) -> tu
     for step in json.loads((Path(specialists.__file__).parent / "shipped" / "demo.json").read_text(encoding="utf-8")):
         context.append(step["messages"])
         console.print()
-        console.print(Text(step["messages"][-1]["content"], style="dim"))
-        if step.get("compare"):
-            _show_base(console, context.fork())
+        _dim(console, step["messages"][-1]["content"])
+        _show_base(console, context.fork())
         console.print(f"[bold {colors[step['model']]}]{step['model']:>8}[/]  ", end="")
         turn = context.generate(step["model"], max_new_tokens=_LIMIT, stream=lambda text: console.out(text, end=""))
         turns.append((turn, len(context.token_ids) - len(turn.token_ids)))
         console.print()
-        console.print(
-            f"[dim]          {turn.encoded_tokens} tokens encoded, {turn.reused_tokens} reused; "
-            f"{turn.kv_bytes / 1e6:.1f} MB of KV held by all[/dim]"
-        )
+        _dim(console, f"          {turn.encoded_tokens} tokens encoded, {turn.reused_tokens} reused; ", end="")
+        _dim(console, f"{turn.kv_bytes / 1e6:.1f} MB of KV held for all. Reference: {step['reference']}")
     return context, turns
 
 
 def _show_base(console: Console, fork: Context) -> None:
     said = fork.generate(BASE, max_new_tokens=20)
     line = " ".join(said.text.split())
-    console.print(f"[dim]    base  {line}{'' if said.finish_reason == 'stop' else ' ...'}[/dim]")
+    _dim(console, f"    base  {line}{'' if said.finish_reason == 'stop' else ' ...'}")
+
+
+def _dim(console: Console, text: str, end: str = "\n") -> None:
+    console.print(Text(text, style="dim"), end=end)
 
 
 # --------------------------------------------------------------------------------------------- both ways
@@ -107,7 +108,8 @@ def _compare(console: Console, team: Specialists, context: Context, turns: list[
     def icarus() -> None:
         costs["icarus"] = replay.icarus(team.streams, tokens, speeches)
 
-    seconds = measure.alternate({"conventional": conventional, "icarus": icarus}, _ROUNDS, "the same work both ways")
+    sides = {"conventional": conventional, "icarus": icarus}
+    seconds = measure.alternate(sides, _ROUNDS, "the same work both ways", warm_up=0)
     result = {
         name: {"seconds": round(statistics.median(seconds[name]), 3), **vars(cost)} for name, cost in costs.items()
     }

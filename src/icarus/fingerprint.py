@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ _DOMAIN = b"icarus-base-1"
 _HEADS = {"lm_head", "embed_out"}
 # Buffers that old checkpoints store and Transformers ignores on loading.
 _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+# In the names of a model with PEFT's LoRA: what wraps base weights, and what is beside them.
+_WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,27 +57,16 @@ _DTYPES = {
 }
 
 StrPath = str | os.PathLike[str]
+Ranges = Iterable[tuple[int, int]]  # [start, stop) of elements in row-major order
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One named tensor; ``read(start, stop)`` gives its elements in row-major order, on any device."""
+    """One tensor, in memory or in a file; ``read`` gives the elements of each range, on any device."""
 
-    name: str
     shape: tuple[int, ...]
     size: int  # elements, or bytes where the type is not a floating one
-    read: Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in a safetensors file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+    read: Callable[[Ranges], Iterator[Tensor]]
 
 
 def fingerprint(source: nn.Module | StrPath) -> str:
@@ -91,48 +83,42 @@ def fingerprint(source: nn.Module | StrPath) -> str:
     merged into the weights, weights on the meta device).
     """
     if isinstance(source, nn.Module):
-        return _of_model(source)
-    folder = Path(source).expanduser().absolute()
-    files = _weight_files(folder)
-    return _of_folder(folder, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        return _of_model(base_of(source))
+    files = _weight_files(Path(source).expanduser().absolute())
+    return _of_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 def checkpoint_shapes(folder: StrPath) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a safetensors checkpoint by name, from the headers alone; raises InputError."""
-    return {name: stored.shape for name, stored in _headers(Path(folder)).items()}
+    return {name: weight.shape for name, weight in _stored(_weight_files(Path(folder))).items()}
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model under PEFT's adapters; the model itself where it has none."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
 
 
 # ---------------------------------------------------------------------------------------------- a folder
 
 
 @functools.lru_cache(maxsize=32)
-def _of_folder(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Many adapters are checked against one folder; ``files`` (name, size, time) makes a changed one a new key."""
-    stored = {name: where for name, where in _headers(folder).items() if _counts(name)}
-    handles: dict[Path, BinaryIO] = {}
-    try:
-        for file, _, _ in files:
-            handles[file] = file.open("rb", buffering=0)
-        weights = [_stored_weight(name, where, handles[where.file]) for name, where in stored.items()]
-        return _combine(_digests(weights, full=sum(w.size for w in weights) <= FULL_HASH_LIMIT))
-    finally:
-        for handle in handles.values():
-            handle.close()
+def _of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Many adapters are checked against one folder; name, size and time of each file make a changed one a new key."""
+    weights = {name: weight for name, weight in _stored([file for file, _, _ in files]).items() if _counts(name)}
+    return _combine(_digests(weights, full=sum(weight.size for weight in weights.values()) <= FULL_HASH_LIMIT))
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The files that ``save_pretrained`` writes: one, or the shards that an index names."""
+    files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / file for file in sorted(set(weight_map.values()))]
+            files = [folder / file for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is not a safetensors index: fetch the base model again.") from error
-    else:
-        others = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "adapter_model.safetensors"]
-        files = [single] if single.is_file() else others
-    if not files:
+    elif not files[0].is_file():
         raise InputError(
             f"{folder} holds no safetensors weights of a base model: give a folder written by save_pretrained."
         )
@@ -141,104 +127,70 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _headers(folder: Path) -> dict[str, _Stored]:
-    tensors: dict[str, _Stored] = {}
-    for file in _weight_files(folder):
-        tensors.update(_header(file))
-    return tensors
+def _stored(files: Iterable[Path]) -> dict[str, _Weight]:
+    """By their headers (8 bytes of length, JSON, data: the safetensors format)."""
+    weights: dict[str, _Weight] = {}
+    for file in files:
+        try:
+            with file.open("rb") as handle:
+                length, size = int.from_bytes(handle.read(8), "little"), file.stat().st_size
+                if length > size - 8:
+                    raise ValueError("the header is longer than the file")
+                header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            if any(8 + length + entry["data_offsets"][1] > size for entry in header.values()):
+                raise ValueError("the file ends before its last tensor")
+            weights |= {name: _stored_weight(file, 8 + length, **entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file} is no complete safetensors file ({error}): fetch the base model again."
+            ) from error
+    return weights
 
 
-def _header(file: Path) -> dict[str, _Stored]:
-    """Names, types, shapes and places (8 bytes of length, JSON, data: the safetensors format)."""
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            size = file.stat().st_size
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(handle.read(length))
-        begin = 8 + length
-        found = {
-            name: _Stored(file, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        if any(stored.stop > size for stored in found.values()):
-            raise ValueError("the file ends before its last tensor")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no complete safetensors file ({error}): fetch the base model again.") from error
-    return found
+def _stored_weight(file: Path, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> _Weight:
+    kind = _DTYPES.get(dtype, torch.uint8)  # bytes of integers are compared as they are
+    width, (first, end) = kind.itemsize, data_offsets
 
+    def read(ranges: Ranges) -> Iterator[Tensor]:
+        with file.open("rb", buffering=0) as handle:
+            for start, stop in ranges:
+                handle.seek(begin + first + start * width)
+                yield torch.frombuffer(bytearray(handle.read((stop - start) * width)), dtype=kind)
 
-def _stored_weight(name: str, stored: _Stored, handle: BinaryIO) -> _Weight:
-    dtype = _DTYPES.get(stored.dtype, torch.uint8)  # bytes of integers are compared as they are
-    width = dtype.itemsize
-
-    def read(start: int, stop: int) -> Tensor:
-        data = os.pread(handle.fileno(), (stop - start) * width, stored.start + start * width)
-        return torch.frombuffer(bytearray(data), dtype=dtype)
-
-    return _Weight(name, stored.shape, (stored.stop - stored.start) // width, read)
+    return _Weight(tuple(shape), (end - first) // width, read)
 
 
 # ---------------------------------------------------------------------------------------------- a loaded model
 
 
-def _of_model(model: nn.Module) -> str:
-    get_base = getattr(model, "get_base_model", None)
-    base: nn.Module = get_base() if callable(get_base) else model
+def _of_model(base: nn.Module) -> str:
     state = _base_state(base)
-    full = sum(_size(tensor) for tensor in state.values()) <= FULL_HASH_LIMIT
+    full = sum(_loaded_weight(tensor).size for tensor in state.values()) <= FULL_HASH_LIMIT
     digests: dict[str, bytes] = {}
     # Layer by layer, because undoing a conversion may copy what it touches.
     for _, names in groupby(sorted(state, key=_layer), key=_layer):
         part = _as_in_checkpoint(base, {name: state[name] for name in names})
-        digests.update(_digests([_loaded_weight(n, t) for n, t in part.items() if _counts(n)], full))
+        digests |= _digests({name: _loaded_weight(tensor) for name, tensor in part.items() if _counts(name)}, full)
     return _combine(digests)
 
 
 def _base_state(base: nn.Module) -> dict[str, Tensor]:
-    """State of the base model alone, under the names that it has without adapters.
-
-    PEFT keeps what it wraps as ``base_layer`` (or ``original_module``) beside its own weights.
-    """
-    wrappers: dict[str, str] = {}
-    for name, module in base.named_modules():
-        if getattr(module, "merged_adapters", None):
-            raise InputError(f"An adapter is merged into {name}: call unmerge_adapter() first, the base has changed.")
-        inner = next((kept for kept in ("base_layer", "original_module") if hasattr(module, kept)), None)
-        if inner:
-            wrappers[name] = inner
-    tied = getattr(base, "all_tied_weights_keys", None) or {}
-    state = {}
+    """State of the base model alone, under the names that it has without adapters and without tied copies."""
+    if merged := [name for name, module in base.named_modules() if getattr(module, "merged_adapters", None)]:
+        raise InputError(f"An adapter is merged into {merged[0]}: call unmerge_adapter() first, the base has changed.")
+    state: dict[str, Tensor] = {}
     for name, tensor in base.state_dict().items():
-        plain = _without_wrappers(name, wrappers)
-        if plain is None or not isinstance(tensor, Tensor) or not _counts(plain):
+        plain = _WRAPPED.sub("", name)
+        if _ADDED.search(name) or not isinstance(tensor, Tensor) or not _counts(plain):
             continue
         if tensor.device.type == "meta":
             raise InputError(f"Weight {plain} is not in memory: load the model without offloading, or give its folder.")
         state[plain] = tensor.detach()
-    return {name: tensor for name, tensor in state.items() if not _repeats(state, name, tied.get(name))}
-
-
-def _without_wrappers(name: str, wrappers: dict[str, str]) -> str | None:
-    """The name before wrapping; None for a weight that a wrapper added."""
-    parts: list[str] = []
-    path = ""
-    keep: str | None = None
-    for part in name.split("."):
-        path = f"{path}.{part}" if path else part
-        if keep is None:
-            parts.append(part)
-        elif part != keep:
-            return None
-        keep = wrappers.get(path)
-    return ".".join(parts)
-
-
-def _repeats(state: dict[str, Tensor], name: str, source: str | None) -> bool:
-    """Whether the tensor is a tied copy, which ``save_pretrained`` leaves out."""
-    return source in state and state[source].data_ptr() == state[name].data_ptr()
+    for copy, source in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        if {copy, source} <= state.keys() and state[copy].data_ptr() == state[source].data_ptr():
+            del state[copy]  # save_pretrained leaves it out as well
+    return state
 
 
 def _as_in_checkpoint(base: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -256,15 +208,13 @@ def _layer(name: str) -> str:
     return match.group() if match else name.split(".")[0]
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * (1 if tensor.is_floating_point() else tensor.element_size())
+def _loaded_weight(tensor: Tensor) -> _Weight:
+    def read(ranges: Ranges) -> Iterator[Tensor]:
+        flat = tensor.contiguous().view(-1)
+        flat = flat if flat.is_floating_point() else flat.view(torch.uint8)
+        return (flat[start:stop] for start, stop in ranges)
 
-
-def _loaded_weight(name: str, tensor: Tensor) -> _Weight:
-    flat = tensor.contiguous().view(-1)
-    if not flat.is_floating_point():
-        flat = flat.view(torch.uint8)
-    return _Weight(name, tuple(tensor.shape), flat.numel(), lambda start, stop: flat[start:stop])
+    return _Weight(tuple(tensor.shape), tensor.numel() if tensor.is_floating_point() else tensor.nbytes, read)
 
 
 # ---------------------------------------------------------------------------------------------- hashing
@@ -274,27 +224,22 @@ def _counts(name: str) -> bool:
     return not (_HEADS & set(name.split("."))) and not _IGNORED.search(name)
 
 
-def _digests(weights: Iterable[_Weight], full: bool) -> dict[str, bytes]:
-    """Name to digest. Threads, because hashing, reading and converting all release the interpreter."""
-    listed = list(weights)
+def _digests(weights: dict[str, _Weight], full: bool) -> dict[str, bytes]:
+    """Threads, because hashing, reading and converting all release the interpreter."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip((w.name for w in listed), pool.map(lambda w: _digest(w, full), listed), strict=True))
+        return dict(zip(weights, pool.map(lambda weight: _digest(weight, full), weights.values()), strict=True))
 
 
 def _digest(weight: _Weight, full: bool) -> bytes:
     state = hashlib.sha256(repr(weight.shape).encode())
-    for start, stop in _ranges(weight.size, full):
-        values = weight.read(start, stop)
-        if values.numel() != stop - start:
-            raise InputError(f"Weight {weight.name} ends early: fetch the base model again.")
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16)
-        state.update(values.cpu().view(torch.uint8).numpy().data)
+    for values in weight.read(_ranges(weight.size, full)):
+        rounded = values.to(torch.bfloat16) if values.is_floating_point() else values
+        state.update(rounded.cpu().view(torch.uint8).numpy().data)
     return state.digest()
 
 
-def _ranges(size: int, full: bool) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the elements to hash, in order."""
+def _ranges(size: int, full: bool) -> Ranges:
+    """What is hashed of a tensor of this size."""
     if full or size <= SAMPLE_RUNS * SAMPLE_RUN:
         return ((start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK))
     starts = (run * (size - SAMPLE_RUN) // (SAMPLE_RUNS - 1) for run in range(SAMPLE_RUNS))

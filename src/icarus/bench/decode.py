@@ -1,4 +1,4 @@
-"""``icarus bench decode``: one decode step of ICaRus beside the base model's, conventional LoRA's and its own two-pass form.
+"""``icarus bench decode``: a decode step beside the base model's, conventional LoRA's and the two-pass form's.
 
 All sides take the same token behind the same context of 256 tokens, through the model's own forward, and stop at the
 logits. The bound at batch 1 is memory: each weight is read once per pass.

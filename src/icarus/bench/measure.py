@@ -18,15 +18,17 @@ import torch
 from rich.progress import track
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:
-    """Seconds of each side, ``repeats`` times, one after another in turn, after one unmeasured round."""
+def alternate(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, label: str, *, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each side, ``repeats`` times, one after another in turn, after ``warm_up`` unmeasured rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in track(range(repeats + 1), description=label, transient=True):
+    for round_ in track(range(-warm_up, repeats), description=label, transient=True):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
             _finish()
-            if round_:
+            if round_ >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 

@@ -4,7 +4,7 @@ A recorded conversation is its tokens and who generated which of them. Both side
 passes that generating them takes, without sampling:
 
     icarus         one cache; what nobody encoded yet is encoded, then one parallel step a token
-    conventional   an ordinary LoRA and a cache for each model; each prefills what it has not seen, then one step a token
+    conventional   an ordinary LoRA and a cache for each model; each prefills what it has not seen, then steps
 """
 
 from __future__ import annotations

@@ -55,10 +55,8 @@ def _compare(icarus: nn.Module, conventional: nn.Module, ids: Tensor, first: int
     }
     label = f"training, loss on {ids.shape[1] - first} of {ids.shape[1]} tokens"
     seconds = measure.alternate({n: _measured(s, peaks.setdefault(n, [])) for n, s in sides.items()}, repeats, label)
-    memory = {name: statistics.median(values) for name, values in peaks.items()}
-    result: dict[str, Any] = {
-        "steps": {n: {**measure.summary(v), "peak_mb": round(memory[n] / 1e6)} for n, v in seconds.items()}
-    }
+    memory = {name: max(round(statistics.median(values)), 1) for name, values in peaks.items()}
+    result: dict[str, Any] = {"steps": {n: {**measure.summary(v), "peak_bytes": memory[n]} for n, v in seconds.items()}}
     for peer in ("conventional", "conventional, logits where the loss is"):
         result[f"speedup over {peer}"] = measure.ratio(seconds[peer], seconds["icarus"])
         result[f"memory saved over {peer}"] = round(memory[peer] / memory["icarus"], 2)
@@ -104,8 +102,8 @@ def _show(report: dict[str, Any]) -> None:
             table.add_row(
                 name,
                 f"{values['median_ms'] / 1e3:.2f} s",
-                f"{values['peak_mb']:,} MB",
+                f"{values['peak_bytes'] / 1e6:,.0f} MB",
                 f"{values['median_ms'] / ours['median_ms']:.2f}x",
-                f"{values['peak_mb'] / ours['peak_mb']:.2f}x",
+                f"{values['peak_bytes'] / ours['peak_bytes']:.2f}x",
             )
         console.print(table)

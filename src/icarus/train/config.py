@@ -66,8 +66,11 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     bf16: bool = field(default=False, metadata={"help": "autocast on top of --dtype"})
     max_length: int | None = field(default=4096, metadata={"help": "longest example in tokens; the rest is cut off"})
     logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, ... or none"})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "tensorboard, wandb, ... or none"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
+
+
+_UNSET = "trainer_output"  # what TrainingArguments makes of an output_dir that nobody gave
 
 
 class _Parser(TrlParser):  # type: ignore[misc]
@@ -92,4 +95,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
         raise InputError(f"The config file could not be read ({error}).") from error
     except yaml.YAMLError as error:
         raise InputError(f"The config file is not YAML ({' '.join(str(error).split())}).") from error
+    for name, instead in (("output_dir", "--output"), ("resume_from_checkpoint", "--resume")):
+        if getattr(sft, name) not in (None, _UNSET):
+            raise InputError(f"{name} is not taken; say {instead} instead.")
     return config, sft

@@ -38,10 +38,8 @@ def read(source: str) -> Dataset:
         DataError: naming file, line and field.
     """
     path = Path(source).expanduser()
-    if path.suffix in {".jsonl", ".json"} or path.exists():
-        rows = list(_lines(path))
-    else:
-        rows = _hub_rows(source)
+    local = path.suffix in {".jsonl", ".json"} or path.exists()
+    rows = list(_lines(path)) if local else _hub_rows(source)
     if not rows:
         raise DataError(f"{source} has no rows; give at least one example.")
     form = _form(rows[0], source)

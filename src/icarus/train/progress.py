@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a bar with loss, tokens/s and time left; plain lines where there is no screen."""
+"""What a person sees of a training run: a bar with loss, tokens/s and time left; plain lines without a screen."""
 
 from __future__ import annotations
 

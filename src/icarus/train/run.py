@@ -45,8 +45,7 @@ def run(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     metrics = dict(result.metrics)
     if eval_tokens is not None:
         metrics |= trainer.evaluate()
-    if trainer.is_world_process_zero():
-        _write(trainer, config, output)
+    _write(trainer, config, output)
     return {
         "output": str(output),
         "method": config.method,
@@ -84,7 +83,7 @@ def _token_rows(rows: Any, tokenizer: Any, sft: IcarusSFTConfig, config: TrainCo
             raise InputError("Packing and several completions on one prompt exclude each other; leave out --packing.")
         rows = Dataset.from_list([part for row in rows for part in data.separate(row)])
     tokens, left_out = data.token_rows(rows, tokenizer, sft.max_length, source)
-    if left_out:
+    if left_out and sft.process_index == 0:
         print(f"{left_out} of {len(rows)} examples of {source} carry no loss token and were left out.", file=sys.stderr)
     return tokens, left_out
 
@@ -109,6 +108,12 @@ def _trainer(
 
 
 def _write(trainer: SFTTrainer, config: TrainConfig, output: Path) -> None:
+    state = trainer.accelerator.get_state_dict(trainer.model)  # FSDP gathers, so every process takes part
+    if not trainer.is_world_process_zero():
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    write = adapter.save if config.method == "icarus" else adapter.save_conventional
-    write(model, output, dtype=getattr(torch, config.adapter_dtype))
+    options: dict[str, Any] = {"dtype": getattr(torch, config.adapter_dtype), "state_dict": state}
+    if isinstance(trainer, IcarusSFTTrainer):
+        adapter.save(model, output, base_fingerprint=trainer.base_fingerprint, **options)
+    else:
+        adapter.save_conventional(model, output, **options)

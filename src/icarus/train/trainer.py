@@ -80,7 +80,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         else:
             adapter.check_attached(model, str(model.active_adapter))
         TwoStreams(model)  # refuses before any data is read
-        self._fingerprint: str | None = None
+        self.base_fingerprint = adapter.fingerprint(model)  # now, as FSDP will spread the weights over processes
         packed = bool(args and (args.packing or args.padding_free))
         if data_collator is None and processing_class is not None and not packed:
             pad = processing_class.pad_token_id
@@ -150,9 +150,8 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The adapter alone, as an ICaRus directory (checkpoints too); the tokenizer stays with the base model."""
         model = self.accelerator.unwrap_model(self.model)
-        if self._fingerprint is None:
-            self._fingerprint = adapter.fingerprint(model)
-        adapter.save(model, output_dir or self.args.output_dir, base_fingerprint=self._fingerprint)
+        target = output_dir or self.args.output_dir
+        adapter.save(model, target, base_fingerprint=self.base_fingerprint, state_dict=state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The adapter directory has its own card."""
