@@ -232,7 +232,7 @@ def test_card(tmp_path: Path) -> None:
     card: Any = huggingface_hub.ModelCard(text)
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "acme/tiny", "mit")
     assert card.data.tags == ["icarus", "lora", "shared-kv-cache", "sql"]
-    for wanted in ("Do not load it as a plain LoRA", "subtly wrong", "adapter.load(", "icarus verify"):
+    for wanted in ("Do not load it as a plain LoRA", "subtly wrong", "Specialists.load(", "icarus verify"):
         assert wanted in text
     peft_model.peft_config["default"].base_model_name_or_path = "/data/tiny"
     text = (adapter.save(peft_model, tmp_path / "b") / "README.md").read_text()

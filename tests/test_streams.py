@@ -466,6 +466,18 @@ def test_adapters_with_different_targets_do_not_meet(active: str) -> None:
     torch.testing.assert_close(_kv(together), _kv(apart), **ROUNDING)
 
 
+def test_adapters_attached_or_replaced_between_steps_are_noticed() -> None:
+    model = with_adapters(tiny(), ["one"], target_modules=["q_proj", "down_proj"])
+    streams = TwoStreams(model)
+    streams.encode(tokens(1, 9), EncoderCache())
+    _assert_parallel_equals_sequential(streams, 1)  # what it learns of the model here is stale from now on
+    with_adapters(model, ["two"], target_modules=["o_proj"]).set_adapter("two")
+    _assert_parallel_equals_sequential(streams, 1)
+    model.delete_adapter("one")
+    with_adapters(model, ["one"], seed=5, target_modules=["gate_proj"])
+    _assert_parallel_equals_sequential(streams, 1)
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 def test_steps_of_a_model_in_training_have_no_dropout(parallel: bool) -> None:
     streams, got = TwoStreams(with_adapters(tiny(attention_dropout=0.5), lora_dropout=0.5)), []

@@ -90,6 +90,8 @@ def load(
         raise InputError(f"Base model {name!r} could not be loaded ({_first_line(error)}).") from error
     if missing := sorted(found["missing_keys"]):  # Transformers would go on with random weights in their place
         raise InputError(f"Base model {name!r} lacks {len(missing)} tensor(s), {missing[0]} first; get it again.")
+    if name == PACKAGED:  # what adapters note down as their base: its name, and not a folder of this machine
+        model.name_or_path = model.config._name_or_path = name
     return model.to(target).eval(), tokenizer
 
 

@@ -42,10 +42,10 @@ layers, which this adapter was never trained for.
 ## How to load it
 
 ```python
-from icarus import adapter
-from transformers import AutoModelForCausalLM
+import icarus
 
-model = adapter.load(AutoModelForCausalLM.from_pretrained("{base}"), "PATH_OR_HUB_ID", "NAME")
+team = icarus.Specialists.load("{base}", {{"NAME": "PATH_OR_HUB_ID"}})
+print(team.context().append("...").generate("NAME").text)
 ```
 
 ```

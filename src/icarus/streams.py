@@ -271,6 +271,7 @@ class TwoStreams:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.config: Any = _unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
+        self._second_half = _SecondHalf(model)
         _refuse_unsupported(model, self.config)
 
     @torch.no_grad()
@@ -328,7 +329,7 @@ class TwoStreams:
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
         view = _PairPass(cache)
         positions = torch.full((1, 1), cache.length, device=token.device)
-        with _evaluating(self.model), _adapter_on_second_half(self.model, adapter), torch.no_grad():
+        with _evaluating(self.model), self._second_half.of(adapter), torch.no_grad():
             logits = self.model(
                 input_ids=torch.cat([token, token]), position_ids=positions, past_key_values=view, use_cache=True
             ).logits[:, -1]
@@ -428,12 +429,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The encoder is frozen: it has no dropout, and gradient checkpointing (which drops the cache) is off."""
-    was_training = model.training
+    if not model.training:  # the usual case in inference, where walking all modules twice would cost a tenth of a step
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train()
 
 
 @contextmanager
@@ -467,29 +470,49 @@ def _check_attached(model: nn.Module, adapter: str) -> None:
         raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
 
 
-@contextmanager
-def _adapter_on_second_half(model: nn.Module, adapter: str) -> Iterator[None]:
-    """During the pass LoRA layers add s B A x on the second half of the batch only: the decoder rows."""
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
-    for layer in layers:
-        layer.forward = _decoder_half(layer, adapter)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+class _SecondHalf:
+    """During a parallel step LoRA layers add s B A x on the second half of the batch only: the decoder rows.
+
+    Finding the layers takes longer than running a small one, so it is done once for each set of attached adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._attached: list[Any] = []
+        self._forwards: dict[str, list[tuple[dict[str, Any], Callable[..., Tensor]]]] = {}
+
+    @contextmanager
+    def of(self, adapter: str) -> Iterator[None]:
+        """Run LoRA layers with ``adapter`` that way inside the block."""
+        forwards = self._forwards_of(adapter)
+        for attributes, forward in forwards:
+            attributes["forward"] = forward
+        try:
+            yield
+        finally:
+            for attributes, _ in forwards:
+                del attributes["forward"]
+
+    def _forwards_of(self, adapter: str) -> list[tuple[dict[str, Any], Callable[..., Tensor]]]:
+        configs = list(getattr(_unwrapped(self.model), "peft_config", {}).values())
+        if len(configs) != len(self._attached) or any(a is not b for a, b in zip(configs, self._attached, strict=True)):
+            self._attached, self._forwards = configs, {}  # PEFT makes a new config for whatever it attaches
+        if adapter not in self._forwards:
+            layers = [m for m in self.model.modules() if hasattr(m, "lora_A")]
+            self._forwards[adapter] = [(vars(layer), _decoder_half(layer, adapter)) for layer in layers]
+        return self._forwards[adapter]
 
 
 def _decoder_half(layer: Any, adapter: str) -> Callable[..., Tensor]:
     base = layer.base_layer
     if adapter not in layer.lora_A:  # it carries other adapters, one of which may be active
         return lambda *args, **kwargs: base(*args, **kwargs)
-    down, up, scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = base(x, *args, **kwargs)
         half = len(x) // 2
-        y[half:] += (up(down(x[half:].to(down.weight.dtype))) * scale).to(y.dtype)
+        y[half:] += (up(down(x[half:].to(down.weight.dtype))) * layer.scaling[adapter]).to(y.dtype)
         return y
 
     return forward
