@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -416,11 +416,13 @@ def _switch_forced_off(model: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ 5: both rows in one pass
 
 
-def _assert_parallel_equals_sequential(streams: TwoStreams, sequences: int) -> None:
+def _assert_parallel_equals_sequential(
+    streams: TwoStreams, sequences: int, speakers: Sequence[str] = ("one", "two", "two", "one")
+) -> None:
     together, apart = EncoderCache(), EncoderCache()
     for cache in (together, apart):
         streams.encode(tokens(sequences, 15), cache)
-    for token, speaker in zip(tokens(sequences, 4, seed=3).T[..., None], ("one", "two", "two", "one"), strict=True):
+    for token, speaker in zip(tokens(sequences, len(speakers), seed=3).T[..., None], speakers, strict=True):
         got = streams.step(token, together, speaker)
         want = streams.step(token, apart, speaker, parallel=False)
         for a, b in zip(got, want, strict=True):
@@ -467,15 +469,13 @@ def test_adapters_with_different_targets_do_not_meet(active: str) -> None:
 
 
 def test_adapters_attached_or_replaced_between_steps_are_noticed() -> None:
-    model = with_adapters(tiny(), ["one"], target_modules=["q_proj", "down_proj"])
-    streams = TwoStreams(model)
-    streams.encode(tokens(1, 9), EncoderCache())
-    _assert_parallel_equals_sequential(streams, 1)  # what it learns of the model here is stale from now on
-    with_adapters(model, ["two"], target_modules=["o_proj"]).set_adapter("two")
-    _assert_parallel_equals_sequential(streams, 1)
-    model.delete_adapter("one")
-    with_adapters(model, ["one"], seed=5, target_modules=["gate_proj"])
-    _assert_parallel_equals_sequential(streams, 1)
+    streams = TwoStreams(with_adapters(tiny(), ["one"], target_modules=["q_proj", "down_proj"]))
+    _assert_parallel_equals_sequential(streams, 1, ["one"])  # what it learns of the model here is stale from now on
+    with_adapters(streams.model, ["two"], target_modules=["o_proj"]).set_adapter("two")
+    _assert_parallel_equals_sequential(streams, 1, ["one", "two"])
+    streams.model.delete_adapter("one")
+    with_adapters(streams.model, ["one"], seed=5, target_modules=["gate_proj"])
+    _assert_parallel_equals_sequential(streams, 1, ["one", "two"])
 
 
 @pytest.mark.parametrize("parallel", [False, True])
