@@ -17,7 +17,8 @@ from conftest import CHATML, SPECIAL, STRIPPING, VOCAB, lora_of, shape_of, tiny,
 from icarus import adapter, fingerprint, verify
 from icarus.context import BASE, Context, Specialists
 from icarus.errors import AdapterError, IcarusError, InputError
-from icarus.streams import EncoderCache, TwoStreams
+from icarus.lora import LoraLayers
+from icarus.streams import EncoderCache
 
 END = SPECIAL.index("<|im_end|>")
 BYTES_A_TOKEN = 3 * 2 * 2 * 16 * 4  # layers, K and V, KV heads, head size, float32
@@ -104,7 +105,7 @@ def test_that_switching_test_sees(
     fault: str, team: Specialists, paper: Any, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "the adapter writes K/V":
-        monkeypatch.setattr(TwoStreams, "_without_adapter", lambda self: nullcontext())
+        monkeypatch.setattr(LoraLayers, "off", lambda self: nullcontext())
     else:
         run = Context._run
         monkeypatch.setattr(Context, "_run", lambda self, *a: (self._cache.truncate(0), run(self, *a)))

@@ -18,7 +18,7 @@ LEVELS = [
     {"fingerprint", "specialists", "atomic", "card", "undo"},
     {"base_model", "projections"},
     {"verify"},
-    {"hub"},
+    {"hub", "lora"},
     {"streams", "adapter"},
     {"context"},
     {"train", "evaluate", "vllm", "bench"},

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 import reference
 from conftest import FAMILIES, VOCAB, lora_of, shape_of, tiny, tokens, with_adapters
+from icarus import lora
 from icarus import streams as under_test
 from icarus.errors import InputError, UnsupportedModelError
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
@@ -158,7 +159,7 @@ def test_kv_of_prompt_and_generated_tokens_is_the_bases(family: str, attention: 
 
 
 def test_that_kv_test_sees_an_adapter_in_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TwoStreams, "_without_adapter", lambda self: under_test._evaluating(self.model))
+    monkeypatch.setattr(lora.LoraLayers, "off", lambda self: under_test._evaluating(self.model))
     with _must_fail():
         _assert_kv_is_the_bases(_adapted(), tiny(), False)
 
@@ -441,7 +442,10 @@ def test_parallel_step_equals_sequential_step(family: str, attention: str, seque
 
 @pytest.mark.parametrize("rows", [slice(None), slice(0)], ids=["on all rows", "on none"])
 def test_that_parallel_test_sees_an_adapter_on_the_wrong_rows(rows: slice, monkeypatch: pytest.MonkeyPatch) -> None:
-    def everywhere(layer: Any, adapter: str) -> Callable[..., Tensor]:
+    def everywhere(layer: Any, adapter: str | None) -> Callable[..., Tensor]:
+        if adapter is None:
+            return lambda x: layer.base_layer(x)
+
         def forward(x: Tensor) -> Tensor:
             y = layer.base_layer(x)
             y[rows] += layer.lora_B[adapter](layer.lora_A[adapter](x[rows])) * layer.scaling[adapter]
@@ -449,7 +453,7 @@ def test_that_parallel_test_sees_an_adapter_on_the_wrong_rows(rows: slice, monke
 
         return forward
 
-    monkeypatch.setattr(under_test, "_decoder_half", everywhere)
+    monkeypatch.setattr(lora, "_forward", everywhere)
     with _must_fail():
         _assert_parallel_equals_sequential(_adapted(), 3)
 
@@ -782,3 +786,77 @@ def test_a_batch_without_loss_is_zero_and_has_no_gradient_of_its_own() -> None:
     total, _, targets = _adapted().loss(Batch.of(ids, torch.full_like(ids, IGNORED)))
     assert float(total.detach()) == 0
     assert (targets == IGNORED).all()
+
+
+@pytest.mark.parametrize(
+    ("lora_settings", "why"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, r"layers\.0\.self_attn\.v_proj .* feeds K or V"),
+        ({"use_dora": True}, "no plain LoRA"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "same embeddings"),
+    ],
+)
+def test_adapters_that_two_streams_cannot_have_are_refused(lora_settings: dict[str, Any], why: str) -> None:
+    streams = TwoStreams(with_adapters(tiny(), ["one"], **lora_settings))
+    with pytest.raises(UnsupportedModelError, match=why):
+        streams.encode(tokens(1, 4), EncoderCache())
+
+
+def test_an_adapter_merged_into_the_base_is_refused() -> None:
+    streams = _adapted()
+    streams.encode(tokens(1, 4), cache := EncoderCache())
+    streams.model.merge_adapter()
+    for run in (lambda: streams.encode(tokens(1, 1), cache), lambda: streams.step(tokens(1, 1), cache, "one")):
+        with pytest.raises(UnsupportedModelError, match="merged"):
+            run()
+    assert cache.length == 4
+
+
+def test_an_adapter_attached_in_evaluation_mode_has_no_dropout() -> None:
+    streams = TwoStreams(with_adapters(tiny(), ["one"], lora_dropout=0.5).eval())
+    streams.encode(tokens(1, 9), cache := EncoderCache())
+    with_adapters(streams.model, ["two"], lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
+    streams.model.training = False  # as PEFT leaves it: the model evaluates, its new layers do not
+    assert torch.equal(*(streams.decode(tokens(1, 1), cache, "two") for _ in range(2)))
+
+
+@all_families
+def test_probe_passes_models_whose_rows_can_be_picked(family: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        TwoStreams(with_adapters(tiny(family, dtype=dtype))).probe()
+
+
+def test_probe_refuses_a_model_that_takes_rows_for_positions() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gpt_neo",
+        vocab_size=128,
+        hidden_size=64,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=3,
+        num_heads=4,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with pytest.raises(UnsupportedModelError, match="GPTNeoForCausalLM does not give its own logits"):
+        TwoStreams(model).probe()
+
+
+@pytest.mark.parametrize(
+    ("documents", "plain"),
+    [([[1, 1, 1]], True), ([[-1, 1, 1], [1, 1, -1]], True), ([[1, 2, 2]], False), ([[0, 0, 1]], False)],
+)
+def test_a_batch_is_plain_if_each_row_is_one_document(documents: list[list[int]], plain: bool) -> None:
+    ids = torch.zeros(len(documents), 3, dtype=torch.long)
+    batch = Batch(
+        input_ids=ids,
+        labels=ids,
+        position_ids=ids,
+        document_ids=torch.tensor(documents),
+        branch_ids=torch.zeros_like(ids),
+    )
+    assert batch.is_plain == plain

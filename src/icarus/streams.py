@@ -24,8 +24,8 @@ Shapes: B sequences, T cached positions, R decoder rows, V vocabulary, H KV head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from icarus.errors import InputError, UnsupportedModelError
+from icarus.lora import LoraLayers, unwrapped
 
 IGNORED = -100
 """The label that carries no loss (Transformers' convention)."""
@@ -237,7 +238,9 @@ class Batch:
     @property
     def is_plain(self) -> bool:
         """One document a row, no branches: the model's own masks do."""
-        return bool((self.document_ids <= 1).all()) and not bool(self.branch_ids.any())
+        real = self.document_ids >= 0
+        first = torch.where(real, self.document_ids, self.document_ids.amax(1, keepdim=True))
+        return bool((first == first[:, :1]).all()) and not bool(self.branch_ids.any())
 
     def rows_with_loss(self) -> tuple[Tensor, Tensor]:
         """(rows, targets), both (B, R): the position whose decoder row predicts, and the token it must predict.
@@ -270,8 +273,8 @@ class TwoStreams:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.config: Any = _unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
-        self._second_half = _SecondHalf(model)
+        self.config: Any = unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
+        self.lora = LoraLayers(model)
         _refuse_unsupported(model, self.config)
 
     @torch.no_grad()
@@ -291,7 +294,7 @@ class TwoStreams:
         else:
             positions = batch.position_ids
             mask = (batch.document_ids >= 0).long() if batch.is_plain else self._masks(batch, None)
-        with self._without_adapter(), _evaluating(self.model):
+        with _evaluating(self.model), self.lora.off():
             out = self.model(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -312,9 +315,9 @@ class TwoStreams:
         """
         rows = input_ids.shape[1]
         positions = torch.arange(cache.length - rows, cache.length, device=input_ids.device)[None]
-        with _evaluating(self.model), self._without_adapter() if adapter is None else nullcontext():
-            if adapter is not None:
-                _activate(self.model, adapter)
+        if adapter is not None:
+            self.lora.activate(adapter)
+        with _evaluating(self.model), self.lora.off() if adapter is None else nullcontext():
             return self._decode(input_ids, cache, positions, None)
 
     def step(self, token: Tensor, cache: EncoderCache, adapter: str, *, parallel: bool = True) -> tuple[Tensor, Tensor]:
@@ -323,13 +326,13 @@ class TwoStreams:
         In parallel, encoder and decoder row share one pass, so the base weights are read once; else two passes.
         Returns the logits (B, V) of the decoder with ``adapter``, and those of the base model.
         """
-        _check_attached(self.model, adapter)
+        self.lora.check_attached(adapter)
         if not parallel:
             base = self.encode(token, cache)
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
         view = _PairPass(cache)
         positions = torch.full((1, 1), cache.length, device=token.device)
-        with _evaluating(self.model), self._second_half.of(adapter), torch.no_grad():
+        with _evaluating(self.model), self.lora.on_second_half(adapter), torch.no_grad():
             logits = self.model(
                 input_ids=torch.cat([token, token]), position_ids=positions, past_key_values=view, use_cache=True
             ).logits[:, -1]
@@ -356,6 +359,33 @@ class TwoStreams:
             logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
         total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return total, logits, targets
+
+    def probe(self) -> None:
+        """Check that this model's decoder rows, picked here and there, give its own logits; run it before training.
+
+        A model that takes a row's place in its batch for its position (GPT-Neo does) would train wrong in silence.
+
+        Raises:
+            UnsupportedModelError: they differ.
+        """
+        device = next(self.model.parameters()).device
+        ids = (torch.arange(12, device=device) * 7 + 3)[None] % self.config.vocab_size
+        labels = torch.full_like(ids, IGNORED).index_copy(
+            1, picked := torch.tensor([5, 8, 11], device=device), ids[:, picked]
+        )
+        try:
+            with torch.no_grad(), _evaluating(self.model), self.lora.off():
+                own = self.model(input_ids=ids, use_cache=False).logits[:, picked - 1]
+                _, logits, _ = self.loss(Batch.of(ids, labels))
+            close = (logits - own).abs().float() <= 0.02 * float(own.abs().max())
+            same = int(close.all(-1).sum()) >= 2  # in bfloat16 one row of three may meet another expert
+        except (ValueError, RuntimeError, TypeError):
+            same = False
+        if not same:
+            raise UnsupportedModelError(
+                f"{type(unwrapped(self.model)).__name__} does not give its own logits for rows picked here and there, "
+                "so decoder rows only where the loss is would be wrong; train another base model."
+            )
 
     def _decode(self, input_ids: Tensor, cache: EncoderCache, positions: Tensor, mask: Any) -> Tensor:
         view = _DecoderPass(cache, input_ids.shape[1])
@@ -384,16 +414,12 @@ class TwoStreams:
             ~visible, torch.finfo(dtype).min
         )
 
-    def _without_adapter(self) -> AbstractContextManager[Any]:
-        disable = getattr(_unwrapped(self.model), "disable_adapter", None)
-        return disable() if callable(disable) else nullcontext()
-
     def _check_complete(self, view: _Pass) -> None:
         """A layer that bypasses the cache would attend to its own K/V: plain LoRA, and silently wrong."""
         missing = set(range(self.config.num_hidden_layers)) - view.seen
         if missing:
             raise UnsupportedModelError(
-                f"Layers {sorted(missing)} of {type(_unwrapped(self.model)).__name__} did not ask the cache for their "
+                f"Layers {sorted(missing)} of {type(unwrapped(self.model)).__name__} did not ask the cache for their "
                 "K/V, so the decoder stream could not read the encoder's; use a model whose attention layers all go "
                 "through past_key_values."
             )
@@ -419,17 +445,10 @@ def _visible(batch: Batch, rows: Tensor | None, kind: str, config: Any) -> Tenso
 # ------------------------------------------------------------------------------- what a pass needs around it
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and the like, which keep it under ``module``."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The encoder is frozen: it has no dropout, and gradient checkpointing (which drops the cache) is off."""
-    if not model.training:  # the usual case in inference, where walking all modules twice would cost a tenth of a step
+    if not model.training:  # the usual case; walking all modules twice would cost a tenth of a small model's step
         yield
         return
     model.eval()
@@ -455,73 +474,13 @@ def _cache_under_checkpointing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer._can_checkpoint_with_cache = False
-
-
-def _activate(model: nn.Module, adapter: str) -> None:
-    _check_attached(model, adapter)
-    peft: Any = _unwrapped(model)
-    if peft.active_adapter != adapter:
-        peft.set_adapter(adapter)
-
-
-def _check_attached(model: nn.Module, adapter: str) -> None:
-    if adapter not in getattr(_unwrapped(model), "peft_config", ()):
-        raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
-
-
-class _SecondHalf:
-    """During a parallel step LoRA layers add s B A x on the second half of the batch only: the decoder rows.
-
-    Finding the layers takes longer than running a small one, so it is done once for each set of attached adapters.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._attached: list[Any] = []
-        self._forwards: dict[str, list[tuple[dict[str, Any], Callable[..., Tensor]]]] = {}
-
-    @contextmanager
-    def of(self, adapter: str) -> Iterator[None]:
-        """Run LoRA layers with ``adapter`` that way inside the block."""
-        forwards = self._forwards_of(adapter)
-        for attributes, forward in forwards:
-            attributes["forward"] = forward
-        try:
-            yield
-        finally:
-            for attributes, _ in forwards:
-                del attributes["forward"]
-
-    def _forwards_of(self, adapter: str) -> list[tuple[dict[str, Any], Callable[..., Tensor]]]:
-        configs = list(getattr(_unwrapped(self.model), "peft_config", {}).values())
-        if len(configs) != len(self._attached) or any(a is not b for a, b in zip(configs, self._attached, strict=True)):
-            self._attached, self._forwards = configs, {}  # PEFT makes a new config for whatever it attaches
-        if adapter not in self._forwards:
-            layers = [m for m in self.model.modules() if hasattr(m, "lora_A")]
-            self._forwards[adapter] = [(vars(layer), _decoder_half(layer, adapter)) for layer in layers]
-        return self._forwards[adapter]
-
-
-def _decoder_half(layer: Any, adapter: str) -> Callable[..., Tensor]:
-    base = layer.base_layer
-    if adapter not in layer.lora_A:  # it carries other adapters, one of which may be active
-        return lambda *args, **kwargs: base(*args, **kwargs)
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = base(x, *args, **kwargs)
-        half = len(x) // 2
-        y[half:] += (up(down(x[half:].to(down.weight.dtype))) * layer.scaling[adapter]).to(y.dtype)
-        return y
-
-    return forward
+            del layer._can_checkpoint_with_cache
 
 
 def _refuse_unsupported(model: nn.Module, config: Any) -> None:
-    name = type(_unwrapped(model)).__name__ if not hasattr(config, "model_type") else config.model_type
+    name = type(unwrapped(model)).__name__ if not hasattr(config, "model_type") else config.model_type
     why = None
-    if getattr(_unwrapped(model).config, "is_encoder_decoder", False):
+    if getattr(unwrapped(model).config, "is_encoder_decoder", False):
         why = "it is an encoder-decoder: its decoder has K/V of its own kind; choose a decoder-only model"
     elif getattr(_stateful_part(model), "_is_stateful", False) or _foreign_layers(config):
         kinds = ", ".join(_foreign_layers(config)) or "recurrent state"
@@ -533,7 +492,7 @@ def _refuse_unsupported(model: nn.Module, config: Any) -> None:
 
 
 def _stateful_part(model: nn.Module) -> nn.Module:
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     get_base = getattr(inner, "get_base_model", None)
     return get_base() if callable(get_base) else inner
 
