@@ -31,9 +31,9 @@ from icarus.train.data import tokenize
 SHOTS, BATCH = 3, 8
 SIDES = ("specialist", "base", "base, three examples")
 TASKS = {
-    "planner": "names the columns that a question needs",
-    "sql": "writes the query from question and plan",
-    "explainer": "says what a query asks",
+    "planner": "question -> columns",
+    "sql": "question, plan -> SQL",
+    "explainer": "SQL -> question",
 }
 
 Message = dict[str, str]

@@ -16,6 +16,7 @@ from torch import nn
 
 from icarus import adapter, verify
 from icarus.errors import AdapterError, UnsupportedModelError
+from icarus.streams import EncoderCache, TwoStreams
 from specimens import (
     DAMAGES,
     IDS,
@@ -106,8 +107,9 @@ def test_attach_keeps_the_callers_config() -> None:
         ({"target_modules": "all-linear"}, "k_proj, v_proj"),
         ({"target_modules": r".*self_attn\.(q|v)_proj"}, "v_proj"),
         ({"target_modules": ["model.layers.1.self_attn.v_proj"]}, "v_proj"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {r".*\.k_proj$": 2}}, "k_proj"),
-        ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, "v_proj"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern is set.* one rank"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 2}}, "alpha_pattern is set.* one alpha"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias"),
         ({"use_dora": True}, "use_dora"),
@@ -146,7 +148,7 @@ def test_failure_keeps_containers_that_others_hold() -> None:
 def test_nonsense_is_refused_and_leaves_the_model(options: dict[str, Any]) -> None:
     model = llama()
     state = picture(model)
-    with pytest.raises(AdapterError, match="cannot attach"):
+    with pytest.raises(AdapterError, match=r"cannot (be )?attach"):
         adapter.attach(model, **options)
     assert picture(model) == state
 
@@ -172,6 +174,39 @@ def test_names_that_break_peft_are_refused(name: str) -> None:
 def test_second_adapter_of_one_name_is_refused() -> None:
     with pytest.raises(AdapterError, match="already has an adapter 'default'"):
         adapter.attach(adapter.attach(llama()))
+
+
+def test_merged_adapters_and_variants_are_refused() -> None:
+    model = specialist(llama(), "first")
+    adapter.check_attached(model, "first")
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="merged into model"):
+        adapter.check_attached(model, "first")
+    config = LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM", use_dora=True)
+    dora = get_peft_model(llama(), config)
+    config.use_dora = False  # the layers tell nevertheless
+    with pytest.raises(AdapterError, match=r"variant of LoRA on model\.layers\.0\.self_attn\.o_proj"):
+        adapter.check_attached(dora, "default")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_new_modules_follow_the_models_mode(training: bool, tmp_path: Path) -> None:
+    model = llama().train(training)
+    frozen = model.model.layers[0].eval()
+    peft_model = specialist(model, "a", dropout=0.5)
+    adapter.attach(peft_model, name="b", dropout=0.5)
+    assert {module.training for module in peft_model.modules() if isinstance(module, nn.Dropout)} == {training}
+    source = adapter.save(peft_model, tmp_path / "a", name="a")
+    adapter.load(peft_model, source, "c", is_trainable=True)
+    adapter.load(peft_model, source, "a")
+    fresh = adapter.load(llama().train(training), source)
+    for adapted, count in ((peft_model, 30), (fresh, 10)):
+        drops = [module for module in adapted.modules() if isinstance(module, nn.Dropout)]
+        assert len(drops) == count
+        assert {module.training for module in (adapted, *drops)} == {training}
+    assert not frozen.training
+    peft_model.set_adapter("a")
+    assert torch.equal(peft_model(IDS).logits, peft_model(IDS).logits) is not training
 
 
 # ---------------------------------------------------------------------------------------------- round trip
@@ -212,9 +247,9 @@ def test_plain_peft_reads_the_directory(good: Path) -> None:
 
 
 def test_adapter_that_peft_made_can_be_saved(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", rank_pattern={"layers.1.*o_proj": 3})
+    config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", use_rslora=True)
     directory = adapter.save(get_peft_model(llama(), config), tmp_path / "adapter")
-    assert adapter.verify(directory, llama()).rank == 3
+    assert adapter.verify(directory, llama()).rank == 2
 
 
 def test_dtype_and_given_fingerprint_are_stored(tmp_path: Path) -> None:
@@ -295,6 +330,24 @@ def test_load_replaces_an_adapter_of_that_name(alone: bool, tmp_path: Path) -> N
     if not alone:
         model.set_adapter("b")
         assert torch.equal(model(IDS).logits, adapter.load(llama(), one, "x")(IDS).logits)
+
+
+@pytest.mark.parametrize("active", "ab")
+@pytest.mark.parametrize("reloaded", "ab")
+@pytest.mark.parametrize("asked", "ab")
+def test_streams_use_the_asked_adapter_after_a_reload(active: str, reloaded: str, asked: str, tmp_path: Path) -> None:
+    saved = {name: adapter.save(specialist(llama(), seed=ord(name)), tmp_path / name) for name in "ab"}
+
+    def decoded(model: PeftModel) -> torch.Tensor:
+        streams, cache = TwoStreams(model), EncoderCache()
+        streams.encode(IDS, cache)
+        return streams.decode(IDS, cache, asked)
+
+    model = adapter.load(adapter.load(llama(), saved["a"], "a"), saved["b"], "b")
+    model.set_adapter(active)
+    adapter.load(model, saved[reloaded], reloaded)
+    assert [model.active_adapter] == model.active_adapters == [active]
+    assert torch.equal(decoded(model), decoded(adapter.load(llama(), saved[asked], asked)))
 
 
 def test_known_fingerprint_saves_hashing_the_model(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +486,9 @@ def test_from_pretrained_reads_the_hub_and_prefers_a_local_path(
     assert adapter.names(model) == ["default"]
     assert asked == [("me/sql", "v1")]
     adapter.save(model, "me/sql")
-    adapter.from_pretrained(llama(), "me/sql")
+    model = adapter.from_pretrained(model=llama(), model_id="me/sql", adapter_name="sql", is_trainable=True)
+    assert adapter.names(model) == ["sql"]
+    assert any(weight.requires_grad for weight in model.parameters())
     assert len(asked) == 1
 
 

@@ -108,7 +108,7 @@ BAD = {
     ("train",): "--base, --data, --output",
     ("train", "--base", "base", "--data", "none.jsonl", "--output", "o"): "none.jsonl",
     ("train", "--base", "./nowhere", "--data", "data.jsonl", "--output", "o"): "./nowhere",
-    ("train", "--json"): "--json needs",
+    ("train", "--json"): "expected one argument",
     ("train", "--config", "none.yaml"): "none.yaml",
     ("train", "--base", "base", "--data", "data.jsonl", "--output", "o", "--targets", "v_proj"): "v_proj",
 }

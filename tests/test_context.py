@@ -587,3 +587,35 @@ def test_the_base_is_hashed_once_for_all_adapters(tmp_path: Path, monkeypatch: p
     foreign = adapter.save(adapter.attach(tiny(seed=5)), tmp_path / "foreign")
     with pytest.raises(AdapterError, match="another base model"):
         team.add("foreign", foreign)
+
+
+def test_a_context_ends_where_the_model_does(team: Specialists) -> None:
+    limit = team.streams.config.max_position_embeddings
+    context = team.context().append([5] * (limit - 3))
+    turn = context.generate(max_new_tokens=50, generation_config=None)
+    assert len(turn.token_ids) <= 3
+    context.rollback(0).append([5] * limit)
+    with pytest.raises(InputError, match=f"has {limit} tokens and this model takes {limit}"):
+        context.generate()
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[5, 6]]), torch.tensor([5, 6]).numpy(), [torch.tensor(5).item(), 6]])
+def test_token_ids_of_tensors_and_arrays(team: Specialists, ids: Any) -> None:
+    assert team.context().append(ids).token_ids == [5, 6]
+
+
+def test_booleans_are_no_token_ids(team: Specialists) -> None:
+    with pytest.raises(InputError, match="True is no token id"):
+        team.context().append([True, False])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"generation_config": GenerationConfig(max_new_tokens=2), "temperature": 1.0}, "would be ignored"),
+        ({"seed": 2**70}, "seed is"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused(team: Specialists, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        team.context().append([5, 6]).generate(**options)

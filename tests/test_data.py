@@ -200,6 +200,9 @@ BAD: dict[str, tuple[list[Any], int, str]] = {  # rows; the line that must be na
     "texts, later messages": ([GOOD, {"prompt": chat("u:a"), "completion": chat("a:b")}], 2, "'prompt'"),
     "completions as text": ([{"prompt": "a", "completions": "b"}], 1, "'completions'"),
     "no completions": ([{"prompt": "a", "completions": []}], 1, "'completions'"),
+    "no content and no tool call": ([{"messages": [{"role": "assistant", "content": None}]}], 1, "'content'"),
+    "tools that are no list": ([CHAT, {**CHAT, "tools": {"name": "a"}}], 2, "'tools' must be a list"),
+    "tools that are no JSON": ([CHAT, {**CHAT, "tools": "[{"}], 2, "'tools' is not JSON"),
     "an empty one of several": ([{"prompt": "a", "completions": ["b", ""]}], 1, "'completions' is empty"),
 }
 
@@ -223,7 +226,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "\xc3\xa4"}\n')
-    assert data.read(str(path))["text"] == ["ä"]
+    assert [row["text"] for row in data.read(str(path))] == ["ä"]
 
 
 @pytest.mark.parametrize(
@@ -306,8 +309,51 @@ def test_a_key_that_only_some_messages_have_is_not_given_to_the_others(tmp_path:
     """Arrow fills such keys with None, and templates ask for ``'tool_calls' in message``."""
     tokenizer = tiny_tokenizer(CHATML.replace("m['content'] +", "m['content'] + ('!' if 'name' in m else '') +"))
     named = {"messages": [{"role": "user", "content": "a", "name": "x"}, *chat("a:b")]}
-    kept, _ = data.token_rows(data.read(write(tmp_path / "d.jsonl", named, CHAT)), tokenizer, None)
-    assert [pieces(row, tokenizer)[0][0] for row in kept] == [header("u:a!"), header("u:a")]
+    read = data.read(write(tmp_path / "d.jsonl", named, CHAT))
+    for rows in (read, data.rows_of(Dataset.from_list([named, CHAT]))):
+        kept, _ = data.token_rows(rows, tokenizer, None)
+        assert [pieces(row, tokenizer)[0][0] for row in kept] == [header("u:a!"), header("u:a")]
+
+
+CALLING = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' "
+    "+ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tools_and_tool_calls_reach_the_template_as_they_were_written(tmp_path: Path) -> None:
+    """Keys of one tool are not given to another, null stays null, and types may differ from row to row."""
+    tokenizer = tiny_tokenizer(CALLING)
+
+    def asking(tool: Any, arguments: Any) -> tuple[list[Any], list[Any], list[tuple[str, bool]]]:
+        call = [{"name": "f", "arguments": arguments}]
+        messages = [*chat("u:a"), {"role": "assistant", "content": None, "tool_calls": call}]
+        prompt = json.dumps(tool) + "\n" + header("u:a")
+        return [tool], messages, [(prompt, False), (json.dumps(call) + END, True)]
+
+    one = asking({"name": "f", "parameters": {"x": {"type": "int"}}}, {"x": 1})
+    other = asking({"name": "g", "parameters": {"y": [None, 2]}}, {"x": "1", "y": None})
+    rows: list[Row] = [
+        {"messages": one[1], "tools": one[0]},
+        {"messages": other[1], "tools": json.dumps(other[0])},
+    ]
+    kept, _ = data.token_rows(data.read(write(tmp_path / "d.jsonl", *rows)), tokenizer, None)
+    assert [pieces(row, tokenizer) for row in kept] == [one[2], other[2]]
+    for form, answers in (("completion", other[1][1:]), ("completions", [other[1][1:]])):
+        row = {"prompt": other[1][:1], form: answers, "tools": other[0]}
+        assert pieces(data.tokenize(row, tokenizer, None), tokenizer) == other[2]
+        assert all(part["tools"] == other[0] for part in data.separate(row))
+
+
+@pytest.mark.parametrize("case", ["missing field", "empty text", "texts, later messages"])
+def test_a_bad_row_of_a_data_set_in_memory_is_named_by_its_index(case: str) -> None:
+    rows, line, what = BAD[case]
+    if case.startswith("texts"):  # which Arrow cannot hold in one column
+        rows = [{"text": "a"}, {"prompt": "a", "completion": "b"}]
+        what = "'text' is missing"
+    with pytest.raises(DataError, match=f"^the data set:{line - 1}: .*{what}"):
+        list(data.rows_of(Dataset.from_list(rows)))
 
 
 def test_separate_gives_each_completion_its_row() -> None:

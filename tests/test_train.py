@@ -252,7 +252,9 @@ def test_several_completions_train_like_separate_rows_and_encode_their_prompt_on
     monkeypatch.setattr(TwoStreams, "encode", counted)
     separate = [part for row in BRANCHED for part in data.separate(row)]
     separate = [{k: v for k, v in row.items() if k != data.LINE} for row in separate]
-    assert_same_training(trainer_of(BRANCHED, tmp_path), trainer_of(separate, tmp_path))
+    trainers = trainer_of(BRANCHED, tmp_path), trainer_of(separate, tmp_path)
+    encoded.clear()  # of the probes that stand before any training
+    assert_same_training(*trainers)
     spared = sum(len(row["prompt"]) * (len(row["completions"]) - 1) for row in BRANCHED)
     assert encoded[1] == sum(len(r["prompt"] + r["completion"]) + 1 for r in separate)
     assert encoded[0] == encoded[1] - spared
@@ -423,7 +425,7 @@ def test_a_recipe_is_the_same_as_flags_and_flags_win(tmp_path: Path) -> None:
     )
     assert by_recipe[1].to_dict() == by_flags[1].to_dict()
     assert by_recipe[1].learning_rate == 1e-3
-    changed = parse(["--config", str(recipe), "--rank", "2", "--base", "c"])[0]
+    changed = parse([f"--config={recipe}", "--rank", "2", "--base", "c"])[0]
     assert (changed.rank, changed.base, changed.data) == (2, "c", "d.jsonl")
 
 
@@ -436,6 +438,10 @@ def test_a_recipe_is_the_same_as_flags_and_flags_win(tmp_path: Path) -> None:
         (None, [], "required: --base, --data, --output"),
         (None, [*FLAGS, "--rank", "0"], "rank is 0"),
         (None, [*FLAGS, "--rank", "eight"], "rank.*eight"),
+        (None, [*FLAGS, "--alpha", "0"], "alpha is 0"),
+        ("base: b\ndata: d\noutput: o\nalpha: 0.5\n", [], "alpha is 0.5"),
+        (None, [*FLAGS, "--config="], "--config needs"),
+        (None, ["--config=none.yaml"], "none.yaml"),
         (None, [*FLAGS, "--dropout", "1"], "dropout is 1"),
         (None, [*FLAGS, "--method", "qlora"], "method.*qlora"),
         ("base: b\ndata: d\noutput: o\nrank: 8.5\n", [], "rank is 8.5"),
@@ -476,6 +482,8 @@ def test_bad_settings_are_named_in_one_sentence(
         ({"loss_type": "dft"}, InputError, "loss_type='dft'"),
         ({"completion_only_loss": False}, InputError, "completion_only_loss=False"),
         ({"truncation_mode": "keep_end"}, InputError, "truncation_mode='keep_end'"),
+        ({"dataset_text_field": "body"}, InputError, "dataset_text_field='body'"),
+        ({"rows": BRANCHED, "padding_free": True}, InputError, "Packing and several completions"),
     ],
 )
 def test_refused_before_anything_is_written(
@@ -498,6 +506,22 @@ def test_the_trainer_alone_refuses_as_well(tmp_path: Path) -> None:
     options = settings(output_dir=str(tmp_path), max_steps=1)
     with pytest.raises(InputError, match="Streaming"):
         IcarusSFTTrainer(tiny(), options, train_dataset=streamed, processing_class=tiny_tokenizer())
+    with pytest.raises(InputError, match="padding_free=False"):
+        trainer_of(BRANCHED, tmp_path, padding_free=True, max_length=None)
+    for name in ("formatting_func", "compute_loss_func", "compute_metrics"):
+        with pytest.raises(InputError, match=f"^{name} "):
+            IcarusSFTTrainer(tiny(), options, train_dataset=Dataset.from_list(ROWS), **{name: print})
+    attached = adapter.attach(tiny())
+    with pytest.raises(InputError, match=r"^peft_config "):
+        IcarusSFTTrainer(attached, options, peft_config=attached.peft_config["default"])
+    with pytest.raises(InputError, match=r"^quantization_config "):
+        IcarusSFTTrainer("owner/name", options, quantization_config=object())
+    with pytest.raises(InputError, match=r"^model_init_kwargs "):
+        IcarusSFTTrainer("owner/name", settings(output_dir=str(tmp_path), model_init_kwargs={"revision": "main"}))
+    with pytest.raises(InputError, match="give processing_class"):
+        IcarusSFTTrainer(tiny(), options, train_dataset=Dataset.from_list(ROWS))
+    with pytest.raises(DataError, match="the data set:3: field 'completion' is empty"):
+        trainer_of([*ROWS, {"prompt": "a", "completion": ""}], tmp_path)
     with pytest.raises(UnsupportedModelError, match="feed"):
         trainer_of(ROWS, tmp_path, with_adapters(tiny(), ("default",), target_modules=["k_proj", "q_proj"]))
 
@@ -509,3 +533,33 @@ def test_the_trainer_makes_its_own_adapter_and_saves_icarus_directories(base: Pa
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     assert adapter.verify(tmp_path / "out", base).rank == 16
+
+
+def test_a_model_without_given_tokenizer_finds_its_own_and_keeps_completions_apart(base: Path, tmp_path: Path) -> None:
+    model = with_adapters(tiny(), ("default",))
+    model.config._name_or_path = str(base)
+    options = settings(output_dir=str(tmp_path / "run"), per_device_train_batch_size=len(BRANCHED))
+    alone = IcarusSFTTrainer(model, options, train_dataset=Dataset.from_list(BRANCHED))
+    assert_same_training(alone, trainer_of(BRANCHED, tmp_path))
+
+
+def test_an_adapter_of_another_name_is_trained_and_saved(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(ROWS, tmp_path, adapter.attach(tiny(), name="sql", rank=4), **SGD, save_strategy="steps")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    for folder in (tmp_path / "out", tmp_path / "run" / "checkpoint-1"):
+        assert adapter.verify(folder, base).rank == 4
+        assert any(tensor.any() for name, tensor in weights(folder).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("method", "rate"), [("icarus", 2e-3), ("lora", 1e-3)])
+def test_each_method_has_its_learning_rate_and_a_given_one_wins(
+    method: str, rate: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+    make = under_test._trainer
+    monkeypatch.setattr(under_test, "_trainer", lambda *args: trainers.append(make(*args)) or trainers[-1])
+    for number, (given, wanted) in enumerate(((None, rate), (0.25, 0.25))):
+        train(method=method, learning_rate=given, max_steps=1, output=str(tmp_path / f"out{number}"))
+        assert trainers[-1].optimizer.defaults["lr"] == wanted
+    assert trainer_of(ROWS, tmp_path).args.learning_rate == 2e-3

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from icarus import adapter, verify
@@ -214,12 +213,3 @@ def test_targets_match_as_in_peft(targets: Any, exclude: Any, layers: Any, patte
     fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
     found = check_target_module_exists(LoraConfig(**fields), module)
     assert verify._targeted(fields, module) == (bool(found) and not isinstance(found, _ExcludedModule))
-
-
-@given(
-    ranks=st.dictionaries(st.sampled_from(["o_proj", "layers.0.*", "up", r"mlp\.up_proj", MODULES[0]]), st.just(2)),
-    module=st.sampled_from(MODULES),
-)
-def test_ranks_match_as_in_peft(ranks: dict[str, int], module: str) -> None:
-    expected = ranks.get(get_pattern_key(list(ranks), module), 9)
-    assert verify._rank({"r": 9, "rank_pattern": ranks}, module) == expected

@@ -25,11 +25,23 @@ from torch import Tensor, nn
 
 from icarus import atomic, hub, undo
 from icarus import card as model_card
-from icarus import verify as contents
 from icarus.errors import AdapterError, UnsupportedModelError
 from icarus.fingerprint import StrPath, base_of, fingerprint
 from icarus.projections import linears
-from icarus.verify import MARKER_VERSION, AdapterInfo, feeds_kv, is_icarus, problems, verify
+from icarus.verify import (
+    CARD,
+    CONFIG,
+    MARKER_VERSION,
+    PICKLE,
+    WEIGHTS,
+    AdapterInfo,
+    feeds_kv,
+    is_icarus,
+    problems,
+    read_tensors,
+    setting_problems,
+)
+from icarus.verify import verify as verify_directory
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -54,6 +66,8 @@ __all__ = [
     "save_conventional",
     "verify",
 ]
+
+verify = verify_directory  # the public name; in ``load``, ``verify`` is the caller's choice whether to do so
 
 _ROUTERS = {"gate", "router", "router_gate", "modality_router", "wg", "shared_expert_gate"}
 
@@ -108,7 +122,7 @@ def attach(
 
     Without ``config`` the adapter is plain LoRA of ``rank``, ``alpha`` (default: twice the rank), ``dropout`` and
     ``targets`` (default: ``decoder_targets``); with it those arguments are not read. A config without targets gets the
-    default ones, and the caller's object is not changed.
+    default ones, and the caller's object is not changed. New modules are in training mode if the model is.
 
     Raises AdapterError for a setting that ICaRus cannot serve, and UnsupportedModelError where the targets resolve to
     a projection that feeds K or V; the model is then as it was.
@@ -122,6 +136,7 @@ def attach(
     config.task_type = config.task_type or "CAUSAL_LM"
     config.target_modules = config.target_modules or decoder_targets(model)
     _check_settings(config, name)
+    modes = _modes(model)
     with _peft(model, f"PEFT cannot attach adapter {name!r}"):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -130,6 +145,7 @@ def attach(
         else:
             adapted = get_peft_model(model, config, adapter_name=name)
         check_attached(adapted, name)
+        _set_modes(adapted, modes, new=modes[model])
     return adapted
 
 
@@ -143,9 +159,13 @@ def attach_conventional(
     targets: Sequence[str] | None = None,
 ) -> PeftModel:
     """The baseline: ordinary LoRA on all linear projections, K and V too, so that each model needs its own cache."""
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
-    return get_peft_model(model, _lora(rank, alpha, dropout, targets or "all-linear"), adapter_name=name)
+    config = _lora(rank, alpha, dropout, targets or "all-linear")
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name)
 
 
 def _lora(rank: int, alpha: int | None, dropout: float, targets: Sequence[str] | str | None) -> LoraConfig:
@@ -165,7 +185,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _check_settings(config: Any, name: str) -> None:
-    if found := contents.setting_problems(vars(config)):
+    if found := setting_problems(vars(config)):
         raise AdapterError(f"Adapter {name!r} cannot be attached: {found[0]}.")
 
 
@@ -183,6 +203,23 @@ def check_attached(model: Any, name: str) -> None:
     _check_settings(model.peft_config[name], name)  # PEFT may have rewritten them for this model
     if odd := sorted(set(adapted) - linears(model).keys()):
         raise AdapterError(f"Adapter {name!r} targets {odd[0]}, which is no linear projection: leave it out.")
+    if merged := [path for path, module in modules if getattr(module, "merged_adapters", ())]:
+        raise AdapterError(
+            f"An adapter is merged into {merged[0]}, so the base weights are not the base model's: call "
+            "unmerge_adapter() first."
+        )
+    if variants := [path for path, module in modules if name in getattr(module, "lora_variant", ())]:
+        raise AdapterError(f"Adapter {name!r} is a variant of LoRA on {variants[0]}: retrain it as plain LoRA.")
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def _set_modes(model: nn.Module, modes: Mapping[nn.Module, bool], *, new: bool) -> None:
+    """PEFT makes modules (dropout) in training mode, and puts the whole model into evaluation mode as it loads."""
+    for module in model.modules():
+        module.training = modes.get(module, new)
 
 
 @contextmanager
@@ -224,14 +261,14 @@ def save(
     target = Path(directory).expanduser().resolve()
     if name not in names(model):
         raise AdapterError(f"The model has no adapter {name!r} to save: it has {', '.join(names(model)) or 'none'}.")
-    with atomic.replacing(target, key=contents.CONFIG, obsolete=[contents.PICKLE]) as folder:
+    with atomic.replacing(target, key=CONFIG, obsolete=[PICKLE]) as folder:
         _write(model, folder, name, dtype, state_dict)
-        config = json.loads((folder / contents.CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()  # a set in memory; equal adapters shall give equal files
         config["icarus"] = {"version": MARKER_VERSION, "base_fingerprint": base_fingerprint or fingerprint(model)}
-        (folder / contents.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / contents.CARD).write_text(model_card.text(config, card or {}), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(model_card.text(config, card or {}), encoding="utf-8")
         if found := problems(folder):
             raise AdapterError(f"Adapter {name!r} is not saved to {target}: {found[0]}.")
     return target
@@ -246,7 +283,7 @@ def save_conventional(
 ) -> Path:
     """Writes a conventional adapter as a plain PEFT directory, atomically as ``save`` does; returns the directory."""
     target = Path(directory).expanduser().resolve()
-    with atomic.replacing(target, key=contents.CONFIG, obsolete=[contents.PICKLE]) as folder:
+    with atomic.replacing(target, key=CONFIG, obsolete=[PICKLE]) as folder:
         _write(model, folder, "default", dtype, state_dict)
     return target
 
@@ -262,8 +299,8 @@ def _write(
         for file in list((folder / name).iterdir()):
             file.rename(folder / file.name)
         (folder / name).rmdir()
-    mode = (folder / contents.CONFIG).stat().st_mode
-    (folder / contents.WEIGHTS).chmod(mode)  # safetensors writes files that only their owner can read
+    mode = (folder / CONFIG).stat().st_mode
+    (folder / WEIGHTS).chmod(mode)  # safetensors writes files that only their owner can read
 
 
 def load(
@@ -281,14 +318,16 @@ def load(
 
     An adapter of that name is replaced, and stays active if it was. Like PEFT, the first adapter of a model becomes
     active and a further one does not. ``base_fingerprint``, where it is known, saves hashing the model.
-    ``verify=False`` skips the checks, and so takes conventional adapters. Raises AdapterError, the model as it was.
+    ``verify=False`` skips the checks, and so takes conventional adapters. New modules are in training mode if the
+    model is. Raises AdapterError, the model as it was.
     """
     from peft import PeftModel
 
     _check_name(model, name)
     directory = hub.local_directory(source, revision, token)
     if verify:
-        contents.verify(directory, model, base_fingerprint=base_fingerprint)
+        verify_directory(directory, model, base_fingerprint=base_fingerprint)
+    modes = _modes(model)
     options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable, "torch_device": "cpu"}
     with _peft(model, f"{directory} could not be loaded as {name!r} (see `icarus verify`)"):
         if isinstance(model, PeftModel):
@@ -296,12 +335,15 @@ def load(
             if name in names(model):
                 model.delete_adapter(name)
             model.load_adapter(str(directory), **options)
-            if name in active:
+            if active == [name]:
+                model.set_adapter(name, inference_mode=not is_trainable)
+            elif name in active:
                 tuner: Any = model.base_model  # takes several names, unlike the PeftModel
                 tuner.set_adapter(active, inference_mode=not is_trainable)
         else:
             adapted = PeftModel.from_pretrained(model, str(directory), **options)
         _check_loaded(adapted, directory, name)
+        _set_modes(adapted, modes, new=modes[model])
     return adapted
 
 
@@ -310,12 +352,22 @@ def _check_loaded(model: PeftModel, directory: Path, name: str) -> None:
     from peft import get_peft_model_state_dict
 
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    for key, tensor in contents.read_tensors(directory).items():
+    for key, tensor in read_tensors(directory).items():
         if key not in loaded or not torch.equal(loaded[key].detach().cpu().float(), tensor.float()):
             raise AdapterError(f"{directory}: PEFT did not load {key}: use a base model of the right kind.")
 
 
-from_pretrained = load  # under PEFT's name
+def from_pretrained(
+    model: nn.Module,
+    model_id: StrPath,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> PeftModel:
+    """``load`` under the name and with the arguments of ``PeftModel.from_pretrained``."""
+    return load(model, model_id, adapter_name, is_trainable=is_trainable, revision=revision, token=token)
 
 
 def push_to_hub(

@@ -64,7 +64,7 @@ def folder(name: str = PACKAGED) -> Path:
 def load(
     name: str = PACKAGED, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model in evaluation mode, with sdpa attention, and its tokenizer.
+    """Load a base model in evaluation mode, and its tokenizer.
 
     Args:
         name: hub id, local folder, or ``PACKAGED``.
@@ -84,7 +84,7 @@ def load(
     source = resolve(name)
     try:
         auto: Any = AutoModelForCausalLM  # typed as if output_loading_info did not exist
-        model, found = auto.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"Base model {name!r} could not be loaded ({_first_line(error)}).") from error

@@ -75,6 +75,9 @@ def _answer(context: Context, speaker: str, text: str, limit: int) -> bool:
     except KeyboardInterrupt:
         print("\n    broken off; question and answer are forgotten")
         return False
+    except InputError as error:
+        print(error)
+        return False
     print(f"\n    {_figures(turn)}")
     return True
 

@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "is this adapter safe to share a cache with; exit status 0 or 1", json=True)
     verify.add_argument("adapter", metavar="ADAPTER")
     verify.add_argument("--base", help="also check that it fits this base model")
-    base = add("base", _base, "print the folder of a base model")
+    base = add("base", _base, "print the folder of a base model", json=True)
     base.add_argument("name", nargs="?", default=_PACKAGED, metavar="NAME")
-    add("specialists", _specialists, "print the shipped specialists, one name=folder a line")
+    add("specialists", _specialists, "print the shipped specialists, one name=folder a line", json=True)
     bench = add("bench", _bench, "measure: decode or train, each beside its conventional peer", json=True)
     bench.add_argument("what", choices=["decode", "train"])
     bench.add_argument("--base", default=_PACKAGED)
@@ -148,19 +148,15 @@ def _train(words: list[str]) -> int:
         raise InputError(
             f"Training needs more packages ({error.name}); run: pip install 'icarus-llm[train]'."
         ) from error
-    target = None
-    if "--json" in words:
-        at = words.index("--json")
-        if at + 1 == len(words):
-            raise InputError("--json needs a file name, or - for standard output.")
-        target = words[at + 1]
-        words = words[:at] + words[at + 2 :]
+    ours = _Parser(prog="icarus train", add_help=False, allow_abbrev=False)
+    ours.add_argument("--json")
+    options, words = ours.parse_known_args(words)
     report = run.run(*config.parse(words))
     if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
         return 0
     print(f"{report['output']}: {report['steps']} steps in {report['seconds']} s", file=sys.stderr)
-    if target:
-        _write_json(report, target)
+    if options.json:
+        _write_json(report, options.json)
     return 0
 
 
@@ -206,17 +202,20 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     return {**report, "rank": info.rank, "targets": list(info.targets), "base_fingerprint": info.base_fingerprint}
 
 
-def _base(options: argparse.Namespace) -> None:
+def _base(options: argparse.Namespace) -> dict[str, Any]:
     from icarus import base_model
 
-    print(base_model.folder(options.name))
+    folder = base_model.folder(options.name)
+    print(folder)
+    return {"name": options.name, "folder": str(folder)}
 
 
-def _specialists(options: argparse.Namespace) -> None:
+def _specialists(options: argparse.Namespace) -> dict[str, Any]:
     from icarus import specialists
 
     for name, folder in specialists.shipped().items():
         print(f"{name}={folder}")
+    return {name: str(folder) for name, folder in specialists.shipped().items()}
 
 
 def _bench(options: argparse.Namespace) -> dict[str, Any]:

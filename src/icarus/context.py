@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class Turn:
     encoded_tokens: int
     """Positions whose K/V were computed in this turn."""
     reused_tokens: int
-    """Positions that were in the cache before it, whoever wrote them."""
+    """Positions that were in the cache before it, whichever speaker they were encoded for."""
     kv_bytes: int
     seconds: float
 
@@ -123,7 +124,7 @@ class Context:
         self.encoded_tokens = 0
         """Positions encoded so far, in all turns together."""
         self.reused_tokens = 0
-        """Cached positions that turns found in place, summed over turns: prefill that separate caches would redo."""
+        """Cached positions that turns found in place, summed over turns."""
         self._cache = EncoderCache()
         self._state = _State()
         self._journal: list[tuple[int, _State]] = []
@@ -152,20 +153,20 @@ class Context:
 
     # ------------------------------------------------------------------ what can be put in
 
-    def append(self, content: str | Sequence[Message] | Iterable[int]) -> Context:
+    def append(self, content: str | Sequence[Message] | Iterable[int] | Tensor) -> Context:
         """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself."""
         if isinstance(content, str):
             return self._extend_text(self._tokenize(content, opening=not self.token_ids))
         if isinstance(content, Mapping) or not isinstance(content, Iterable):
             raise InputError(f"{content!r} cannot be appended; give text, a list of messages, or token ids.")
-        items: list[Any] = list(content)
+        items: list[Any] = content.flatten().tolist() if isinstance(content, Tensor) else list(content)
         if items and isinstance(items[0], Mapping):
             return self._append_messages([_checked(m) for m in items])
         vocabulary = self.team.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         for token in items:
-            if not isinstance(token, int) or not 0 <= token < vocabulary:
+            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < vocabulary:
                 raise InputError(f"{token!r} is no token id of this model; give integers from 0 to {vocabulary - 1}.")
-        return self._extend_text(items)
+        return self._extend_text([int(token) for token in items])
 
     def rollback(self, length: int) -> Context:
         """Forget everything behind the first ``length`` tokens; what stays in the cache is not computed again."""
@@ -213,10 +214,15 @@ class Context:
             generation_config: a GenerationConfig instead of the options above (all but beam search).
 
         Raises:
-            InputError: unknown specialist, empty context, or options that contradict each other.
+            InputError: unknown specialist, empty or full context, an option out of range, or options beside a
+                ``generation_config``.
         """
         speaker = self.team.adapter(model)
         config = generation_config or _config(max_new_tokens, temperature, top_p, top_k, stop)
+        if generation_config and (max_new_tokens, temperature, top_p, top_k, stop) != (256, 0.0, 1.0, 0, None):
+            raise InputError("Options beside a generation_config would be ignored; put them into it.")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed}; give 0 or more and less than 2**63.")
         _refuse_beams(config)
         if not self.token_ids:
             raise InputError("The context is empty; append text, messages or tokens before generating.")
@@ -224,6 +230,7 @@ class Context:
         if self._state.messages and not self._state.answering:
             self._open_answer()
         before = len(self.token_ids)
+        config = self._within_model_length(config)
         self._journal.append((before, self._state.copy()))
         try:
             self._run(speaker, config, seed, stream)
@@ -305,6 +312,18 @@ class Context:
             )
         if streamer:
             streamer.end()
+
+    def _within_model_length(self, config: GenerationConfig) -> GenerationConfig:
+        """Positions beyond what the model was made for give nonsense, so the turn ends there at the latest."""
+        limit = getattr(self.team.streams.config, "max_position_embeddings", None)
+        if limit and len(self.token_ids) >= limit:
+            raise InputError(
+                f"The context has {len(self.token_ids)} tokens and this model takes {limit}; roll it back."
+            )
+        if limit and (config.max_new_tokens or 0) > limit - len(self.token_ids):
+            config = copy(config)
+            config.max_new_tokens = limit - len(self.token_ids)
+        return config
 
     def _next_logits(self, speaker: str | None) -> Tensor:
         """(1, V) logits behind the last token, which encodes what is not encoded yet."""
@@ -395,7 +414,10 @@ class Context:
 
     def _open_answer(self) -> None:
         undo, messages = self._state.copy(), self._state.messages
-        text = self._template(messages, header=True)[len(self._template(messages)) :]
+        whole, closed = self._template(messages, header=True), self._template(messages)
+        if not whole.startswith(closed):
+            raise InputError("The chat template has no header for an answer; append text or tokens instead.")
+        text = whole[len(closed) :]
         self._state.messages = [*messages, {"role": "assistant", "content": ""}]
         self._state.answering = True
         self._extend(self._tokenize(text), undo)

@@ -109,7 +109,7 @@ def _compare(console: Console, team: Specialists, context: Context, turns: list[
         costs["icarus"] = replay.icarus(team.streams, tokens, speeches)
 
     sides = {"conventional": conventional, "icarus": icarus}
-    seconds = measure.alternate(sides, _ROUNDS, "the same work both ways", warm_up=0)
+    seconds = measure.alternate(sides, _ROUNDS, "the same work both ways")
     result = {
         name: {"seconds": round(statistics.median(seconds[name]), 3), **vars(cost)} for name, cost in costs.items()
     }
@@ -138,10 +138,9 @@ def _show_comparison(console: Console, result: dict[str, Any], turns: int) -> No
 
 def _show_figures(console: Console) -> None:
     table = Table(title="The specialists on unseen data (recorded; see results/specialists.json)")
-    for column in ("specialist", "task", "measure", "base model", "specialist"):
+    for column in ("", "task", "measure", "base model", "base, 3 examples", "specialist"):
         table.add_column(column)
     for name, figures in specialists.figures().items():
-        table.add_row(
-            name, figures["task"], figures["measure"], f"{figures['base']:.1%}", f"[bold]{figures['specialist']:.1%}[/]"
-        )
+        shares = [f"{figures[side]:.1%}" for side in ("base", "base, three examples", "specialist")]
+        table.add_row(name, figures["task"], figures["measure"], *shares[:2], f"[bold]{shares[2]}[/]")
     console.print(table)

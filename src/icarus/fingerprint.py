@@ -1,12 +1,13 @@
-"""The identity of a base model: one hash of the weights that write the KV cache.
+"""The identity of a base model: one hash of all its weights.
 
-Specialists may share a cache only if they were trained over the very weights that write it, so an adapter carries the
-fingerprint of its base model. What this file promises:
+It says over which base model an adapter was trained: specialists may share a cache only if all were trained over the
+weights that write it, and one is right only over those that it was trained on, ``lm_head`` among them. What this file
+promises:
 
 * equal for float32 and bfloat16 copies (values are rounded to bfloat16 first), for one file, shards, or a loaded model
   (with or without adapters), on any device, in any order of tensors, with a tied ``lm_head`` stored or not;
-* different when any base weight differs by more than that rounding. ``lm_head`` does not write KV and never counts.
-  Up to ``FULL_HASH_LIMIT`` elements every element is read; above it, see ``fingerprint`` for what is not.
+* different when any base weight differs by more than that rounding. Up to ``FULL_HASH_LIMIT`` elements every element is
+  read; above it, see ``fingerprint`` for what is not.
 
 It needs no modelling code for folders (the vLLM plugin uses it there). For a loaded Transformers model it asks
 Transformers to undo the conversions made at loading (for example experts merged into one tensor), so that names and
@@ -106,7 +107,7 @@ def base_of(model: nn.Module) -> nn.Module:
 def _of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Many adapters are checked against one folder; name, size and time of each file make a changed one a new key."""
     weights = {name: weight for name, weight in _stored([file for file, _, _ in files]).items() if _counts(name)}
-    return _combine(_digests(weights, full=sum(weight.size for weight in weights.values()) <= FULL_HASH_LIMIT))
+    return _combine(_digests(weights, _in_full(weights)))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -166,7 +167,7 @@ def _stored_weight(file: Path, begin: int, dtype: str, shape: list[int], data_of
 
 def _of_model(base: nn.Module) -> str:
     state = _base_state(base)
-    full = sum(_loaded_weight(tensor).size for tensor in state.values()) <= FULL_HASH_LIMIT
+    full = _in_full({name: _loaded_weight(tensor) for name, tensor in state.items()})
     digests: dict[str, bytes] = {}
     # Layer by layer, because undoing a conversion may copy what it touches.
     for _, names in groupby(sorted(state, key=_layer), key=_layer):
@@ -221,7 +222,16 @@ def _loaded_weight(tensor: Tensor) -> _Weight:
 
 
 def _counts(name: str) -> bool:
-    return not (_HEADS & set(name.split("."))) and not _IGNORED.search(name)
+    return not _IGNORED.search(name)
+
+
+def _of_head(name: str) -> bool:
+    return not _HEADS.isdisjoint(name.split("."))
+
+
+def _in_full(weights: dict[str, _Weight]) -> bool:
+    """Whether every element is hashed. The head has no say in it, as a tied one may be stored or not."""
+    return sum(weight.size for name, weight in weights.items() if not _of_head(name)) <= FULL_HASH_LIMIT
 
 
 def _digests(weights: dict[str, _Weight], full: bool) -> dict[str, bytes]:
@@ -247,14 +257,20 @@ def _ranges(size: int, full: bool) -> Ranges:
 
 
 def _combine(digests: dict[str, bytes]) -> str:
-    """One hash of all; the prefix that all names share is dropped, as checkpoints of a bare decoder lack ``model.``"""
-    if not digests:
+    """One hash of all, but for a head that equals another weight: it is tied to the input embedding.
+
+    The prefix that all other names share is dropped, as checkpoints of a bare decoder lack ``model.``
+    """
+    paths = [name.split(".") for name in digests if not _of_head(name)]
+    if not paths:
         raise InputError("The base model has no weights: give a model or a folder that holds them.")
-    paths = [name.split(".") for name in digests]
     shared = 0
     while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
         shared += 1
+    named = [(".".join(path[shared:]), digests[".".join(path)]) for path in paths]
+    decoder = {digest for _, digest in named}
+    named += [(name, digest) for name, digest in digests.items() if _of_head(name) and digest not in decoder]
     state = hashlib.sha256(_DOMAIN)
-    for name, digest in sorted((".".join(path[shared:]), digests[".".join(path)]) for path in paths):
+    for name, digest in sorted(named):
         state.update(name.encode() + b"\0" + digest)
     return state.hexdigest()

@@ -8,12 +8,12 @@ config. All is read without PEFT and, but for ``projections.of_empty_model``, wi
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -41,8 +41,10 @@ _KV_PREFIX = "in_proj"  # fused projections of attention and of recurrent layers
 # Settings of LoraConfig that go beyond plain LoRA on projections.
 _REFUSED = (
     "modules_to_save target_parameters trainable_token_indices layer_replication lora_bias use_dora use_qalora "
-    "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config"
+    "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config"
 ).split()
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # vLLM reads neither (its PEFTHelper)
+_FLAGS = "use_rslora fan_in_fan_out inference_mode use_dora use_qalora lora_bias ensure_weight_tying".split()
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 
@@ -53,7 +55,7 @@ class AdapterInfo:
 
     directory: Path
     base_model: str | None  # name or path of the base model, as its trainer gave it
-    rank: int  # the largest of any module: what --max-lora-rank must allow
+    rank: int
     alpha: float
     targets: tuple[str, ...]  # last names of the adapted modules, sorted
     base_fingerprint: str
@@ -88,7 +90,7 @@ def verify(directory: StrPath, base: Base = None, *, base_fingerprint: str | Non
     return AdapterInfo(
         directory=Path(directory),
         base_model=config.get("base_model_name_or_path"),
-        rank=max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name),
+        rank=config["r"],
         alpha=float(config["lora_alpha"]),
         targets=tuple(sorted({module.rpartition(".")[2] for module in _pairs(tensors)})),
         base_fingerprint=config["icarus"]["base_fingerprint"],
@@ -180,29 +182,23 @@ def _marker(config: Config) -> dict[str, Any]:
 
 def _malformed_settings(config: Config) -> list[str]:
     """Fields that the other checks compute with and cannot."""
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not _is_rank(rank):
+    rank = config.get("r")
+    if type(rank) is not int or rank <= 0:
         return [f"r is {rank!r} and not a positive whole number: save the adapter again"]
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        return [f"lora_alpha is {alpha!r} and not a number: save the adapter again"]
-    if not all(isinstance(pattern, dict) for pattern in (ranks, alphas)) or not all(map(_is_rank, ranks.values())):
-        return ["rank_pattern does not map names to positive whole numbers, or alpha_pattern to any: save it again"]
     if not config.get("target_modules"):
         return ["target_modules names no modules: save the adapter again"]
     try:
-        _targeted(config, "any.0.module"), _rank(config, "any.0.module")
+        _targeted(config, "any.0.module")
     except (TypeError, re.error) as error:
-        return [f"a field for targets or ranks has no names and no regular expression ({error}): save it again"]
+        return [f"a field for targets has no names and no regular expression ({error}): save it again"]
     return []
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
 def setting_problems(config: Config) -> list[str]:
-    """Settings that cannot be split into two streams, or that change the base weights; targets are another matter."""
+    """Settings that cannot be split into two streams or served as they are, or that change the base weights.
+
+    Targets are another matter.
+    """
     found = []
     for field, wanted in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM"), ("bias", "none")):
         value = config.get(field, "none" if field == "bias" else None)
@@ -212,10 +208,21 @@ def setting_problems(config: Config) -> list[str]:
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_BASE_CHANGING_INITS):
         found.append(f"init_lora_weights {init!r} changes the base weights, which write the cache: retrain with True")
-    for field in ("rank_pattern", "alpha_pattern"):
-        kv = [key for key in config.get(field) or {} if feeds_kv(re.split(r"[.\\^]", key.rstrip("$"))[-1])]
-        found += [f"{field} names {kv[0]!r}, which feeds K or V: take it out"] if kv else []
-    return found
+    remedy = "use one rank and one alpha for all modules"
+    found += [
+        f"{field} is set, and vLLM would ignore it silently: {remedy}" for field in _PATTERNS if config.get(field)
+    ]
+    alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout", 0)
+    if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+        found.append(f"lora_alpha is {alpha!r} and not a finite number above 0: set it to one")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        found.append(f"lora_dropout is {dropout!r} and not a number from 0 to below 1: set it to one")
+    odd = [flag for flag in _FLAGS if type(config.get(flag, False)) is not bool]
+    return found + [f"{flag} is {config[flag]!r} and neither true nor false: set it to one" for flag in odd]
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _target_problems(config: Config) -> list[str]:
@@ -250,13 +257,6 @@ def _matches(names: str | Iterable[str], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _rank(config: Config, module: str) -> int:
-    """Rank of one module: the first pattern that fits its name's end, else ``r`` (PEFT's ``get_pattern_key``)."""
-    patterns: dict[str, int] = config.get("rank_pattern") or {}
-    fits = [rank for pattern, rank in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    return fits[0] if fits else int(config["r"])
-
-
 # ---------------------------------------------------------------------------------------------- the tensors
 
 
@@ -283,7 +283,6 @@ def _tensor_problems(tensors: dict[str, Tensor]) -> list[str]:
 def _module_problems(tensors: dict[str, Tensor], config: Config) -> list[str]:
     found = []
     for module, (a, b) in _pairs(tensors).items():
-        rank = _rank(config, module)
         if feeds_kv(module):
             found.append(f"it has weights for {module}, which feeds K or V: retrain it, or serve it as conventional")
         elif not _targeted(config, module):
@@ -292,8 +291,8 @@ def _module_problems(tensors: dict[str, Tensor], config: Config) -> list[str]:
             found.append(f"lora_{'A' if a is None else 'B'} of {module} is missing: copy or save the adapter again")
         elif a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             found.append(f"the shapes {[*a.shape]} and {[*b.shape]} of {module} do not fit together: save it again")
-        elif a.shape[0] != rank:
-            found.append(f"{module} has rank {a.shape[0]} and the config says {rank}: save the adapter again")
+        elif a.shape[0] != config["r"]:
+            found.append(f"{module} has rank {a.shape[0]} and the config says {config['r']}: save the adapter again")
     return found
 
 

@@ -8,22 +8,22 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 
-def alternate(
-    sides: Mapping[str, Callable[[], Any]], repeats: int, label: str, *, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each side, ``repeats`` times, one after another in turn, after ``warm_up`` unmeasured rounds."""
+def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:
+    """Seconds of each side, ``repeats`` times, one after another in turn, after one unmeasured round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in track(range(-warm_up, repeats), description=label, transient=True):
+    for round_ in _shown(range(-1, repeats), label):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
@@ -31,6 +31,14 @@ def alternate(
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def _shown(rounds: range, label: str) -> Iterable[int]:
+    """A progress bar on a terminal, plain lines elsewhere."""
+    if sys.stderr.isatty():
+        return track(rounds, description=label, transient=True, console=Console(stderr=True))
+    print(f"{label}: {len(rounds)} rounds", file=sys.stderr, flush=True)
+    return rounds
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

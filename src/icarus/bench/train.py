@@ -54,7 +54,8 @@ def _compare(icarus: nn.Module, conventional: nn.Module, ids: Tensor, first: int
         "encoder pass alone": lambda: streams.encode(ids, EncoderCache()),
     }
     label = f"training, loss on {ids.shape[1] - first} of {ids.shape[1]} tokens"
-    seconds = measure.alternate({n: _measured(s, peaks.setdefault(n, [])) for n, s in sides.items()}, repeats, label)
+    seconds = measure.alternate(sides, repeats, label)
+    measure.alternate({n: _measured(s, peaks.setdefault(n, [])) for n, s in sides.items()}, 2, f"{label}, memory")
     memory = {name: max(round(statistics.median(values)), 1) for name, values in peaks.items()}
     result: dict[str, Any] = {"steps": {n: {**measure.summary(v), "peak_bytes": memory[n]} for n, v in seconds.items()}}
     for peer in ("conventional", "conventional, logits where the loss is"):

@@ -15,6 +15,9 @@ from trl import SFTConfig, TrlParser
 
 from icarus.errors import InputError
 
+LEARNING_RATES = {"icarus": 2e-3, "lora": 1e-3}
+"""Peak learning rate by method, where none is given."""
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -48,6 +51,8 @@ class TrainConfig:
                 raise InputError(f"{name} is {value!r}; give one of {', '.join(get_args(kind))}.")
         if type(self.rank) is not int or self.rank < 1:
             raise InputError(f"rank is {self.rank}; give a whole number from 1 on.")
+        if self.alpha is not None and (type(self.alpha) is not int or self.alpha < 1):
+            raise InputError(f"alpha is {self.alpha}; give a whole number from 1 on.")
         if isinstance(self.targets, str):
             raise InputError(f"targets is {self.targets!r}; give a list.")
         if not 0 <= self.dropout < 1:
@@ -59,14 +64,19 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     """``trl.SFTConfig`` with a decoder's defaults."""
 
     output_dir: str | None = field(default=None, metadata={"help": "set from --output"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate; decoders want more than LoRA"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "peak learning rate (default: icarus 2e-3, lora 1e-3)"}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     warmup_steps: float = field(default=0.05, metadata={"help": "steps, or a fraction of all steps if below 1"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute decoder rows to save memory"})
     bf16: bool = field(default=False, metadata={"help": "autocast on top of --dtype"})
     max_length: int | None = field(default=4096, metadata={"help": "longest example in tokens; the rest is cut off"})
     logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "tensorboard, wandb, ... or none"})
+    # None first, as TRL has it: its parser takes the second type for the flag's, and cannot use list[str].
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "tensorboard, wandb, ... or none"}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
 
 
@@ -84,11 +94,12 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
     Raises:
         InputError: an unknown or missing setting, naming it.
     """
-    if arguments and arguments[-1] == "--config":
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words and not "".join(words[words.index("--config") + 1 :][:1]):
         raise InputError("--config needs the name of a YAML file.")
     parser = _Parser((TrainConfig, IcarusSFTConfig), prog="icarus train")
     try:
-        config, sft = parser.parse_args_and_config([*arguments])
+        config, sft = parser.parse_args_and_config(words)
     except ValueError as error:
         raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
     except OSError as error:

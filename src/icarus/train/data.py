@@ -9,17 +9,23 @@ Forms of a row (TRL's names):
 
 A text is tokenized in pieces, cut where loss begins and ends. That is how a ``Context`` appends and generates, so
 training and inference see the same tokens.
+
+Chats may have ``"tools"`` (a list, or its JSON text) for the chat template. Rows stay as they were read until they are
+tokens: in an Arrow table each message, tool and argument would get the keys of all others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, load_dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from icarus.errors import DataError
@@ -31,7 +37,7 @@ LINE = "line"
 _FORMS = (("messages",), ("prompt", "completion"), ("prompt", "completions"), ("text",))
 
 
-def read(source: str) -> Dataset:
+def read(source: str) -> list[dict[str, Any]]:
     """Rows of a local JSON-lines file or of a hub data set (``owner/name`` or ``owner/name:split``), checked.
 
     Raises:
@@ -39,17 +45,41 @@ def read(source: str) -> Dataset:
     """
     path = Path(source).expanduser()
     local = path.suffix in {".jsonl", ".json"} or path.exists()
-    rows = list(_lines(path)) if local else _hub_rows(source)
+    rows = list(_checked(_lines(path) if local else _hub_rows(source), source))
     if not rows:
         raise DataError(f"{source} has no rows; give at least one example.")
-    form = _form(rows[0], source)
+    return rows
+
+
+def rows_of(dataset: Dataset, source: str = "the data set") -> Iterator[dict[str, Any]]:
+    """Rows of a data set in memory, checked, without the keys that Arrow filled with None.
+
+    Raises:
+        DataError: naming the row's index and the field.
+    """
+    yield from _checked(({LINE: index, **_without_none(row)} for index, row in enumerate(dataset)), source)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _checked(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
+    """The rows with what is read of them; all must have the form of the first."""
+    form: tuple[str, ...] = ()
+    texts = False
     for row in rows:
+        if not form:
+            form = _form(row, source)
+            texts = isinstance(row[form[0]], str)
         _check(row, form, f"{source}:{row[LINE]}")
-        if isinstance(row[form[0]], str) != isinstance(rows[0][form[0]], str):
+        if isinstance(row[form[0]], str) != texts:
             raise DataError(
                 f"{source}:{row[LINE]}: field {form[0]!r} must be a text or a list of messages, in every row alike."
             )
-    return Dataset.from_list([{name: row[name] for name in (*form, LINE)} for row in rows])
+        yield {name: row[name] for name in (*form, "tools", LINE) if name in row}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -70,7 +100,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield {**row, LINE: number}
 
 
-def _hub_rows(source: str) -> list[dict[str, Any]]:
+def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     name, _, split = source.partition(":")
     try:
         dataset = load_dataset(name, split=split or "train")
@@ -79,7 +109,7 @@ def _hub_rows(source: str) -> list[dict[str, Any]]:
         raise DataError(
             f"Data set {source!r} is no local file and could not be had from the hub ({reason})."
         ) from error
-    return [{**row, LINE: index} for index, row in enumerate(dataset)]
+    yield from ({**_without_none(row), LINE: index} for index, row in enumerate(dataset))
 
 
 def _form(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
@@ -111,6 +141,7 @@ def _check(row: Mapping[str, Any], form: Sequence[str], where: str) -> None:
         answers = row["completions"] if "completions" in form else [row["completion"]]
         if any(isinstance(answer, str) != isinstance(row["prompt"], str) for answer in answers):
             raise DataError(f"{where}: 'prompt' and '{form[1]}' must both be texts or both be lists of messages.")
+    _tools(row, f"{where}: ")
 
 
 def _check_text(value: Any, name: str, where: str) -> None:
@@ -123,7 +154,8 @@ def _check_text(value: Any, name: str, where: str) -> None:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: field {name!r} has a message without a 'role': {message!r:.80}.")
-        if not isinstance(message.get("content"), str):
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise DataError(f"{where}: field {name!r} has a message whose 'content' is no text: {message!r:.80}.")
 
 
@@ -176,10 +208,10 @@ def _pieces(row: Mapping[str, Any], tokenizer: Any) -> _Pieces:
     if "text" in row:
         return [(_ids(tokenizer, row["text"] + (tokenizer.eos_token or ""), opening=True), True)]
     if "messages" in row:
-        return _chat(row["messages"], 0, tokenizer)
+        return _chat(row["messages"], 0, tokenizer, _tools(row))
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str):
-        return _chat([*prompt, *completion], len(prompt), tokenizer)
+        return _chat([*prompt, *completion], len(prompt), tokenizer, _tools(row))
     ending = completion + (tokenizer.eos_token or "")
     return [(_ids(tokenizer, prompt, opening=True), False), (_ids(tokenizer, ending), True)]
 
@@ -189,7 +221,7 @@ def _tree(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[_Piec
     trunk: list[int] = []
     branches: list[_Pieces] = []
     for completion in row["completions"]:
-        pieces = _pieces({"prompt": row["prompt"], "completion": completion}, tokenizer)
+        pieces = _pieces({**row, "completion": completion}, tokenizer)
         if branches and pieces[0][0] != trunk:
             raise DataError("the messages before the first answer differ between 'completions'; give one row each.")
         trunk = pieces[0][0]
@@ -197,16 +229,31 @@ def _tree(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[_Piec
     return trunk, branches
 
 
-def _chat(messages: Sequence[Mapping[str, str]], first: int, tokenizer: Any) -> _Pieces:
+def _tools(row: Mapping[str, Any], where: str = "") -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}field 'tools' is not JSON ({error.msg} at column {error.colno}).") from error
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{where}field 'tools' must be a list of tools, or its JSON text.")
+    return tools or None
+
+
+_Messages = Sequence[Mapping[str, Any]]
+
+
+def _chat(messages: _Messages, first: int, tokenizer: Any, tools: list[Any] | None) -> _Pieces:
     """Cut the rendered chat at the assistant messages from index ``first`` on; their text and end token carry loss."""
-    whole = _render(tokenizer, messages)
+    whole = _render(tokenizer, messages, tools)
     pieces: _Pieces = []
     done = 0
     for index in range(first, len(messages)):
         if messages[index]["role"] != "assistant":
             continue
-        head = _render(tokenizer, messages[:index], header=True)
-        until = _render(tokenizer, messages[: index + 1]).rstrip()
+        head = _render(tokenizer, messages[:index], tools, header=True)
+        until = _render(tokenizer, messages[: index + 1], tools).rstrip()
         if not (whole.startswith(head) and whole.startswith(until) and len(head) >= done):
             raise DataError(
                 f"the chat template renders message {index} differently once others follow, so a chat cannot be "
@@ -218,14 +265,15 @@ def _chat(messages: Sequence[Mapping[str, str]], first: int, tokenizer: Any) -> 
     return pieces or [(_ids(tokenizer, whole), False)]
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, header: bool = False) -> str:
+def _render(tokenizer: Any, messages: _Messages, tools: list[Any] | None, *, header: bool = False) -> str:
     if not tokenizer.chat_template:
         raise DataError("this base model's tokenizer has no chat template; give 'prompt' and 'completion' as texts.")
     if not messages:
         return ""
-    given = [{key: value for key, value in m.items() if value is not None} for m in messages]  # Arrow fills keys up
     try:
-        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=header))
+        return str(
+            tokenizer.apply_chat_template([*messages], tools=tools, tokenize=False, add_generation_prompt=header)
+        )
     except Exception as error:  # templates are programs of their own and raise what they like
         raise DataError(f"the chat template refuses these messages ({error}).") from error
 
@@ -238,34 +286,41 @@ def separate(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row with several completions as rows with one each (what a conventional trainer takes)."""
     if "completions" not in row:
         return [dict(row)]
-    return [{"prompt": row["prompt"], "completion": c, LINE: row.get(LINE)} for c in row["completions"]]
+    shared = {name: value for name, value in row.items() if name != "completions"}
+    return [{**shared, "completion": completion} for completion in row["completions"]]
 
 
 def token_rows(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, source: str = "the data set"
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    source: str = "the data set",
 ) -> tuple[Dataset, int]:
-    """Tokenize a data set; examples without any loss token are left out and counted.
+    """Tokenize checked rows (of ``read`` or ``rows_of``); those without any loss token are left out and counted.
 
     Returns the token rows and the number of those left out.
 
     Raises:
         DataError: no example carries loss.
     """
-
-    def mapped(row: dict[str, Any]) -> dict[str, Any]:
+    columns: dict[str, list[Any]] = {}
+    left_out = 0
+    for row in tqdm(rows, desc="Tokenizing", disable=not sys.stderr.isatty()):
         try:
-            return tokenize({k: v for k, v in row.items() if v is not None}, tokenizer, max_length)
+            tokens = tokenize(row, tokenizer, max_length)
         except DataError as error:
             where = f"{source}:{row[LINE]}" if LINE in row else source
             raise DataError(f"{where}: {error}") from error
-
-    names = [name for name in dataset.column_names if name != LINE]
-    rows = dataset.map(mapped, remove_columns=names, desc="Tokenizing")
-    kept = rows.filter(lambda labels: any(t != IGNORED for t in labels), input_columns="labels", desc="Checking")
-    left_out = len(rows) - len(kept)
-    if not len(kept):
+        if all(label == IGNORED for label in tokens["labels"]):
+            left_out += 1
+            continue
+        for name, values in tokens.items():  # as arrays: lists of ints would take ten times the memory
+            columns.setdefault(name, []).append(np.asarray(values, dtype=np.int32))
+        if LINE in row:
+            columns.setdefault(LINE, []).append(row[LINE])
+    if not columns:
         raise DataError(
             f"No example of {source} carries loss: none has an assistant message or completion within "
             f"{max_length} tokens; check the roles, or raise max_length."
         )
-    return kept, left_out
+    return Dataset.from_dict(columns), left_out

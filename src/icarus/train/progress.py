@@ -15,7 +15,7 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
-        self.started, self.tokens_before, self.steps_before = 0.0, 0.0, 0
+        self.started, self.steps_before = 0.0, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

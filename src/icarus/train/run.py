@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from icarus import adapter, base_model
 from icarus.errors import InputError
 from icarus.train import data
-from icarus.train.config import IcarusSFTConfig, TrainConfig
+from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
 
@@ -38,6 +37,8 @@ def run(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     model, tokenizer = base_model.load(config.base, dtype=_dtype(config.dtype))
     sft.output_dir = str(_run_directory(output))
+    if sft.learning_rate is None:
+        sft.learning_rate = LEARNING_RATES[config.method]
     train_rows, left_out = _token_rows(rows, tokenizer, sft, config, config.data)
     eval_tokens = _token_rows(eval_rows, tokenizer, sft, config, str(config.eval_data))[0] if eval_rows else None
     trainer = _trainer(config, sft, model, tokenizer, train_rows, eval_tokens)
@@ -78,10 +79,11 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
 
 
 def _token_rows(rows: Any, tokenizer: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str) -> tuple[Any, int]:
-    if "completions" in rows.column_names and (config.method == "lora" or sft.packing):
-        if sft.packing:
+    packed = sft.packing or sft.eval_packing or sft.padding_free
+    if "completions" in rows[0] and (config.method == "lora" or packed):
+        if packed:
             raise InputError("Packing and several completions on one prompt exclude each other; leave out --packing.")
-        rows = Dataset.from_list([part for row in rows for part in data.separate(row)])
+        rows = [part for row in rows for part in data.separate(row)]
     tokens, left_out = data.token_rows(rows, tokenizer, sft.max_length, source)
     if left_out and sft.process_index == 0:
         print(f"{left_out} of {len(rows)} examples of {source} carry no loss token and were left out.", file=sys.stderr)

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -20,6 +21,7 @@ from icarus import adapter, base_model
 from icarus.errors import InputError
 from icarus.streams import IGNORED, Batch, TwoStreams
 from icarus.train import data
+from icarus.train.config import LEARNING_RATES
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,14 @@ _WITHOUT_EFFECT = {
     "loss_type": ("nll",),
     "completion_only_loss": (None, True),
     "truncation_mode": ("keep_start",),
+    "dataset_text_field": ("text",),
 }
+_FUNCTIONS_WITHOUT_EFFECT = (
+    "formatting_func",
+    "compute_loss_func",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+)
 _COLUMNS = ("input_ids", "labels", "position_ids", "branch_ids")
 
 
@@ -47,7 +56,7 @@ class Collator:
 
 
 class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
-    """``trl.SFTTrainer`` that trains a decoder: takes the same arguments and the same data formats.
+    """``trl.SFTTrainer`` that trains a decoder: takes the same data formats, and its arguments or refuses them by name.
 
     ``model`` may be a name, a Transformers causal LM or a PEFT model; without adapter it gets one by ``peft_config``
     (default: LoRA on every projection that does not feed K or V). Loss is the mean over tokens that carry loss:
@@ -56,6 +65,8 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     Raises:
         UnsupportedModelError: the model, or an adapter on a projection that feeds K or V.
+        InputError: an argument that would have no effect.
+        DataError: a row, by its index.
     """
 
     def __init__(
@@ -63,37 +74,56 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         model: str | nn.Module,
         args: SFTConfig | None = None,
         data_collator: Any = None,
-        *positional: Any,
-        peft_config: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         for name, values in _WITHOUT_EFFECT.items():
             if (value := getattr(args, name, values[0])) not in values:
                 raise InputError(f"{name}={value!r} has no effect on a decoder's training; leave it out.")
+        for name in _FUNCTIONS_WITHOUT_EFFECT:
+            if kwargs.get(name) is not None:
+                raise InputError(f"{name} has no effect on a decoder's training; leave it out.")
+        if args is not None and args.learning_rate is None:  # an IcarusSFTConfig
+            args.learning_rate = LEARNING_RATES["icarus"]
         if isinstance(model, str):
+            for name in ("model_init_kwargs", "trust_remote_code", "quantization_config"):
+                if getattr(args, name, None) or kwargs.get(name):
+                    raise InputError(f"{name} is not taken beside a model's name; load the model and pass that.")
             model, tokenizer = base_model.load(model)
             processing_class = processing_class or tokenizer
         if not hasattr(model, "peft_config"):
             torch.manual_seed(args.seed if args else 42)
             model = adapter.attach(model, peft_config)
+        elif peft_config is not None:
+            raise InputError("peft_config has no effect on a model that has an adapter; leave it out.")
         else:
             adapter.check_attached(model, str(model.active_adapter))
-        TwoStreams(model)  # refuses before any data is read
+        self.adapter_name = str(model.active_adapter)
+        TwoStreams(model).probe()  # refuses before any data is read
         self.base_fingerprint = adapter.fingerprint(model)  # now, as FSDP will spread the weights over processes
         packed = bool(args and (args.packing or args.padding_free))
-        if data_collator is None and processing_class is not None and not packed:
+        if processing_class is None:
+            processing_class = _tokenizer_of(model, trust=bool(getattr(args, "trust_remote_code", False)))
+        if data_collator is None and not packed:  # TRL's drops position_ids and branch_ids
             pad = processing_class.pad_token_id
             data_collator = Collator(processing_class.eos_token_id if pad is None else pad)
-        super().__init__(model, args, data_collator, *positional, processing_class=processing_class, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         if isinstance(dataset, IterableDataset):
             raise InputError("Streaming data sets are not supported; load the data set, or a part of it, first.")
         if "input_ids" not in dataset.column_names:
-            if packing and "completions" in dataset.column_names:
-                raise InputError("Packing and several completions on one prompt exclude each other; set packing=False.")
-            dataset, left_out = data.token_rows(dataset, processing_class, args.max_length)
+            packed = packing or args.packing or args.padding_free
+            if packed and "completions" in dataset.column_names:
+                raise InputError(
+                    "Packing and several completions on one prompt exclude each other; set packing=False and "
+                    "padding_free=False."
+                )
+            dataset, left_out = data.token_rows(data.rows_of(dataset), processing_class, args.max_length)
             if left_out:
                 logger.warning("%d examples carry no loss token and were left out; %d remain.", left_out, len(dataset))
         if "position_ids" in dataset.column_names and not packing:
@@ -151,7 +181,21 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """The adapter alone, as an ICaRus directory (checkpoints too); the tokenizer stays with the base model."""
         model = self.accelerator.unwrap_model(self.model)
         target = output_dir or self.args.output_dir
-        adapter.save(model, target, base_fingerprint=self.base_fingerprint, state_dict=state_dict)
+        options: dict[str, Any] = {"base_fingerprint": self.base_fingerprint, "state_dict": state_dict}
+        adapter.save(model, target, name=self.adapter_name, **options)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The adapter directory has its own card."""
+
+
+def _tokenizer_of(model: Any, *, trust: bool) -> Any:
+    """By the model's name, as TRL does."""
+    name = str(getattr(model.config, "_name_or_path", None) or "")
+    if not name:
+        raise InputError("The model has no name by which to find its tokenizer; give processing_class.")
+    try:
+        source = base_model.resolve(name) if name == base_model.PACKAGED else name
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(f"The tokenizer of {name!r} could not be loaded ({reason}); give processing_class.") from error
