@@ -860,3 +860,22 @@ def test_a_batch_is_plain_if_each_row_is_one_document(documents: list[list[int]]
         branch_ids=torch.zeros_like(ids),
     )
     assert batch.is_plain == plain
+
+
+@all_families
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_loss_on_most_tokens_equals_decoder_rows_everywhere(family: str, padding: str) -> None:
+    ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    if padding != "none":
+        mask[1, slice(0, 3) if padding == "left" else slice(-3, None)] = 0
+    labels = torch.where(mask.bool(), ids, IGNORED)
+    labels[0, :4] = IGNORED
+    batch, got = Batch.of(ids, labels, mask), []
+    assert batch.rows_with_loss()[0].shape[1] > 7
+    for everywhere in (False, True):
+        streams = _adapted(family)
+        loss, _, targets = streams.loss(batch, everywhere=everywhere)
+        loss.backward()
+        gradients = [p.grad for p in streams.model.parameters() if p.grad is not None]
+        got.append((loss, (targets != IGNORED).sum(), gradients))
+    torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
