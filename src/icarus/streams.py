@@ -360,7 +360,8 @@ class TwoStreams:
         elif batch.is_plain and 2 * rows.shape[1] > length:
             # Most positions carry loss: all of them, in causal attention that needs no mask, take less.
             logits = self._decode(batch.input_ids, cache, batch.position_ids, (batch.document_ids >= 0).long())
-            targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+            predictable = torch.where(batch.position_ids > 0, batch.labels, IGNORED)
+            targets = F.pad(predictable[:, 1:], (0, 1), value=IGNORED)
         else:
             ids, positions = batch.input_ids.gather(1, rows), batch.position_ids.gather(1, rows)
             with _grouped_attention(self.model, self.config, ids.device):
