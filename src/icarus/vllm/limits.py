@@ -1,0 +1,107 @@
+"""What the plugin cannot serve yet, and how much room decoder rows need in the engine's buffers.
+
+Nothing here imports vLLM: configurations are read by attribute, so that the checks are tested without it. A refusal
+says why, and which flag or variable to change. It stops an ICaRus adapter from being loaded, never the engine: base
+models and conventional adapters run wherever stock vLLM runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
+"""Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
+
+Check = tuple[Callable[[Any], Any], str]
+
+_CHECKS: tuple[Check, ...] = (
+    (
+        lambda c: c.use_v2_model_runner,
+        "decoder rows are built for model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    (
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "decoder rows are not passed between pipeline stages: set --pipeline-parallel-size 1, and use tensor or data "
+        "parallelism",
+    ),
+    (
+        lambda c: c.parallel_config.use_ubatching,
+        "micro-batches would part decoder rows from the rows whose K/V they read: take out --enable-dbo and "
+        "--ubatch-size",
+    ),
+    (
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+        "context parallelism splits the cache of one request: set --decode-context-parallel-size 1",
+    ),
+    (
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+        "context parallelism splits the rows of one request: set --prefill-context-parallel-size 1",
+    ),
+    (
+        lambda c: c.speculative_config is not None,
+        "drafted tokens are not yet checked by decoder rows: take out --speculative-config",
+    ),
+    (
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        "fast prefill skips rows that decoder rows double: take out --kv-sharing-fast-prefill",
+    ),
+    (
+        lambda c: c.lora_config.enable_tower_connector_lora,
+        "LoRA on a vision tower changes what is cached: take out --enable-tower-connector-lora",
+    ),
+    (
+        lambda c: c.model_config.runner_type != "generate",
+        "pooling reads every row and not the sampled ones: set --runner generate",
+    ),
+    (
+        lambda c: c.model_config.is_encoder_decoder,
+        "an encoder-decoder model has a second cache: serve a decoder-only base model",
+    ),
+    (
+        lambda c: c.model_config.use_mla,
+        "MLA caches a projection that no test here covers: serve a base model with K and V in its cache",
+    ),
+    (
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+        "recurrent layers keep one state per request, which decoder rows would overwrite: serve a base model whose "
+        "layers are all attention",
+    ),
+    (
+        lambda c: c.model_config.is_mm_prefix_lm,
+        "attention within an image looks ahead, and its ranges are kept per request: serve a causal base model",
+    ),
+    (
+        lambda c: c.model_config.rswa_window is not None,
+        "reference sliding windows are kept per request: serve a base model without them",
+    ),
+)
+
+
+def refusal(config: Any) -> str:
+    """Why ICaRus adapters cannot be served with this ``VllmConfig``; empty where they can."""
+    return next((reason for holds, reason in _CHECKS if holds(config)), "")
+
+
+def cache_refusal(specs: Iterable[object]) -> str:
+    """Why adapters cannot share a cache of these ``KVCacheSpec`` objects; empty where they can."""
+    kinds = {type(part).__name__ for spec in specs for part in getattr(spec, "kv_cache_specs", {"": spec}).values()}
+    if odd := sorted(kinds - CACHES):
+        return f"this model keeps a cache of kind {odd[0]}: serve a base model with plain attention in all layers"
+    return ""
+
+
+def reserve_room(scheduler: Any, sampled: int = 1) -> None:
+    """Make a ``SchedulerConfig`` size buffers for decoder rows while it schedules no more than before.
+
+    ``max_num_seqs`` and ``max_num_batched_tokens`` size everything in the workers, the LoRA buffers and CUDA graphs
+    included; ``max_num_active_seqs`` and ``max_num_scheduled_tokens`` bound what is scheduled (vllm/config/
+    scheduler.py:55-75). Every running request may need a decoder request with ``sampled`` rows. Calling it again
+    changes nothing.
+    """
+    active = scheduler.max_num_active_seqs or scheduler.max_num_seqs
+    budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    scheduler.max_num_active_seqs, scheduler.max_num_scheduled_tokens = active, budget
+    scheduler.max_num_seqs = max(scheduler.max_num_seqs, 2 * active)
+    room = max(budget + sampled * active, scheduler.max_num_seqs)
+    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, room)
