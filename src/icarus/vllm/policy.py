@@ -1,0 +1,82 @@
+"""Who may share the cache: decided once per loaded adapter, from its verified directory.
+
+Sharing is safe only if the scheduled rows of a request are computed by the base model alone. That is a property of the
+adapter's files and of the base model's weights, and what ``icarus verify`` checks. A wrong answer would put one model's
+K/V into another model's context, so three answers are kept apart:
+
+    shares         a verified ICaRus adapter of this base model
+    conventional   no ICaRus marker: stock vLLM, whose cache key holds the adapter's name
+    refused        the marker is there, but a check failed or this engine cannot run decoder rows. Such an adapter would
+                   run as plain LoRA and be subtly wrong, so it is an error and never a conventional one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from icarus import adapter
+from icarus.errors import AdapterError
+
+Locate = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided about one adapter."""
+
+    path: str  # as the request names it
+    base_fingerprint: str  # of the base model whose cache it shares; empty for a conventional adapter
+
+    @property
+    def shares(self) -> bool:
+        """Whether it shares the cache."""
+        return bool(self.base_fingerprint)
+
+
+class Policy:
+    """The decisions of one engine."""
+
+    def __init__(self, base: Callable[[], Path], refusal: str = "", locate: Locate = str) -> None:
+        """
+        Args:
+            base: gives the folder of the base model; called for the first adapter with a marker. Its fingerprint is
+                computed once (``icarus.fingerprint`` keeps it).
+            refusal: why this engine cannot run ICaRus adapters at all; empty if it can.
+            locate: from the path in a request to a local folder, as the engine resolves it.
+        """
+        self._base, self._refusal, self._locate = base, refusal, locate
+        self._verdicts: dict[int, Verdict] = {}
+        self._lock = threading.Lock()  # vLLM adds requests and adapters from two threads (v1/engine/core.py:1903)
+
+    def decide(self, adapter_id: int, path: str, *, again: bool = False) -> Verdict:
+        """The verdict on an adapter that the engine knows as ``adapter_id``.
+
+        It stands until the adapter is loaded ``again`` or the id gets another path: the weights in the engine's memory
+        are those of the time of loading, whatever becomes of the folder.
+
+        Raises AdapterError for an adapter with the ICaRus marker that may not share; an older verdict then stands.
+        """
+        with self._lock:
+            known = self._verdicts.get(adapter_id)
+            if known and known.path == path and not again:
+                return known
+            verdict = self._judge(path)
+            if known and known.shares != verdict.shares:
+                # Requests that run now were batched as the other kind.
+                raise AdapterError(
+                    f"{path} cannot replace {known.path}: one is an ICaRus adapter and the other is not; load it under "
+                    "another name."
+                )
+            self._verdicts[adapter_id] = verdict
+            return verdict
+
+    def _judge(self, path: str) -> Verdict:
+        folder = self._locate(path)
+        if not adapter.is_icarus(folder):
+            return Verdict(path, "")
+        if self._refusal:
+            raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self._refusal}.")
+        return Verdict(path, adapter.verify(folder, self._base()).base_fingerprint)
