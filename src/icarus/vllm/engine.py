@@ -1,0 +1,143 @@
+"""Cache keys, marking and refusals: what the plugin wraps outside of the workers.
+
+Each function below takes a function of vLLM and gives the one that stands in for it; patches.py says which, why, and
+what their upstream text is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.lora.utils import get_adapter_absolute_path
+
+from icarus.errors import AdapterError, InputError
+from icarus.vllm import limits
+from icarus.vllm.policy import Policy
+from icarus.vllm.shared import SharedLoRARequest, marked
+
+logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
+
+Stock = Callable[..., Any]
+
+_building = threading.Lock()
+
+
+def policy_of(owner: Any) -> Policy:
+    """The policy of an engine core or a front end, made when it is first asked for.
+
+    The scheduler of an engine core knows the kinds of cache that the model keeps; a front end leaves that to the core.
+    """
+    with _building:
+        if not hasattr(owner, "_icarus_policy"):
+            config = owner.vllm_config
+            cache = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
+            groups = cache.kv_cache_groups if cache else ()
+            why = limits.refusal(config) or limits.cache_refusal(group.kv_cache_spec for group in groups)
+            owner._icarus_policy = Policy(lambda: _base_folder(config), why, get_adapter_absolute_path)
+    policy: Policy = owner._icarus_policy
+    return policy
+
+
+def _base_folder(config: Any) -> Path:
+    """The folder of weights that the engine has loaded."""
+    model = config.model_config.model
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=config.model_config.revision,
+                cache_dir=config.load_config.download_dir,
+                allow_patterns=["*.json", "*.safetensors"],
+            )
+        )
+    except Exception as error:  # offline, gated, not a hub id: the hub has many exceptions and one meaning
+        raise InputError(
+            f"The weights of {model} are not in a local folder or the hub's cache, so adapters cannot be "
+            "checked against them: serve the base model from a local folder."
+        ) from error
+
+
+def reserving(stock: Stock) -> Stock:
+    """``VllmConfig.__post_init__``: room for decoder rows, before anything is sized."""
+
+    @wraps(stock)
+    def __post_init__(self: Any) -> None:  # noqa: N807  # its name in vLLM
+        if self.lora_config is not None and self.model_config and self.model_config.runner_type == "generate":
+            limits.reserve_room(self.scheduler_config)
+        stock(self)
+
+    return __post_init__
+
+
+def keyed(stock: Stock) -> Stock:
+    """``_gen_lora_extra_hash_keys``: nothing of an adapter that shares; of all others what stock says."""
+
+    @wraps(stock)
+    def _gen_lora_extra_hash_keys(request: Any) -> Any:
+        return [] if isinstance(request.lora_request, SharedLoRARequest) else stock(request)
+
+    return _gen_lora_extra_hash_keys
+
+
+def marking(stock: Stock) -> Stock:
+    """``EngineCore.preprocess_add_request``: every request enters the core here, and before its blocks are hashed."""
+
+    @wraps(stock)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        if request.lora_request is not None:
+            request.lora_request = marked(policy_of(self), request.lora_request)
+        return stock(self, request)
+
+    return preprocess_add_request
+
+
+def loading(stock: Stock) -> Stock:
+    """``EngineCore.add_lora``: verified before a worker reads it."""
+
+    @wraps(stock)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        request = marked(policy_of(self), lora_request, load=True)
+        if isinstance(request, SharedLoRARequest):
+            logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", request.lora_name)
+        return stock(self, request)
+
+    return add_lora
+
+
+def validating(stock: Stock) -> Stock:
+    """``InputProcessor.process_inputs``: what a client asked in vain is its error (400), and no engine's."""
+    order = list(signature(stock).parameters)
+    params_at, lora_at = order.index("params"), order.index("lora_request")
+
+    @wraps(stock)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = kwargs.get("lora_request", args[lora_at - 1] if len(args) >= lora_at else None)
+        if request is not None and self.lora_config:
+            params = kwargs.get("params", args[params_at - 1] if len(args) >= params_at else None)
+            _check_request(policy_of(self), request, params)
+        return stock(self, *args, **kwargs)
+
+    return process_inputs
+
+
+def _check_request(policy: Policy, request: Any, params: Any) -> None:
+    try:
+        shares = policy.decide(request.lora_int_id, request.lora_path).shares
+    except (AdapterError, InputError) as error:
+        raise VLLMValidationError(str(error), parameter="model") from error
+    if shares and getattr(params, "prompt_logprobs", None) is not None:
+        raise VLLMValidationError(
+            "prompt_logprobs are not computed for ICaRus adapters yet: take them out, or ask the base model.",
+            parameter="prompt_logprobs",
+        )

@@ -1,0 +1,229 @@
+"""Decoder rows in vLLM's model runner (V1, ``vllm/v1/worker/gpu_model_runner.py``), on any device.
+
+A step is planned where vLLM maps rows to LoRA ids, because all that the plan needs is known there and nothing has been
+sized yet. From there on every function that lays out the step is told of more rows and more requests, and the rows are
+written into the runner's persistent buffers behind the scheduled ones. So padding, CUDA graphs and data-parallel
+coordination see one ordinary batch; a batch that only decodes stays uniform. Nothing is copied back: the indices of the
+rows to sample from point at the decoder rows.
+
+Without a request that shares, each function is stock vLLM's and a look at one attribute.
+
+Each function below takes a method of vLLM and gives the one that stands in for it; see patches.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from icarus.vllm import rows as arithmetic
+from icarus.vllm.rows import Batch, Ints, Rows
+from icarus.vllm.shared import check_files, decoded_ids
+
+Stock = Callable[..., Any]
+
+_ROWS = "_icarus_rows"  # attribute of the runner: the decoder rows of the step it is in
+
+
+def _rows(runner: Any) -> Rows | None:
+    """The decoder rows of this step; None in warm-up, in idle steps, and where no request needs any."""
+    rows: Rows | None = getattr(runner, _ROWS, None)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- plan
+
+
+def mapping_loras(stock: Stock) -> Stock:
+    """``set_active_loras``: plans the step, and maps its rows to LoRA ids."""
+
+    @wraps(stock)
+    def set_active_loras(
+        self: Any, input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        shared = decoded_ids(input_batch.lora_id_to_lora_request)
+        if not shared:
+            return stock(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
+        count = input_batch.num_reqs
+        sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
+        lora_ids = input_batch.request_lora_mapping[:count]
+        starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
+        thrown_away = self.discard_request_mask.np[:count]
+        rows = arithmetic.plan(Batch(starts, np.where(thrown_away, 0, sampled), lora_ids, np.isin(lora_ids, shared)))
+        if len(rows):
+            _check_room(self, starts, rows)
+            setattr(self, _ROWS, rows)
+        requests = set(input_batch.lora_id_to_lora_request.values())
+        return self._set_active_loras(tuple(np.repeat(lora_ids, sampled)), tuple(rows.lora_ids), requests, *args, **kw)
+
+    return set_active_loras
+
+
+def _check_room(runner: Any, starts: Ints, rows: Rows) -> None:
+    """limits.reserve_room sees to it; a buffer that was sized before it would be written beyond its end."""
+    tokens, requests = int(starts[-1]) + len(rows), len(starts) - 1 + len(rows.requests)
+    if tokens > runner.max_num_tokens or requests > runner.max_num_reqs:
+        raise RuntimeError(
+            f"No room for decoder rows: {tokens} rows of {requests} requests in buffers for {runner.max_num_tokens} "
+            f"and {runner.max_num_reqs}; raise --max-num-batched-tokens and --max-num-seqs."
+        )
+
+
+def forgetting(stock: Stock) -> Stock:
+    """``execute_model``: a plan ends with its step, so that warm-up and idle steps have none."""
+
+    @wraps(stock)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            setattr(self, _ROWS, None)
+
+    return execute_model
+
+
+# ------------------------------------------------------------------------------------------------- write
+
+
+def preparing(stock: Stock) -> Stock:
+    """``_prepare_inputs``: per-request buffers get the decoder requests, and sampling reads the decoder rows."""
+
+    @wraps(stock)
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        logits_indices, *others = stock(self, scheduler_output, num_scheduled_tokens)
+        if rows := _rows(self):
+            _write_requests(self, rows)
+            table = arithmetic.readers(rows, scheduler_output.total_num_scheduled_tokens)
+            logits_indices = _on_device(self, table)[logits_indices]
+        return logits_indices, *others
+
+    return _prepare_inputs
+
+
+def _write_requests(runner: Any, rows: Rows) -> None:
+    batch, count = runner.input_batch, runner.input_batch.num_reqs
+    arithmetic.extend_starts(runner.query_start_loc.np, count, rows)
+    runner.query_start_loc.copy_to_gpu()
+    here = torch.from_numpy(rows.requests)
+    # Host copies of the same lengths: attention backends plan by them (max_seq_len, is_prefilling).
+    for values in (
+        runner.optimistic_seq_lens_cpu,
+        batch.num_computed_tokens_cpu_tensor,
+        batch.num_prompt_tokens_cpu_tensor,
+    ):
+        arithmetic.double(values, count, here)
+    there = _on_device(runner, rows.requests)
+    arithmetic.double(runner.seq_lens, count, there)
+    for table in batch.block_table.block_tables:
+        longest = int(table.num_blocks_per_row[rows.requests].max())
+        arithmetic.double(table.block_table.gpu[:, :longest], count, there)
+
+
+def embedding(stock: Stock) -> Stock:
+    """``_preprocess``: token ids, positions and embeddings of the decoder rows.
+
+    After stock, which clears positions behind the scheduled rows. What it returns are views of the same buffers.
+    """
+
+    @wraps(stock)
+    def _preprocess(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, scheduler_output, *args, **kwargs)
+        if rows := _rows(self):
+            _write_rows(self, scheduler_output.total_num_scheduled_tokens, _on_device(self, rows.sources))
+        return result
+
+    return _preprocess
+
+
+def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
+    arithmetic.double(runner.input_ids.gpu, count, sources)
+    if runner.uses_mrope:
+        arithmetic.double(runner.mrope_positions.gpu.T, count, sources)
+    else:
+        arithmetic.double(runner.positions, count, sources)
+    if runner.supports_mm_inputs or runner.enable_prompt_embeds:
+        arithmetic.double(runner.inputs_embeds.gpu, count, sources)
+
+
+def _on_device(runner: Any, values: Ints) -> Tensor:
+    tensor: Tensor = async_tensor_h2d(values.astype(np.int64, copy=False), device=runner.device)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------- size
+
+
+def padding(stock: Stock) -> Stock:
+    """``_determine_batch_execution_and_padding``: CUDA graphs and data-parallel ranks count the decoder rows.
+
+    Scheduled rows without LoRA beside decoder rows with it are one more case for LoRA kernels (no LoRA counts as one).
+    """
+
+    @wraps(stock)
+    def _determine_batch_execution_and_padding(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kw: Any) -> Any:
+        if rows := _rows(self):
+            num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
+            kw["force_num_active_loras"] = len(self.input_batch.lora_id_to_lora_request) + 1
+        return stock(self, num_tokens, num_reqs, *args, **kw)
+
+    return _determine_batch_execution_and_padding
+
+
+def mapping_slots(stock: Stock) -> Stock:
+    """``_get_slot_mappings``: stock fills all behind the scheduled rows with -1, as decoder rows need it."""
+
+    @wraps(stock)
+    def _get_slot_mappings(
+        self: Any, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, *args: Any, **kw: Any
+    ) -> Any:
+        if rows := _rows(self):
+            num_tokens_padded = max(num_tokens_padded, num_tokens_unpadded + len(rows))
+            num_reqs_padded = max(num_reqs_padded, self.input_batch.num_reqs + len(rows.requests))
+        return stock(self, num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kw)
+
+    return _get_slot_mappings
+
+
+def building_metadata(stock: Stock) -> Stock:
+    """``_build_attention_metadata``: attention sees the decoder requests."""
+
+    @wraps(stock)
+    def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
+        if rows := _rows(self):
+            num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
+        return stock(self, num_tokens, num_reqs, *args, **kwargs)
+
+    return _build_attention_metadata
+
+
+def masking(stock: Stock) -> Stock:
+    """``_prepare_padding_mask``: decoder rows are no padding."""
+
+    @wraps(stock)
+    def _prepare_padding_mask(self: Any, num_tokens_unpadded: int, num_tokens_padded: int) -> Any:
+        rows = _rows(self)
+        return stock(self, num_tokens_unpadded + (len(rows) if rows else 0), num_tokens_padded)
+
+    return _prepare_padding_mask
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def reading(stock: Stock) -> Stock:
+    """``WorkerLoRAManager._load_adapter``: the files are still those that the engine core decided upon."""
+
+    @wraps(stock)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        lora = stock(self, lora_request)
+        check_files(lora_request, get_adapter_absolute_path(lora_request.lora_path), list(lora.loras))
+        return lora
+
+    return _load_adapter
