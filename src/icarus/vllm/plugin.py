@@ -6,6 +6,7 @@ from __future__ import annotations
 def register() -> None:
     """Apply the ledger; calling it again changes nothing. Raises PatchError where vLLM is another than was tested."""
     import vllm
+
     from icarus.vllm import patches
 
     patches.apply(patches.LEDGER, vllm.__version__)
