@@ -17,6 +17,7 @@ import torch
 from conftest import tiny, tiny_tokenizer, tokens
 from icarus import adapter
 from icarus.context import Specialists
+from icarus.vllm import limits
 
 # This folder is a namespace package of the same name where vLLM is missing; it has no origin.
 INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None
@@ -28,6 +29,8 @@ LENGTHS = (1, 2, 31, 32, 33, 64, 97, 150)
 SHAPE = {"head_dim": 32, "hidden_size": 128}  # of sizes that vLLM's CPU attention takes
 
 Reply = dict[str, Any]
+Step = dict[str, Any]
+Asked = tuple[str, list[int]]
 
 
 def randomize(model: Any, seed: int) -> Any:
@@ -48,6 +51,7 @@ class Shop:
         tiny(**SHAPE).save_pretrained(self.base)
         for seed, name in enumerate(("sql", "chat")):
             adapter.save(randomize(adapter.attach(tiny(**SHAPE), rank=8), seed), folder / name)
+        adapter.save(adapter.attach(tiny(**SHAPE, seed=9), rank=8), folder / "foreign")
         ordinary = adapter.attach_conventional(tiny(**SHAPE), rank=8)
         adapter.save_conventional(randomize(ordinary, 7), folder / "plain")
         model = tiny(**SHAPE)
@@ -60,8 +64,15 @@ class Shop:
         """Greedy tokens of the in-process reference."""
         return self.team.context().append(prompt).generate(model, max_new_tokens=count).token_ids
 
-    def serve(self, batches: list[list[tuple[str, Sequence[int]]]], *, plugin: bool = True, **engine: Any) -> Any:
-        """Replies of one engine to batches of (model, prompt), asked one batch after another."""
+    def scores(self, model: str, prompt: Sequence[int]) -> list[float]:
+        """Log-probability of every token of a prompt but the first."""
+        if len(prompt) == 1:
+            return []
+        text = "".join(self.team.tokenizer.convert_ids_to_tokens(prompt[1:]))
+        return self.team.context().append(prompt[:1]).score(text, [model])[model]
+
+    def serve(self, steps: list[Step], *, plugin: bool = True, **engine: Any) -> Any:
+        """What one engine answers to steps, taken one after another."""
         options = {
             "model": str(self.base),
             "dtype": "float32",
@@ -76,28 +87,25 @@ class Shop:
             "seed": 0,
             **engine,
         }
-        job = {
-            "engine": options,
-            "adapters": {
-                name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
-                for number, name in enumerate(("sql", "chat", "plain", "damaged"), 1)
-            },
-            "batches": [
-                [{"model": model, "prompt": list(prompt), "max_tokens": NEW} for model, prompt in batch]
-                for batch in batches
-            ],
-            "result": str(self.folder / "result.json"),
+        adapters = {
+            name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
+            for number, name in enumerate(("sql", "chat", "plain", "foreign"), 1)
         }
-        return self._run(job, plugin)
+        return self._run({"engine": options, "adapters": adapters, "steps": steps}, plugin)
 
     def _run(self, job: dict[str, Any], plugin: bool) -> Any:
+        result = self.folder / "result.json"
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
         script = Path(__file__).with_name("engine_job.py")
         done = subprocess.run(
-            [sys.executable, str(script)], input=json.dumps(job), env=environment, capture_output=True, text=True
+            [sys.executable, str(script)],
+            input=json.dumps({**job, "result": str(result)}),
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return json.loads(Path(job["result"]).read_text(encoding="utf-8"))
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -110,65 +118,113 @@ def prompts(seed: int) -> list[list[int]]:
     return [tokens(length, seed=seed + index).tolist() for index, length in enumerate(LENGTHS)]
 
 
+def ask(*asked: Asked, **sampling: Any) -> Step:
+    """Requests that are in the engine together, each a model and a prompt."""
+    options = {"max_tokens": NEW, **sampling}
+    return {"ask": [{"model": model, "prompt": prompt, "sampling": options} for model, prompt in asked]}
+
+
 def of(replies: list[Reply]) -> list[list[int]]:
     return [reply["tokens"] for reply in replies]
 
 
-MIXED = [(model, prompt) for prompt in prompts(100) for model in ("base", "sql", "chat", "plain")]
+MIXED: list[Asked] = [(model, prompt) for prompt in prompts(100) for model in ("base", "sql", "chat", "plain")]
 
 
 @pytest.fixture(scope="module")
 def stock(shop: Shop) -> Any:
     """Stock vLLM: the mixed batch; and ICaRus adapters as plain LoRA, which is wrong."""
-    return shop.serve([MIXED], plugin=False)
+    return shop.serve([ask(*MIXED)], plugin=False)[0]
 
 
-@pytest.fixture(scope="module")
-def served(shop: Shop) -> Any:
-    """One engine: every request alone, all in one batch, and one prompt by one model after another."""
-    alone = [[(model, prompt)] for prompt in prompts(0) for model in ("base", "sql", "chat")]
-    prompt = tokens(97, seed=300).tolist()
-    in_turn = [[(model, prompt)] for model in ("sql", "chat", "base", "plain", "plain")]
-    replies = shop.serve([*alone, MIXED, *in_turn])
-    count = len(alone)
-    return {"alone": (alone, replies[:count]), "mixed": replies[count], "turn": (prompt, replies[count + 1 :])}
-
-
-def test_alone(shop: Shop, served: Any) -> None:
-    asked, replies = served["alone"]
-    for [(model, prompt)], [reply] in zip(asked, replies, strict=True):
-        assert reply["tokens"] == shop.reference(model, prompt), (model, len(prompt))
-
-
-def test_in_a_mixed_batch(shop: Shop, served: Any, stock: Any) -> None:
-    for (model, prompt), got, plain in zip(MIXED, of(served["mixed"]), of(stock[0]), strict=True):
+def check(shop: Shop, stock: Any, replies: list[Reply]) -> None:
+    """The mixed batch has the reference's tokens, and stock vLLM's for what stock vLLM can serve."""
+    for (model, prompt), got, plain in zip(MIXED, of(replies), of(stock), strict=True):
         wanted = plain if model in ("base", "plain") else shop.reference(model, prompt)
         assert got == wanted, (model, len(prompt))
 
 
-def test_the_adapters_differ_and_as_plain_lora_they_are_wrong(shop: Shop, stock: Any) -> None:
-    """Without this the tests above could not fail."""
-    answers = {(model, len(prompt)): got for (model, prompt), got in zip(MIXED, of(stock[0]), strict=True)}
-    longest = max(LENGTHS)
-    assert len({tuple(answers[model, longest]) for model in ("base", "sql", "chat", "plain")}) == 4
-    wrong = [model for (model, prompt), got in zip(MIXED, of(stock[0]), strict=True)
-             if model in ("sql", "chat") and got != shop.reference(model, prompt)]  # fmt: skip
+ALONE: list[Asked] = [(model, prompt) for prompt in prompts(0) for model in ("base", "sql", "chat")]
+SHARED = tokens(97, seed=300).tolist()
+SCORED: list[Asked] = [(model, prompt) for prompt in prompts(400) for model in ("base", "sql", "chat", "plain")]
+
+
+@pytest.fixture(scope="module")
+def served(shop: Shop) -> Any:
+    """One engine, and everything that needs no options of its own."""
+    steps = {
+        "alone": [ask(asked) for asked in ALONE],
+        "mixed": [ask(*MIXED)],
+        "in turn": [ask((model, SHARED)) for model in ("sql", "chat", "base", "plain", "plain")],
+        "scored": [ask(*SCORED, prompt_logprobs=0)],
+        "bad": [ask(("foreign", SHARED)), {"load": {"name": "foreign"}}, ask(("base", SHARED))],
+        "reload": [
+            {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
+            ask(("sql", SHARED)),
+            {"load": {"name": "sql", "lora_path": str(shop.folder / "plain"), "load_inplace": True}},
+            ask(("sql", SHARED)),
+        ],
+    }
+    results = iter(shop.serve([step for part in steps.values() for step in part]))
+    return {name: [next(results) for _ in part] for name, part in steps.items()}
+
+
+def test_alone(shop: Shop, served: Any) -> None:
+    for (model, prompt), [reply] in zip(ALONE, served["alone"], strict=True):
+        assert reply["tokens"] == shop.reference(model, prompt), (model, len(prompt))
+
+
+def test_in_a_mixed_batch(shop: Shop, served: Any, stock: Any) -> None:
+    check(shop, stock, served["mixed"][0])
+
+
+def test_the_models_differ_and_as_plain_lora_they_are_wrong(shop: Shop, stock: Any) -> None:
+    """Without this the tests here could not fail."""
+    answers = {(model, len(prompt)): got for (model, prompt), got in zip(MIXED, of(stock), strict=True)}
+    assert len({tuple(answers[model, max(LENGTHS)]) for model in ("base", "sql", "chat", "plain")}) == 4
+    asked = [(model, prompt, got) for (model, prompt), got in zip(MIXED, of(stock), strict=True)]
+    wrong = [model for model, prompt, got in asked if model in ("sql", "chat") and got != shop.reference(model, prompt)]
     assert len(wrong) > len(LENGTHS)
 
 
 def test_the_cache_is_shared_by_those_who_may(shop: Shop, served: Any) -> None:
-    prompt, replies = served["turn"]
-    whole_blocks = len(prompt) // BLOCK * BLOCK
-    cached = [reply[0]["cached"] for reply in replies]
+    whole_blocks = len(SHARED) // BLOCK * BLOCK
+    cached = [reply["cached"] for [reply] in served["in turn"]]
     assert cached == [0, whole_blocks, whole_blocks, 0, whole_blocks], "sql, chat, base; plain has a cache of its own"
-    for model, [reply] in zip(("sql", "chat", "base"), replies, strict=False):
-        assert reply["tokens"] == shop.reference(model, prompt)
+    for model, [reply] in zip(("sql", "chat", "base"), served["in turn"], strict=False):
+        assert reply["tokens"] == shop.reference(model, SHARED)
+
+
+def test_prompt_logprobs_are_the_specialists(shop: Shop, served: Any) -> None:
+    assert sum(len(prompt) for _, prompt in SCORED) > 2 * limits.SCORED, "more than fits one step"
+    for (model, prompt), reply in zip(SCORED, served["scored"][0], strict=True):
+        assert len(reply["scored"]) == len(prompt) - 1
+        if model != "plain":
+            assert reply["tokens"] == shop.reference(model, prompt), (model, len(prompt))
+            assert reply["scored"] == pytest.approx(shop.scores(model, prompt), abs=1e-3)
+
+
+def test_an_adapter_of_another_base_is_refused_and_the_engine_lives(shop: Shop, served: Any) -> None:
+    asked, loaded, [afterwards] = served["bad"]
+    assert "base" in asked["error"]
+    assert "base" in loaded["error"]
+    assert afterwards["tokens"] == shop.reference("base", SHARED)
+
+
+def test_a_reload_keeps_the_cache_and_takes_the_new_weights(shop: Shop, served: Any) -> None:
+    loaded, [reply], refused, [still] = served["reload"]
+    assert loaded is True
+    assert reply["tokens"] == still["tokens"] == shop.reference("chat", SHARED)
+    assert reply["cached"] == len(SHARED) // BLOCK * BLOCK
+    assert "another name" in refused["error"]
 
 
 def test_with_chunked_prefill_and_preemption(shop: Shop, stock: Any) -> None:
     """A budget of 24 rows cuts every longer prompt, and 14 blocks hold only a few requests at a time."""
     options = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 14, "enable_prefix_caching": False}
-    [replies] = shop.serve([MIXED], **options)
-    for (model, prompt), got, plain in zip(MIXED, of(replies), of(stock[0]), strict=True):
-        wanted = plain if model in ("base", "plain") else shop.reference(model, prompt)
-        assert got == wanted, (model, len(prompt))
+    check(shop, stock, shop.serve([ask(*MIXED)], **options)[0])
+
+
+def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    check(shop, stock, shop.serve([ask(*MIXED)], speculative_config=drafts)[0])

@@ -31,7 +31,7 @@ def test_room(seqs: int, tokens: int, active: int | None, scheduled: int | None,
     running, budget = config.max_num_active_seqs, config.max_num_scheduled_tokens
     assert (running, budget) == before, "nothing more and nothing less is scheduled"
     assert config.max_num_seqs >= 2 * running
-    assert config.max_num_batched_tokens >= budget + sampled * running
+    assert config.max_num_batched_tokens >= budget + sampled * running + limits.SCORED
     assert config.max_num_batched_tokens >= config.max_num_seqs, "vLLM refuses less"
     once = vars(config).copy()
     limits.reserve_room(config, sampled)
@@ -68,6 +68,7 @@ def config(**changes: Any) -> SimpleNamespace:
 
 def test_an_ordinary_engine_is_not_refused() -> None:
     assert limits.refusal(config()) == ""
+    assert limits.refusal(config(speculative_config=SimpleNamespace(method="ngram"))) == ""
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_an_ordinary_engine_is_not_refused() -> None:
         ({"use_ubatching": True}, "--enable-dbo"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 1"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "--speculative-config"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"enable_tower_connector_lora": True}, "--enable-tower-connector-lora"),
         ({"runner_type": "pooling"}, "--runner generate"),

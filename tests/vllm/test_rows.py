@@ -77,6 +77,7 @@ def test_rows_are_those_of_the_definition(step: list[Request]) -> None:
     batch, wanted = batch_of(step), naive(step)
     planned = rows.plan(batch)
     assert len(wanted) == batch.scheduled + len(planned)
+    assert planned.scheduled == batch.scheduled
     assert planned.lora_ids.tolist() == [row.lora_id for row in wanted]
     appended = wanted[batch.scheduled :]
     scheduled = wanted[: batch.scheduled]
@@ -90,7 +91,7 @@ def test_rows_are_those_of_the_definition(step: list[Request]) -> None:
 @given(BATCHES)
 def test_what_is_read_is_what_predicts(step: list[Request]) -> None:
     batch, wanted = batch_of(step), naive(step)
-    table = rows.readers(rows.plan(batch), batch.scheduled)
+    table = rows.readers(rows.plan(batch))
     sampled = [
         end - request.sampled + row
         for end, request in zip(batch.starts[1:].tolist(), step, strict=True)

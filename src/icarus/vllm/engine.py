@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
-from icarus.errors import AdapterError, InputError
+from icarus.errors import InputError
 from icarus.vllm import limits
 from icarus.vllm.policy import Policy
 from icarus.vllm.shared import SharedLoRARequest, marked
@@ -74,7 +74,8 @@ def reserving(stock: Stock) -> Stock:
     @wraps(stock)
     def __post_init__(self: Any) -> None:  # noqa: N807  # its name in vLLM
         if self.lora_config is not None and self.model_config and self.model_config.runner_type == "generate":
-            limits.reserve_room(self.scheduler_config)
+            drafts = self.speculative_config.num_speculative_tokens if self.speculative_config else 0
+            limits.reserve_room(self.scheduler_config, 1 + drafts)
         stock(self)
 
     return __post_init__
@@ -115,29 +116,39 @@ def loading(stock: Stock) -> Stock:
     return add_lora
 
 
+def cutting(stock: Stock) -> Stock:
+    """``Scheduler._reserve_prefill_lookahead``: a prompt that is scored is prefilled in pieces that there is room for.
+
+    vLLM asks it for the length of every chunk before it takes it from the step's budget.
+    """
+
+    @wraps(stock)
+    def _reserve_prefill_lookahead(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        count: int = stock(self, request, num_computed_tokens, num_new_tokens)
+        params, shares = request.sampling_params, isinstance(request.lora_request, SharedLoRARequest)
+        if not shares or params is None or params.prompt_logprobs is None or count <= 1:
+            return count
+        step, used = getattr(self, "_icarus_scored", (None, 0))
+        used = used if step == self.current_step else 0
+        count = min(count, limits.SCORED - used)
+        self._icarus_scored = (self.current_step, used + count)
+        return count
+
+    return _reserve_prefill_lookahead
+
+
 def validating(stock: Stock) -> Stock:
-    """``InputProcessor.process_inputs``: what a client asked in vain is its error (400), and no engine's."""
-    order = list(signature(stock).parameters)
-    params_at, lora_at = order.index("params"), order.index("lora_request")
+    """``InputProcessor.process_inputs``: an adapter that is refused is the client's error (400), and no engine's."""
+    position = list(signature(stock).parameters).index("lora_request")
 
     @wraps(stock)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = kwargs.get("lora_request", args[lora_at - 1] if len(args) >= lora_at else None)
+        request = kwargs.get("lora_request", args[position - 1] if len(args) >= position else None)
         if request is not None and self.lora_config:
-            params = kwargs.get("params", args[params_at - 1] if len(args) >= params_at else None)
-            _check_request(policy_of(self), request, params)
+            try:
+                policy_of(self).decide(request.lora_int_id, request.lora_path)
+            except InputError as error:
+                raise VLLMValidationError(str(error), parameter="model") from error
         return stock(self, *args, **kwargs)
 
     return process_inputs
-
-
-def _check_request(policy: Policy, request: Any, params: Any) -> None:
-    try:
-        shares = policy.decide(request.lora_int_id, request.lora_path).shares
-    except (AdapterError, InputError) as error:
-        raise VLLMValidationError(str(error), parameter="model") from error
-    if shares and getattr(params, "prompt_logprobs", None) is not None:
-        raise VLLMValidationError(
-            "prompt_logprobs are not computed for ICaRus adapters yet: take them out, or ask the base model.",
-            parameter="prompt_logprobs",
-        )

@@ -13,6 +13,9 @@ from typing import Any
 CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
 """Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
 
+SCORED = 256
+"""Rows of prompts that are scored (``prompt_logprobs``) in one step: each needs a decoder row."""
+
 Check = tuple[Callable[[Any], Any], str]
 
 _CHECKS: tuple[Check, ...] = (
@@ -39,8 +42,9 @@ _CHECKS: tuple[Check, ...] = (
         "context parallelism splits the rows of one request: set --prefill-context-parallel-size 1",
     ),
     (
-        lambda c: c.speculative_config is not None,
-        "drafted tokens are not yet checked by decoder rows: take out --speculative-config",
+        lambda c: c.speculative_config is not None and c.speculative_config.method != "ngram",
+        "a draft model reads hidden states or a cache of its own, which no test here covers: take out "
+        "--speculative-config, or set its method to ngram",
     ),
     (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -96,12 +100,12 @@ def reserve_room(scheduler: Any, sampled: int = 1) -> None:
 
     ``max_num_seqs`` and ``max_num_batched_tokens`` size everything in the workers, the LoRA buffers and CUDA graphs
     included; ``max_num_active_seqs`` and ``max_num_scheduled_tokens`` bound what is scheduled (vllm/config/
-    scheduler.py:55-75). Every running request may need a decoder request with ``sampled`` rows. Calling it again
-    changes nothing.
+    scheduler.py:55-75). Every running request may need a decoder request with ``sampled`` rows, and scored prompts up
+    to ``SCORED`` rows together. Calling it again changes nothing.
     """
     active = scheduler.max_num_active_seqs or scheduler.max_num_seqs
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     scheduler.max_num_active_seqs, scheduler.max_num_scheduled_tokens = active, budget
     scheduler.max_num_seqs = max(scheduler.max_num_seqs, 2 * active)
-    room = max(budget + sampled * active, scheduler.max_num_seqs)
+    room = max(budget + sampled * active + SCORED, scheduler.max_num_seqs)
     scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, room)

@@ -86,10 +86,19 @@ LEDGER = (
         parameters="self request_id prompt params supported_tasks arrival_time lora_request tokenization_kwargs "
         "trace_headers priority data_parallel_rank resumable session_id kv_hints",
         by="icarus.vllm.engine:validating",
-        what="requests for refused adapters, and for what decoder rows do not give yet, end as bad requests",
+        what="requests for refused adapters end as bad requests",
         why="an error in the engine core is the server's (500) and not the client's (400)",
         upstream="vllm/v1/engine/input_processor.py:373",
         until="adapters have a check that plugins can add to",
+    ),
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
+        parameters="self request num_computed_tokens num_new_tokens",
+        by="icarus.vllm.engine:cutting",
+        what="prompts that are scored are prefilled in pieces",
+        why="each of their rows needs a decoder row, and buffers have room for a fixed number",
+        upstream="vllm/v1/core/sched/scheduler.py:570",
+        until="the scheduler asks a hook how many rows a request takes",
     ),
     Patch(
         target=_RUNNER + "execute_model",
@@ -164,6 +173,15 @@ LEDGER = (
         what="decoder rows are no padding",
         why="models that skip padded rows would skip them",
         upstream="vllm/v1/worker/gpu_model_runner.py:3273",
+        until=_ROW_HOOK,
+    ),
+    Patch(
+        target=_RUNNER + "_model_forward",
+        parameters="self input_ids positions intermediate_tensors inputs_embeds model_kwargs",
+        by=_OURS + "scoring",
+        what="where prompts are scored, decoder rows take the place of the rows that they double",
+        why="prompt logprobs are the specialist's and are read from scheduled rows",
+        upstream="vllm/v1/worker/gpu_model_runner.py:3620",
         until=_ROW_HOOK,
     ),
     Patch(

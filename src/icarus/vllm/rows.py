@@ -33,7 +33,7 @@ class Batch:
     """What the scheduler put into one step; one entry per request but for ``starts``."""
 
     starts: Ints  # first row of each request, and the end: one entry more
-    sampled: Ints  # how many of its last rows each request samples from; 0 where the sample is thrown away
+    sampled: Ints  # how many of its last rows each request samples from or scores; 0 where that is thrown away
     lora_ids: Ints  # 0 for the base model
     shares: Bools  # whether the request's adapter shares the cache
 
@@ -60,6 +60,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sources)
 
+    @property
+    def scheduled(self) -> int:
+        """How many rows stand before them."""
+        return len(self.lora_ids) - len(self.sources)
+
 
 def plan(batch: Batch) -> Rows:
     """The decoder rows of a step; see the head of this file."""
@@ -77,10 +82,10 @@ def plan(batch: Batch) -> Rows:
     return Rows(requests, sources, batch.scheduled + ends, lora_ids)
 
 
-def readers(rows: Rows, scheduled: int) -> Ints:
+def readers(rows: Rows) -> Ints:
     """For each scheduled row the row whose hidden state predicts the next token: its decoder row, or itself."""
-    table = np.arange(scheduled)
-    table[rows.sources] = scheduled + np.arange(len(rows))
+    table = np.arange(rows.scheduled)
+    table[rows.sources] = rows.scheduled + np.arange(len(rows))
     return table
 
 

@@ -3,8 +3,8 @@
 A step is planned where vLLM maps rows to LoRA ids, because all that the plan needs is known there and nothing has been
 sized yet. From there on every function that lays out the step is told of more rows and more requests, and the rows are
 written into the runner's persistent buffers behind the scheduled ones. So padding, CUDA graphs and data-parallel
-coordination see one ordinary batch; a batch that only decodes stays uniform. Nothing is copied back: the indices of the
-rows to sample from point at the decoder rows.
+coordination see one ordinary batch; a batch that only decodes stays uniform. Nothing is copied back (but for prompt
+logprobs): the indices of the rows to sample from point at the decoder rows.
 
 Without a request that shares, each function is stock vLLM's and a look at one attribute.
 
@@ -55,8 +55,10 @@ def mapping_loras(stock: Stock) -> Stock:
         sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
         lora_ids = input_batch.request_lora_mapping[:count]
         starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
-        thrown_away = self.discard_request_mask.np[:count]
-        rows = arithmetic.plan(Batch(starts, np.where(thrown_away, 0, sampled), lora_ids, np.isin(lora_ids, shared)))
+        needed = np.where(self.discard_request_mask.np[:count], 0, sampled)
+        if scored := self.num_prompt_logprobs:
+            needed = np.where([name in scored for name in input_batch.req_ids], num_scheduled_tokens, needed)
+        rows = arithmetic.plan(Batch(starts, needed, lora_ids, np.isin(lora_ids, shared)))
         if len(rows):
             _check_room(self, starts, rows)
             setattr(self, _ROWS, rows)
@@ -100,8 +102,7 @@ def preparing(stock: Stock) -> Stock:
         logits_indices, *others = stock(self, scheduler_output, num_scheduled_tokens)
         if rows := _rows(self):
             _write_requests(self, rows)
-            table = arithmetic.readers(rows, scheduler_output.total_num_scheduled_tokens)
-            logits_indices = _on_device(self, table)[logits_indices]
+            logits_indices = _on_device(self, arithmetic.readers(rows))[logits_indices]
         return logits_indices, *others
 
     return _prepare_inputs
@@ -136,7 +137,7 @@ def embedding(stock: Stock) -> Stock:
     def _preprocess(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, scheduler_output, *args, **kwargs)
         if rows := _rows(self):
-            _write_rows(self, scheduler_output.total_num_scheduled_tokens, _on_device(self, rows.sources))
+            _write_rows(self, rows.scheduled, _on_device(self, rows.sources))
         return result
 
     return _preprocess
@@ -150,6 +151,22 @@ def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
         arithmetic.double(runner.positions, count, sources)
     if runner.supports_mm_inputs or runner.enable_prompt_embeds:
         arithmetic.double(runner.inputs_embeds.gpu, count, sources)
+
+
+def scoring(stock: Stock) -> Stock:
+    """``_model_forward``: prompt logprobs are computed from scheduled rows, so there the decoder rows take their place.
+
+    Only in steps with such a request: sampling needs no copy.
+    """
+
+    @wraps(stock)
+    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = stock(self, *args, **kwargs)
+        if (rows := _rows(self)) and self.num_prompt_logprobs:
+            hidden[_on_device(self, rows.sources)] = hidden[rows.scheduled : rows.scheduled + len(rows)]
+        return hidden
+
+    return _model_forward
 
 
 def _on_device(runner: Any, values: Ints) -> Tensor:
