@@ -163,7 +163,8 @@ def scoring(stock: Stock) -> Stock:
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = stock(self, *args, **kwargs)
         if (rows := _rows(self)) and self.num_prompt_logprobs:
-            hidden[_on_device(self, rows.sources)] = hidden[rows.scheduled : rows.scheduled + len(rows)]
+            decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # of the memory that is written
+            hidden[_on_device(self, rows.sources)] = decoded
         return hidden
 
     return _model_forward
