@@ -37,7 +37,7 @@ def _shown(rounds: range, label: str) -> Iterable[int]:
     """A progress bar on a terminal, plain lines elsewhere."""
     if sys.stderr.isatty():
         return track(rounds, description=label, transient=True, console=Console(stderr=True))
-    print(f"{label}: {len(rounds)} rounds", file=sys.stderr, flush=True)
+    print(f"{label}: {len(rounds) - 1} rounds and one to warm up", file=sys.stderr, flush=True)
     return rounds
 
 

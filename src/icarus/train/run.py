@@ -37,6 +37,7 @@ def run(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     model, tokenizer = base_model.load(config.base, dtype=_dtype(config.dtype))
     sft.output_dir = str(_run_directory(output))
+    sft.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at every start
     if sft.learning_rate is None:
         sft.learning_rate = LEARNING_RATES[config.method]
     train_rows, left_out = _token_rows(rows, tokenizer, sft, config, config.data)
