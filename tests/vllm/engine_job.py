@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def main() -> None:
                 load(llm, job["adapters"], **step["load"]) if "load" in step else ask(llm, job["adapters"], step["ask"])
             )
         except Exception as error:
+            traceback.print_exc()
             results.append({"error": f"{type(error).__name__}: {error}"})
     Path(job["result"]).write_text(json.dumps(results), encoding="utf-8")
 

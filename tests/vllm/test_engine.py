@@ -103,6 +103,7 @@ class Shop:
             env=environment,
             capture_output=True,
             text=True,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
         return json.loads(result.read_text(encoding="utf-8"))
