@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icarus.vllm import limits
+from icarus.errors import InputError
+from icarus.vllm import limits, products
 
 SIZES = st.integers(1, 5000)
 
@@ -47,6 +48,7 @@ def config(**changes: Any) -> SimpleNamespace:
             "prefill_context_parallel_size": 1,
         },
         "cache_config": {"kv_sharing_fast_prefill": False},
+        "device_config": {"device_type": "cpu"},
         "lora_config": {"enable_tower_connector_lora": False},
         "model_config": {
             "runner_type": "generate",
@@ -93,6 +95,15 @@ def test_an_ordinary_engine_is_not_refused() -> None:
 )
 def test_refused_with_a_remedy(change: dict[str, Any], remedy: str) -> None:
     assert remedy in limits.refusal(config(**change))
+
+
+def test_stock_operators_on_a_cpu_would_write_adapters_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(products.SWITCH, "0")
+    assert "unset ICARUS_CPU_LORA" in limits.refusal(config())
+    assert limits.refusal(config(device_type="cuda")) == ""
+    monkeypatch.setenv(products.SWITCH, "off")
+    with pytest.raises(InputError, match="neither 1"):
+        limits.refusal(config())
 
 
 def test_caches() -> None:

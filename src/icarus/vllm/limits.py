@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from icarus.vllm import products
+
 CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
 """Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
 
@@ -22,6 +24,12 @@ _CHECKS: tuple[Check, ...] = (
     (
         lambda c: c.use_v2_model_runner,
         "decoder rows are built for model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    (
+        # torch_ops/lora_ops.py indexes with the slot -1 of rows without an adapter.
+        lambda c: c.device_config.device_type == "cpu" and not products.wanted(),
+        "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and these rows write the "
+        f"shared cache: unset {products.SWITCH}",
     ),
     (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,

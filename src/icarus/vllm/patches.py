@@ -193,6 +193,24 @@ LEDGER = (
         upstream="vllm/lora/worker_manager.py:106",
         until="adapters have a check that plugins can add to",
     ),
+    Patch(
+        target="vllm.lora.model_manager:get_punica_wrapper",
+        parameters="args kwargs",
+        by="icarus.vllm.cpu_lora:choosing",
+        what="on CPUs LoRA layers multiply runs of rows (ICARUS_CPU_LORA=0 restores stock)",
+        why="stock operators copy an adapter's weights for every row, rows without an adapter included",
+        upstream="vllm/lora/punica_wrapper/punica_selector.py:13",
+        until="vLLM's CPU operators do so",
+    ),
+    Patch(
+        target="vllm.lora.model_manager:LoRAModelManager.activate_adapter",
+        parameters="self lora_id",
+        by="icarus.vllm.cpu_lora:adopting",
+        what="those operators learn which weights are new",
+        why="they keep what they have worked out from an adapter's weights",
+        upstream="vllm/lora/model_manager.py:346",
+        until="vLLM's CPU operators multiply runs of rows",
+    ),
 )
 
 

@@ -1,0 +1,129 @@
+"""Connects products.py with vLLM on CPUs, for decoder rows and conventional adapters alike; ICARUS_CPU_LORA=0 is stock.
+
+vLLM's LoRA layers call their ``punica_wrapper`` with the weights of all resident adapters, and tell it the adapter of
+each row when that changes (vllm/lora/punica_wrapper/punica_cpu.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms import current_platform
+
+from icarus.vllm.products import Layer, Part, parts, wanted
+
+logger = init_logger("vllm.icarus")
+
+Stock = Callable[..., Any]
+
+
+class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
+    """A ``PunicaWrapperCPU`` that multiplies runs of rows, and skips layers that no adapter of the step touches."""
+
+    def __init__(self, *args: Any, lora_config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, lora_config=lora_config, **kwargs)
+        self._config = lora_config
+        # By the address of a layer's first tensor, which is all that vLLM hands over.
+        self._layers: dict[int, Layer] = {}
+        self._embedded: dict[int, set[int]] = {}  # slots whose adapters embed tokens
+        self._parts: list[Part] = []  # of the rows of the step
+        self._sampled: list[Part] = []  # of the rows that are sampled
+
+    def adopt(self, modules: dict[str, Any], slot: int) -> None:
+        """The weights in a slot are new. At first sight of a layer its memory is taken over (see ``Layer``)."""
+        for module in modules.values():
+            if module.punica_wrapper is not self:
+                continue
+            if isinstance(module, BaseLinearLayerWithLoRA):
+                if (layer := self._layers.get(module.lora_a_stacked[0].data_ptr())) is None:
+                    layer = self._take(module.lora_a_stacked, module.lora_b_stacked)
+                    module.lora_a_stacked, module.lora_b_stacked = layer.a, layer.b
+                layer.refresh(slot)
+            elif isinstance(module, LogitsProcessorWithLoRA):
+                if (layer := self._layers.get(module.lora_a_stacked.data_ptr())) is None:
+                    layer = self._take((module.lora_a_stacked,), (module.lora_b_stacked,))
+                    (module.lora_a_stacked,), (module.lora_b_stacked,) = layer.a, layer.b
+                layer.refresh(slot)
+            elif isinstance(module, VocabParallelEmbeddingWithLoRA):
+                slots = self._embedded.setdefault(module.lora_b_stacked.data_ptr(), set())
+                (slots.add if module.lora_b_stacked[slot].any() else slots.discard)(slot)
+
+    def _take(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Layer:
+        layer = Layer(a, b)
+        self._layers[layer.a[0].data_ptr()] = layer
+        return layer
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
+        """Part the rows; vLLM calls this when rows or slots have changed."""
+        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        slot_of: dict[int, int] = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
+
+        def part(ids: tuple[int, ...]) -> list[Part]:
+            slots = [slot_of[name] if name > 0 else -1 for name in ids]
+            return parts(slots, len(lora_index_to_id), self._config.max_lora_rank, self._config.lora_dtype)
+
+        self._parts, self._sampled = part(mapping.index_mapping), part(mapping.prompt_mapping)
+
+    def add_lora_linear(
+        self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], *args: Any, **kwargs: Any
+    ) -> None:
+        """``y`` (rows, outputs) += what each row's adapter makes of ``x`` (rows, inputs)."""
+        if not self._parts:
+            return
+        if layer := self._layers.get(lora_a_stacked[0].data_ptr()):
+            layer.add(y, x, self._parts)
+        else:  # a layer of a kind that ``adopt`` leaves alone
+            super().add_lora_linear(y, x, lora_a_stacked, *args, **kwargs)
+
+    def add_lora_logits(self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The same for ``lm_head``.
+
+        Logits of a prompt (prompt_logprobs) come for one request at a time, and nothing tells which: an adapter of
+        ``lm_head`` is left out of them, as on GPUs (vllm issue 51594). Stock operators stop the engine there.
+        """
+        rows = self.sampler_indices.numel()
+        if self._sampled and len(x) == rows:
+            self._layers[lora_a_stacked.data_ptr()].add(y, x, self._sampled)
+
+    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The same for embeddings, where no adapter in the batch may have one: then there is nothing to do."""
+        slots = self._embedded.get(lora_b_stacked.data_ptr(), set())
+        if any(part.slots & slots for part in self._parts):
+            super().add_lora_embedding(y, x, lora_b_stacked, *args, **kwargs)
+
+
+def choosing(stock: Stock) -> Stock:
+    """``get_punica_wrapper``: ours on CPUs."""
+
+    @wraps(stock)
+    def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
+        if current_platform.is_cpu() and wanted():
+            return ProductsWrapper(*args, **kwargs)
+        return stock(*args, **kwargs)
+
+    return get_punica_wrapper
+
+
+def adopting(stock: Stock) -> Stock:
+    """``LoRAModelManager.activate_adapter``: the only place where an adapter's weights enter its slot."""
+
+    @wraps(stock)
+    def activate_adapter(self: Any, lora_id: int) -> Any:
+        changed = stock(self, lora_id)
+        if changed:
+            for wrapper in self.punica_wrapper_mapping.values():
+                if isinstance(wrapper, ProductsWrapper):
+                    wrapper.adopt(self.modules, self.lora_index_to_id.index(lora_id))
+        return changed
+
+    return activate_adapter
