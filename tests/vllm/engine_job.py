@@ -5,6 +5,7 @@ A process holds one engine, and its plugins are chosen once (VLLM_PLUGINS), so t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -52,6 +53,37 @@ def load(llm: Any, adapters: dict[str, dict[str, Any]], name: str, **changes: An
     return done
 
 
+def written(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[str, Any]]) -> list[Reply]:
+    """Requests one after another: which blocks each used, and what is in the full ones, layer by layer."""
+    core = llm.llm_engine.engine_core.engine_core
+    blocks: list[int] = []
+    schedule = core.scheduler.schedule
+
+    def watched(*args: Any) -> Any:
+        output = schedule(*args)
+        for name in output.num_scheduled_tokens:
+            blocks[:] = core.scheduler.kv_cache_manager.get_block_ids(name)[0]
+        return output
+
+    core.scheduler.schedule = watched
+    caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+    found = []
+    for request in requests:
+        [answer] = ask(llm, adapters, [request])
+        held = len(request["prompt"]) + len(answer["tokens"]) - 1  # the last token is never an input
+        full = blocks[: held // llm.llm_engine.vllm_config.cache_config.block_size]
+        # (2, blocks, heads, block, size) or (blocks, 2, ...): the number of blocks tells.
+        count = core.scheduler.kv_cache_config.num_blocks
+        content = [cache.select(cache.shape.index(count), block) for cache in caches for block in full]
+        digest = [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in content]
+        found.append({**answer, "blocks": full, "content": digest})
+    core.scheduler.schedule = schedule
+    return found
+
+
+ACTIONS = {"ask": ask, "written": written}
+
+
 def main() -> None:
     """Start the engine of the job, take its steps in order, write what came out of each: a result or an error."""
     job = json.load(sys.stdin)
@@ -61,9 +93,9 @@ def main() -> None:
     results = []
     for step in job["steps"]:
         try:
-            results.append(
-                load(llm, job["adapters"], **step["load"]) if "load" in step else ask(llm, job["adapters"], step["ask"])
-            )
+            [(action, given)] = step.items()
+            adapters = job["adapters"]
+            results.append(load(llm, adapters, **given) if action == "load" else ACTIONS[action](llm, adapters, given))
         except Exception as error:
             traceback.print_exc()
             results.append({"error": f"{type(error).__name__}: {error}"})

@@ -71,7 +71,7 @@ class Shop:
         text = "".join(self.team.tokenizer.convert_ids_to_tokens(prompt[1:]))
         return self.team.context().append(prompt[:1]).score(text, [model])[model]
 
-    def serve(self, steps: list[Step], *, plugin: bool = True, **engine: Any) -> Any:
+    def serve(self, steps: list[Step], *, plugin: bool = True, threads: str = "", **engine: Any) -> Any:
         """What one engine answers to steps, taken one after another."""
         options = {
             "model": str(self.base),
@@ -91,16 +91,18 @@ class Shop:
             name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
             for number, name in enumerate(("sql", "chat", "plain", "foreign"), 1)
         }
-        return self._run({"engine": options, "adapters": adapters, "steps": steps}, plugin)
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
+        if threads:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
+        return self._run({"engine": options, "adapters": adapters, "steps": steps}, environment)
 
-    def _run(self, job: dict[str, Any], plugin: bool) -> Any:
+    def _run(self, job: dict[str, Any], environment: dict[str, str]) -> Any:
         result = self.folder / "result.json"
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
         script = Path(__file__).with_name("engine_job.py")
         done = subprocess.run(
             [sys.executable, str(script)],
             input=json.dumps({**job, "result": str(result)}),
-            env=environment,
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             timeout=600,
@@ -232,3 +234,27 @@ def test_with_chunked_prefill_and_preemption(shop: Shop, stock: Any) -> None:
 def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     check(shop, stock, shop.serve([ask(*MIXED)], speculative_config=drafts)[0])
+
+
+def test_everybody_writes_the_same_cache(shop: Shop) -> None:
+    """Blocks of a prompt and of 40 generated tokens, forced to be the same for all, each written by another model."""
+    forced = {"max_tokens": 41, "allowed_token_ids": [7]}
+    requests = [{"model": m, "prompt": SHARED[:64], "sampling": forced} for m in ("base", "sql", "chat", "plain")]
+    [base, sql, chat, plain] = shop.serve([{"written": requests}], enable_prefix_caching=False)[0]
+    assert {tuple(reply["tokens"]) for reply in (base, sql, chat, plain)} == {(7,) * 41}
+    assert len(base["content"]) == 3 * tiny(**SHAPE).config.num_hidden_layers
+    assert base["content"] == sql["content"] == chat["content"]
+    assert set(plain["content"]).isdisjoint(base["content"])
+
+
+def test_sharing_means_the_same_blocks(shop: Shop) -> None:
+    requests = [{"model": m, "prompt": SHARED, "sampling": {"max_tokens": 1}} for m in ("sql", "chat", "base", "plain")]
+    [sql, chat, base, plain] = shop.serve([{"written": requests}])[0]
+    assert sql["blocks"] == chat["blocks"] == base["blocks"]
+    assert sql["content"] == chat["content"] == base["content"]
+    assert set(plain["blocks"]).isdisjoint(base["blocks"])
+
+
+def test_two_tensor_parallel_ranks(shop: Shop, stock: Any) -> None:
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    check(shop, stock, shop.serve([ask(*MIXED)], threads="0|1", **ranks)[0])
