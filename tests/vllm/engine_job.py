@@ -13,6 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors of the core arrive as exceptions
 
 Reply = dict[str, Any]
@@ -25,22 +27,38 @@ def ask(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[str, 
 
     fixed = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     outputs = llm.generate(
-        [{"prompt_token_ids": request["prompt"]} for request in requests],
-        [SamplingParams(**fixed, **request["sampling"]) for request in requests],
+        [prompt(llm, request) for request in requests],
+        [SamplingParams(**{**fixed, **request["sampling"]}) for request in requests],
         lora_request=[LoRARequest(**adapters[name]) if (name := r["model"]) != "base" else None for r in requests],
         use_tqdm=False,
     )
     return [reply(output) for output in outputs]
 
 
+def prompt(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """A prompt as token ids, or as their embeddings."""
+    if not request.get("embedded"):
+        return {"prompt_token_ids": request["prompt"]}
+    weights = load_file(Path(llm.llm_engine.vllm_config.model_config.model) / "model.safetensors")
+    return {"prompt_embeds": weights["model.embed_tokens.weight"][request["prompt"]]}
+
+
 def reply(output: Any) -> Reply:
     """What tests look at."""
+    first = output.outputs[0]
     scored = [
         at[token].logprob
-        for token, at in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
+        for token, at in zip(output.prompt_token_ids or [], output.prompt_logprobs or [], strict=False)
         if at is not None
     ]
-    return {"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens, "scored": scored}
+    sampled = [at[token].logprob for token, at in zip(first.token_ids, first.logprobs or [], strict=False)]
+    return {
+        "tokens": list(first.token_ids),
+        "choices": [list(choice.token_ids) for choice in output.outputs],
+        "cached": output.num_cached_tokens,
+        "scored": scored,
+        "sampled": sampled,
+    }
 
 
 def load(llm: Any, adapters: dict[str, dict[str, Any]], name: str, **changes: Any) -> bool:
@@ -81,7 +99,26 @@ def written(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[s
     return found
 
 
-ACTIONS = {"ask": ask, "written": written}
+def published(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[str, Any]]) -> list[Reply]:
+    """The adapters that KV events name for the blocks that requests store."""
+    publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+    events: list[Any] = []
+    publisher.publish = lambda batch: events.extend(batch.events)
+    found = []
+    for request in requests:
+        events.clear()
+        ask(llm, adapters, [request])
+        stored = [event for event in events if type(event).__name__ == "BlockStored"]
+        found.append({"stored": len(stored), "adapters": [[event.lora_id, event.lora_name] for event in stored]})
+    return found
+
+
+def counted(llm: Any, adapters: dict[str, dict[str, Any]], name: str) -> float:
+    """One of vLLM's counters."""
+    return float(next(metric.value for metric in llm.get_metrics() if metric.name == name))
+
+
+ACTIONS = {"ask": ask, "written": written, "published": published, "counted": counted}
 
 
 def main() -> None:

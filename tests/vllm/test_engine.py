@@ -163,6 +163,8 @@ def served(shop: Shop) -> Any:
         "mixed": [ask(*MIXED)],
         "in turn": [ask((model, SHARED)) for model in ("sql", "chat", "base", "plain", "plain")],
         "scored": [ask(*SCORED, prompt_logprobs=0)],
+        "sampled": [ask(*SCORED, logprobs=0)],
+        "seeded": [ask((model, SHARED), n=3, seed=5, temperature=1.0) for model in ("sql", "sql", "chat")],
         "bad": [ask(("foreign", SHARED)), {"load": {"name": "foreign"}}, ask(("base", SHARED))],
         "reload": [
             {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
@@ -210,6 +212,19 @@ def test_prompt_logprobs_are_the_specialists(shop: Shop, served: Any) -> None:
             assert reply["scored"] == pytest.approx(shop.scores(model, prompt), abs=1e-3)
 
 
+def test_logprobs_of_generated_tokens_are_the_specialists(shop: Shop, served: Any) -> None:
+    for (model, prompt), reply in zip(SCORED, served["sampled"][0], strict=True):
+        if model != "plain":
+            scores = shop.scores(model, [*prompt, *reply["tokens"]])[-NEW:]
+            assert reply["sampled"] == pytest.approx(scores, abs=1e-3), (model, len(prompt))
+
+
+def test_several_choices_and_seeds(served: Any) -> None:
+    [once], [again], [other] = served["seeded"]
+    assert len({tuple(choice) for choice in once["choices"]}) == 3
+    assert once["choices"] == again["choices"] != other["choices"]
+
+
 def test_an_adapter_of_another_base_is_refused_and_the_engine_lives(shop: Shop, served: Any) -> None:
     asked, loaded, [afterwards] = served["bad"]
     assert "base" in asked["error"]
@@ -228,7 +243,10 @@ def test_a_reload_keeps_the_cache_and_takes_the_new_weights(shop: Shop, served: 
 def test_with_chunked_prefill_and_preemption(shop: Shop, stock: Any) -> None:
     """A budget of 24 rows cuts every longer prompt, and 14 blocks hold only a few requests at a time."""
     options = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 14, "enable_prefix_caching": False}
-    check(shop, stock, shop.serve([ask(*MIXED)], **options)[0])
+    steps = [ask(*MIXED), {"counted": "vllm:num_preemptions"}]
+    replies, preempted = shop.serve(steps, disable_log_stats=False, **options)
+    check(shop, stock, replies)
+    assert preempted > 0
 
 
 def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
@@ -258,3 +276,36 @@ def test_sharing_means_the_same_blocks(shop: Shop) -> None:
 def test_two_tensor_parallel_ranks(shop: Shop, stock: Any) -> None:
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     check(shop, stock, shop.serve([ask(*MIXED)], threads="0|1", **ranks)[0])
+
+
+def test_embeddings_as_prompts(shop: Shop) -> None:
+    step = ask(*((model, prompt) for prompt in prompts(0)[2:5] for model in ("base", "sql", "chat")))
+    for request in step["ask"][::2]:  # beside prompts of tokens
+        request["embedded"] = True
+    replies = shop.serve([step], enable_prompt_embeds=True)[0]
+    for request, got in zip(step["ask"], of(replies), strict=True):
+        assert got == shop.reference(request["model"], request["prompt"]), request["model"]
+
+
+def test_kv_events_name_no_adapter_where_the_cache_is_shared(shop: Shop) -> None:
+    """So that routers and connectors find the block whoever asks."""
+    step = {"published": ask(*((model, SHARED) for model in ("sql", "chat", "plain")))["ask"]}
+    events = {"enable_kv_cache_events": True, "publisher": "null"}
+    sql, chat, plain = shop.serve([step], kv_events_config=events)[0]
+    assert sql["stored"] >= 1
+    assert all(named == [None, None] for named in sql["adapters"])
+    assert chat["stored"] == 0, "all of its full blocks were there"
+    assert plain["adapters"]
+    assert all(named == [3, "plain"] for named in plain["adapters"])
+
+
+def test_more_adapters_than_slots(shop: Shop, stock: Any) -> None:
+    """Two slots for three adapters: weights come and go between steps."""
+    check(shop, stock, shop.serve([ask(*MIXED)], max_loras=2, max_cpu_loras=3)[0])
+
+
+def test_stock_operators_are_refused_on_a_cpu(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICARUS_CPU_LORA", "0")
+    refused, [base] = shop.serve([ask(("sql", SHARED)), ask(("base", SHARED))])
+    assert "unset ICARUS_CPU_LORA" in refused["error"]
+    assert base["tokens"] == shop.reference("base", SHARED)
