@@ -28,9 +28,8 @@ Stock = Callable[..., Any]
 class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
     """A ``PunicaWrapperCPU`` that multiplies runs of rows, and skips layers that no adapter of the step touches."""
 
-    def __init__(self, *args: Any, lora_config: Any, **kwargs: Any) -> None:
-        super().__init__(*args, lora_config=lora_config, **kwargs)
-        self._config = lora_config
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # By the address of a layer's first tensor, which is all that vLLM hands over.
         self._layers: dict[int, Layer] = {}
         self._embedded: dict[int, set[int]] = {}  # slots whose adapters embed tokens
@@ -38,28 +37,23 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
         self._sampled: list[Part] = []  # of the rows that are sampled
 
     def adopt(self, modules: dict[str, Any], slot: int) -> None:
-        """The weights in a slot are new. At first sight of a layer its memory is taken over (see ``Layer``)."""
+        """The weights in a slot are new."""
         for module in modules.values():
             if module.punica_wrapper is not self:
                 continue
             if isinstance(module, BaseLinearLayerWithLoRA):
-                if (layer := self._layers.get(module.lora_a_stacked[0].data_ptr())) is None:
-                    layer = self._take(module.lora_a_stacked, module.lora_b_stacked)
-                    module.lora_a_stacked, module.lora_b_stacked = layer.a, layer.b
-                layer.refresh(slot)
+                self._refresh(module.lora_a_stacked, module.lora_b_stacked, slot)
             elif isinstance(module, LogitsProcessorWithLoRA):
-                if (layer := self._layers.get(module.lora_a_stacked.data_ptr())) is None:
-                    layer = self._take((module.lora_a_stacked,), (module.lora_b_stacked,))
-                    (module.lora_a_stacked,), (module.lora_b_stacked,) = layer.a, layer.b
-                layer.refresh(slot)
+                self._refresh((module.lora_a_stacked,), (module.lora_b_stacked,), slot)
             elif isinstance(module, VocabParallelEmbeddingWithLoRA):
                 slots = self._embedded.setdefault(module.lora_b_stacked.data_ptr(), set())
                 (slots.add if module.lora_b_stacked[slot].any() else slots.discard)(slot)
 
-    def _take(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Layer:
-        layer = Layer(a, b)
-        self._layers[layer.a[0].data_ptr()] = layer
-        return layer
+    def _refresh(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...], slot: int) -> None:
+        if layer := self._layers.get(a[0].data_ptr()):
+            layer.refresh(slot)
+        else:
+            self._layers[a[0].data_ptr()] = Layer(a, b)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -69,8 +63,7 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
         slot_of: dict[int, int] = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
 
         def part(ids: tuple[int, ...]) -> list[Part]:
-            slots = [slot_of[name] if name > 0 else -1 for name in ids]
-            return parts(slots, len(lora_index_to_id), self._config.max_lora_rank, self._config.lora_dtype)
+            return parts([slot_of[name] if name > 0 else -1 for name in ids])
 
         self._parts, self._sampled = part(mapping.index_mapping), part(mapping.prompt_mapping)
 
@@ -98,7 +91,7 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
         """The same for embeddings, where no adapter in the batch may have one: then there is nothing to do."""
         slots = self._embedded.get(lora_b_stacked.data_ptr(), set())
-        if any(part.slots & slots for part in self._parts):
+        if any(part.used & slots for part in self._parts):
             super().add_lora_embedding(y, x, lora_b_stacked, *args, **kwargs)
 
 

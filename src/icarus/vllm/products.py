@@ -1,15 +1,15 @@
-"""LoRA of many adapters on a CPU: two products for each run of rows, in place of a copy of the weights for each row.
+"""LoRA of many adapters on a CPU: products over groups of rows, in place of a copy of the weights for each row.
 
 vLLM's CPU operators (vllm/lora/ops/torch_ops/lora_ops.py) copy A and B of its adapter for every row of a step, rows
 without an adapter included. Here the rows of a step are parted once (``parts``), and layers multiply part by part:
 
-    one adapter    y[part] += (x[part] @ A.T) @ B.T
-    several        the same product with all resident adapters side by side, (rows, M r), in which a mask keeps for each
-                   row the r columns of its own adapter: two products however many adapters there are
-    no adapter     in no part: costs nothing
+    many rows of one adapter    y[part] += (x[part] @ A.T) @ B.T, in the precision of the model
+    few rows of few adapters    the same in float32: a product of small bf16 matrices costs some 20 microseconds before
+                                it computes anything, one in float32 about 4 (oneDNN against MKL)
+    few rows of many adapters   two batched products in float32, a batch for each slot, its rows padded to the longest
+    no adapter                  in no part: costs nothing
 
-A product of bf16 matrices costs some 20 microseconds before it computes anything, one in float32 about 4 (oneDNN
-against MKL), so parts of few rows are computed in float32. Tensors only, no vLLM: cpu_lora.py connects them.
+Tensors only, no vLLM: cpu_lora.py connects them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,10 +28,10 @@ from icarus.errors import InputError
 SWITCH = "ICARUS_CPU_LORA"
 
 LONG = 32
-"""Rows of one adapter from which on a run is worth a product of its own."""
+"""Rows of one adapter from which on a run is computed alone."""
 
 FEW = 3
-"""Runs up to this many are cheaper one by one than masked (measured with SmolLM2-135M)."""
+"""Runs up to this many are cheaper one by one than in a batch (measured with SmolLM2-135M)."""
 
 
 def wanted() -> bool:
@@ -42,12 +44,18 @@ def wanted() -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """Neighbouring rows of a step, some of which have an adapter."""
+    """Rows of a step that are computed together, and their adapters."""
 
-    rows: slice
-    slot: int  # of their adapter; -1: several
-    slots: frozenset[int]
-    mask: Tensor | None = None  # (rows, M r), for several
+    rows: slice | Tensor  # in the step
+    slots: range  # of their adapters, or a range that holds them
+    used: frozenset[int]
+    order: Tensor | None = None  # (slots, longest): which of ``rows`` each slot has, padded with any; None for one slot
+    places: Tensor | None = None  # where each of ``rows`` stands in ``order``, flattened
+
+    @property
+    def many(self) -> bool:
+        """Whether it is a long run of one adapter."""
+        return isinstance(self.rows, slice) and len(self.slots) == 1 and self.rows.stop - self.rows.start >= LONG
 
 
 @dataclass(frozen=True)
@@ -57,25 +65,37 @@ class _Run:
     slot: int
 
 
-def parts(slots: Sequence[int], resident: int, rank: int, dtype: torch.dtype) -> list[Part]:
-    """The parts of a step.
-
-    Args:
-        slots: for each row the slot of its adapter, -1 for none.
-        resident: how many slots there are (M).
-        rank: columns of each adapter (r); smaller ones are padded with zeros.
-        dtype: of the masks.
-    """
+def parts(slots: Sequence[int]) -> list[Part]:
+    """The parts of a step whose rows have adapters in these slots, -1 for none."""
     found: list[Part] = []
     for cluster in _clusters(slots):
         if len(cluster) <= FEW:
-            found += [Part(slice(run.start, run.end), run.slot, frozenset({run.slot})) for run in cluster]
+            found += [_alone(run) for run in cluster]
         else:
-            rows = slice(cluster[0].start, cluster[-1].end)
-            own = torch.tensor(slots[rows.start : rows.stop])
-            mask = (own[:, None] == torch.arange(resident)).to(dtype).repeat_interleave(rank, dim=1)
-            found.append(Part(rows, -1, frozenset(run.slot for run in cluster), mask))
+            found.append(_batch(cluster))
     return found
+
+
+def _alone(run: _Run) -> Part:
+    return Part(slice(run.start, run.end), range(run.slot, run.slot + 1), frozenset({run.slot}))
+
+
+def _batch(cluster: Sequence[_Run]) -> Part:
+    rows = [row for run in cluster for row in range(run.start, run.end)]
+    own = [run.slot for run in cluster for _ in range(run.start, run.end)]
+    slots = range(min(own), max(own) + 1)
+    held: list[list[int]] = [[] for _ in slots]
+    for place, slot in enumerate(own):
+        held[slot - slots.start].append(place)
+    longest = max(map(len, held))
+    order = torch.tensor([places + [0] * (longest - len(places)) for places in held])
+    places = [0] * len(own)
+    for index, mine in enumerate(held):
+        for offset, place in enumerate(mine):
+            places[place] = index * longest + offset
+    together = rows[-1] - rows[0] + 1 == len(rows)
+    where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows)
+    return Part(where, slots, frozenset(own), order, torch.tensor(places))
 
 
 def _clusters(slots: Sequence[int]) -> Iterator[list[_Run]]:
@@ -104,77 +124,66 @@ def _runs(slots: Sequence[int]) -> Iterator[_Run]:
 
 
 class Layer:
-    """The adapters of one linear layer, whose output has one slice or several (q, k and v are one layer).
-
-    The tensors that vLLM fills when it loads an adapter (``a``, ``b``) are views of memory in which all adapters stand
-    side by side, so that a masked product needs no copy.
-    """
+    """The adapters of one linear layer, whose output has one slice or several (q, k and v are one layer)."""
 
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         """
         Args:
-            a: per slice (M, 1, r, inputs), as vLLM keeps it (``lora_a_stacked``).
+            a: per slice (M, 1, r, inputs), vLLM's memory, which it fills when it loads an adapter (``lora_a_stacked``).
             b: per slice (M, 1, outputs, r).
         """
-        with torch.inference_mode(False):  # vLLM also loads adapters outside of it, which then could not write here
-            self._a = torch.stack([part.squeeze(1) for part in a])  # (slices, M, r, inputs)
-            self._b = [part.squeeze(1).transpose(0, 1).contiguous() for part in b]  # (outputs, M, r) each
-        self.a = tuple(part.unsqueeze(1) for part in self._a)
-        self.b = tuple(part.transpose(0, 1).unsqueeze(1) for part in self._b)
+        self._a, self._b = [part[:, 0] for part in a], [part[:, 0] for part in b]
+        self._ends = list(accumulate(part.shape[1] for part in self._b))
         self._filled: list[set[int]] = [set() for _ in b]
-        self._singles: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        for slot in range(self._a.shape[1]):
+        # Copies in float32 of slices that an adapter has: (M, slices r, inputs), and per slice (M, r, outputs).
+        self._inner: Tensor | None = None
+        self._outer: list[Tensor | None] = [None for _ in b]
+        for slot in range(len(self._a[0])):
             self.refresh(slot)
 
     def refresh(self, slot: int) -> None:
         """Look at the weights in a slot again; to be called after an adapter was put there."""
-        for part, filled in zip(self._b, self._filled, strict=True):
-            (filled.add if part[:, slot].any() else filled.discard)(slot)
-        self._singles.pop(slot, None)
+        for i, part in enumerate(self._b):
+            holds = bool(part[slot].any())
+            (self._filled[i].add if holds else self._filled[i].discard)(slot)
+            if not holds and self._outer[i] is None:
+                continue
+            with torch.inference_mode(False):  # vLLM also loads adapters outside of it, and then could not write here
+                inner, outer = self._copies(i)
+                inner[slot] = torch.cat([a[slot] for a in self._a])
+                outer[slot] = part[slot].t()
+
+    def _copies(self, i: int) -> tuple[Tensor, Tensor]:
+        slots, rank, inputs = self._a[0].shape
+        if self._inner is None:
+            self._inner = torch.zeros(slots, len(self._a) * rank, inputs)
+        if (outer := self._outer[i]) is None:
+            self._outer[i] = outer = torch.zeros(slots, rank, self._b[i].shape[1])
+        return self._inner, outer
 
     def add(self, y: Tensor, x: Tensor, found: Sequence[Part]) -> None:
         """Add to the outputs ``y`` (rows, outputs of all slices) what adapters make of ``x`` (rows, inputs)."""
         for part in found:
-            filled = [i for i, slots in enumerate(self._filled) if slots & part.slots]
+            filled = [i for i, slots in enumerate(self._filled) if slots & part.used]
             if not filled:
                 continue
-            span = range(filled[0], filled[-1] + 1)
             rows = x[part.rows]
-            if part.mask is not None:
-                deltas = self._masked(rows, part.mask, span)
-            elif len(rows) < LONG:
-                deltas = self._few(rows, part.slot, span)
-            else:
-                deltas = self._many(rows, part.slot, span)
-            for columns, delta in zip(self._columns(span), deltas, strict=True):
-                y[part.rows, columns] += delta
+            deltas = self._many(rows, part, filled) if part.many else self._few(rows.float(), part, filled)
+            for i, delta in zip(filled, deltas, strict=True):
+                y[part.rows, self._ends[i] - self._b[i].shape[1] : self._ends[i]] += delta
 
-    def _columns(self, span: range) -> Iterator[slice]:
-        start = sum(len(part) for part in self._b[: span.start])
-        for part in self._b[span.start : span.stop]:
-            yield slice(start, start + len(part))
-            start += len(part)
+    def _many(self, x: Tensor, part: Part, filled: Sequence[int]) -> Iterator[Tensor]:
+        for i in filled:
+            yield (x @ self._a[i][part.slots.start].t()) @ self._b[i][part.slots.start].t()
 
-    def _masked(self, x: Tensor, mask: Tensor, span: range) -> Iterator[Tensor]:
-        inner = x @ self._a[span.start : span.stop].flatten(0, 2).t()
-        inner = inner.view(len(x), len(span), -1) * mask[:, None]
-        for i, part in enumerate(self._b[span.start : span.stop]):
-            yield inner[:, i] @ part.flatten(1).t()
-
-    def _many(self, x: Tensor, slot: int, span: range) -> Iterator[Tensor]:
-        for i in span:
-            yield (x @ self._a[i, slot].t()) @ self._b[i][:, slot].t()
-
-    def _few(self, x: Tensor, slot: int, span: range) -> Iterator[Tensor]:
-        a, b = self._single(slot)
-        rank = self._a.shape[2]
-        inner = x.float() @ a[span.start * rank : span.stop * rank].t()
-        for i, part in enumerate(b[span.start : span.stop]):
-            yield inner[:, i * rank : (i + 1) * rank] @ part.t()
-
-    def _single(self, slot: int) -> tuple[Tensor, list[Tensor]]:
-        """A (slices r, inputs) and per slice B (outputs, r) of one adapter in float32, kept until weights change."""
-        if slot not in self._singles:
-            a = self._a[:, slot].flatten(0, 1).float().contiguous()
-            self._singles[slot] = a, [part[:, slot].float().contiguous() for part in self._b]
-        return self._singles[slot]
+    def _few(self, x: Tensor, part: Part, filled: Sequence[int]) -> Iterator[Tensor]:
+        """One product with A for all slices from the first to the last that is filled, one with B for each."""
+        inner, outer = cast(Tensor, self._inner), cast(list[Tensor], self._outer)
+        rank, first = self._a[0].shape[1], filled[0]
+        a = inner[part.slots.start : part.slots.stop, first * rank : (filled[-1] + 1) * rank]
+        x = x[None] if part.order is None else x[part.order]
+        shrunk = x @ a.transpose(1, 2)  # (slots, longest, slices r)
+        for i in filled:
+            own = shrunk[..., (i - first) * rank : (i - first + 1) * rank]
+            delta = (own @ outer[i][part.slots.start : part.slots.stop]).flatten(0, 1)
+            yield delta if part.places is None else delta[part.places]
