@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure, print tables, and return the report. Raises InputError, and EngineFailed if an engine ends."""
     _check(systems, prompt, steps)
+    if profile is not None:
+        _make(profile)
     model, _ = base_model.load(base, dtype=dtype, device="cpu")
     sizes = Sizes(prompt, steps, repeats, vocabulary=model.config.get_text_config().vocab_size, seed=SEED)
     shape = bounds.Shape.of(model)
@@ -79,30 +82,31 @@ def run(
     planned = measurements([system for system in SYSTEMS if system in systems])
     with tempfile.TemporaryDirectory(prefix="icarus-serve-micro-") as folder, ExitStack() as stack:
         adapters = _adapters(base, dtype, Path(folder), systems)
+        weights = {system: _weights(folders) for system, folders in adapters.items()}
         machine = bounds.Machine.measured(dtype)
         engines, about = _start(base, dtype, systems, adapters, Path(folder), stack)
         answers, idle = _measure(engines, planned, sizes)
         settings = measure.settings(base=base, dtype=dtype, rank=RANK, adapters=ADAPTERS, **vars(sizes))
+        report = {
+            "settings": {
+                **settings,
+                "engine": ENGINE,
+                "lora": LORA,
+                "environment": ENVIRONMENT,
+                "engines": about,
+                "cores_used_by_idle_engines": idle,
+            },
+            "machine": {name: round(value) for name, value in vars(machine).items()},
+            **_evaluated(planned, answers, sizes, machine, shape, weights),
+        }
+        _show(report)
         if profile is not None:
             _profile(engines, planned, sizes, profile, settings)
-    report = {
-        "settings": {
-            **settings,
-            "engine": ENGINE,
-            "lora": LORA,
-            "environment": _environment("base", {}) | {"VLLM_PLUGINS": "'' or 'icarus'"},
-            "engines": about,
-            "cores_used_by_idle_engines": idle,
-        },
-        "machine": {name: round(value) for name, value in vars(machine).items()},
-        **_evaluated(planned, answers, sizes, machine, shape, {s: _weights(p) for s, p in adapters.items()}),
-    }
-    _show(report)
     return report
 
 
 def _check(systems: Sequence[str], prompt: int, steps: int) -> None:
-    if importlib.util.find_spec("vllm") is None:
+    if not _has_vllm():
         raise InputError("serve-micro measures vLLM, which is not installed; run: pip install 'icarus-llm[cpu]'.")
     if odd := sorted(set(systems) - set(SYSTEMS)):
         raise InputError(f"There is no system {odd[0]!r}; --systems takes some of {', '.join(SYSTEMS)}.")
@@ -111,6 +115,18 @@ def _check(systems: Sequence[str], prompt: int, steps: int) -> None:
         raise InputError(
             f"{prompt} tokens of prompt and {steps} steps do not fit the engines' {room} tokens; take fewer."
         )
+
+
+def _has_vllm() -> bool:
+    """A folder of that name on the path is a namespace package, which has no origin."""
+    return getattr(importlib.util.find_spec("vllm"), "origin", None) is not None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Profiles cannot be written to {folder} ({error.strerror}); name another folder.") from error
 
 
 def _adapters(base: str, dtype: str, folder: Path, systems: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -241,11 +257,7 @@ def _profile(
     settings: Mapping[str, Any],
 ) -> None:
     """A text for each engine: the operators that its decode steps and its prefill spend their time in."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Profiles cannot be written to {folder} ({error.strerror}); name another folder.") from error
-    sizes = Sizes(**{**vars(sizes), "steps": PROFILED_STEPS})
+    sizes = replace(sizes, steps=PROFILED_STEPS)
     texts = {system: [_heading(system, settings)] for system in engines}
     for measurement in planned:
         if measurement.turns > 1:
@@ -279,21 +291,7 @@ def _show(report: Mapping[str, Any]) -> None:
     console = Console()
     settings = report["settings"]
     for name, found in report["measurements"].items():
-        table = Table(title=f"{name}, rank {settings['rank']}, {settings['dtype']}")
-        for column in ("", found["unit"], "ms", "quartiles", "bound ms", "by", "share of time"):
-            table.add_column(column, justify="left" if column in ("", "by") else "right")
-        for side, figures in found["sides"].items():
-            least = figures["bound"]
-            table.add_row(
-                side,
-                f"{figures['median']:.1f}",
-                f"{figures['median_ms']:.1f}",
-                f"{figures['p25_ms']:.1f} to {figures['p75_ms']:.1f}",
-                f"{least['bound_ms']:.1f}",
-                least["by"],
-                f"{least['share']:.0%}",
-            )
-        console.print(table)
+        console.print(_table(f"{name}, rank {settings['rank']}, {settings['dtype']}", found["unit"], found["sides"]))
     _show_goals(console, report["goals"])
     machine = report["machine"]
     console.print(
@@ -301,6 +299,25 @@ def _show(report: Mapping[str, Any]) -> None:
         f"{machine['flops_per_s'] / 1e12:.2f} TFLOP/s, measured before. What is above a bound is the engine's own time "
         "(--profile shows whose)."
     )
+
+
+def _table(title: str, unit: str, sides: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One measurement: a line for each side."""
+    table = Table(title=title)
+    chain = any("prefilled_tokens" in figures for figures in sides.values())
+    table.add_column("")
+    for column in (unit, "ms (quartiles)", "bound, its share", *(["prefilled"] if chain else [])):
+        table.add_column(column, justify="right")
+    for side, figures in sides.items():
+        least = figures["bound"]
+        row = [
+            side,
+            f"{figures['median']:.1f}",
+            f"{figures['median_ms']:.1f} ({figures['p25_ms']:.1f} to {figures['p75_ms']:.1f})",
+            f"{least['by']} {least['bound_ms']:.1f} ms, {least['share']:.0%}",
+        ]
+        table.add_row(*row, *([f"{figures['prefilled_tokens']:,} tokens"] if chain else []))
+    return table
 
 
 def _show_goals(console: Console, goals: Iterable[Mapping[str, Any]]) -> None:
