@@ -101,6 +101,7 @@ BAD = {
     ("base", "a", "b"): "b",
     ("specialists", "a"): "a",
     ("demo", "--threads", "0"): "--threads.*'0'",
+    ("bench",): "WHAT",
     ("bench", "nothing"): "nothing",
     ("bench", "decode", "--base", "./nowhere"): "./nowhere",
     ("bench", "train", "--base", "./nowhere"): "./nowhere",

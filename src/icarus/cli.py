@@ -93,14 +93,36 @@ def _parser() -> argparse.ArgumentParser:
     base = add("base", _base, "print the folder of a base model", json=True)
     base.add_argument("name", nargs="?", default=_PACKAGED, metavar="NAME")
     add("specialists", _specialists, "print the shipped specialists, one name=folder a line", json=True)
-    bench = add("bench", _bench, "measure: decode or train, each beside its conventional peer", json=True)
-    bench.add_argument("what", choices=["decode", "train"])
-    bench.add_argument("--base", default=_PACKAGED)
-    bench.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    bench.add_argument(
-        "--repeats", type=_count, default=0, help="alternations of the sides (default: decode 20, train 5)"
-    )
+    _add_bench(commands.add_parser("bench", help="measure, each side beside its peer in one run"))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    kinds = bench.add_subparsers(required=True, metavar="WHAT", dest="what")
+
+    def add(name: str, help: str, *, dtype: str, repeats: int) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=_bench)
+        sub.add_argument("--base", default=_PACKAGED)
+        sub.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"])
+        sub.add_argument(
+            "--repeats", type=_count, default=repeats, help=f"alternations of the sides (default: {repeats})"
+        )
+        sub.add_argument("--json", metavar="FILE", help="write the figures as JSON; - prints them as the last line")
+        return sub
+
+    add("decode", "one decode step beside conventional LoRA's, in process", dtype="float32", repeats=20)
+    add("train", "one training step beside conventional LoRA's", dtype="float32", repeats=5)
+    micro = add("serve-micro", "vLLM's decode, prefill and a chain of specialists", dtype="bfloat16", repeats=5)
+    micro.add_argument(
+        "--systems",
+        type=lambda text: text.split(","),
+        default=["base", "stock", "conventional", "icarus"],
+        help="engines to compare (default: base,stock,conventional,icarus)",
+    )
+    micro.add_argument("--prompt-tokens", type=_count, default=1000, help="of prefill and chain (default: 1000)")
+    micro.add_argument("--steps", type=_count, default=32, help="decode steps of each sample (default: 32)")
+    micro.add_argument("--profile", type=Path, metavar="DIR", help="also profile each engine, a text file each")
 
 
 def _write_json(report: dict[str, Any], target: str) -> None:
@@ -222,10 +244,22 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
     if options.what == "decode":
         from icarus.bench import decode
 
-        return decode.run(options.base, options.dtype, options.repeats or 20)
-    from icarus.bench import train as training
+        return decode.run(options.base, options.dtype, options.repeats)
+    if options.what == "train":
+        from icarus.bench import train as training
 
-    return training.run(options.base, options.dtype, options.repeats or 5)
+        return training.run(options.base, options.dtype, options.repeats)
+    from icarus.bench import serve_micro
+
+    return serve_micro.run(
+        options.base,
+        options.dtype,
+        options.repeats,
+        systems=options.systems,
+        prompt=options.prompt_tokens,
+        steps=options.steps,
+        profile=options.profile,
+    )
 
 
 if __name__ == "__main__":

