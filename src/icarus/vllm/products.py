@@ -52,10 +52,7 @@ class Part:
     order: Tensor | None = None  # (slots, longest): which of ``rows`` each slot has, padded with any; None for one slot
     places: Tensor | None = None  # where each of ``rows`` stands in ``order``, flattened
 
-    @property
-    def many(self) -> bool:
-        """Whether it is a long run of one adapter."""
-        return isinstance(self.rows, slice) and len(self.slots) == 1 and self.rows.stop - self.rows.start >= LONG
+    many: bool = False  # a long run of one adapter
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ def parts(slots: Sequence[int]) -> list[Part]:
 
 
 def _alone(run: _Run) -> Part:
-    return Part(slice(run.start, run.end), range(run.slot, run.slot + 1), frozenset({run.slot}))
+    slots, many = range(run.slot, run.slot + 1), run.end - run.start >= LONG
+    return Part(slice(run.start, run.end), slots, frozenset({run.slot}), many=many)
 
 
 def _batch(cluster: Sequence[_Run]) -> Part:
@@ -123,6 +121,10 @@ def _runs(slots: Sequence[int]) -> Iterator[_Run]:
             start = row
 
 
+_Single = tuple[Tensor, list[tuple[slice, slice, Tensor]]]
+"""A.T of one adapter's slices side by side, and per slice: its columns of the output, its columns of A.T, and B.T."""
+
+
 class Layer:
     """The adapters of one linear layer, whose output has one slice or several (q, k and v are one layer)."""
 
@@ -133,11 +135,13 @@ class Layer:
             b: per slice (M, 1, outputs, r).
         """
         self._a, self._b = [part[:, 0] for part in a], [part[:, 0] for part in b]
-        self._ends = list(accumulate(part.shape[1] for part in self._b))
+        ends = list(accumulate(part.shape[1] for part in self._b))
+        self._columns = [slice(end - part.shape[1], end) for end, part in zip(ends, self._b, strict=True)]
         self._filled: list[set[int]] = [set() for _ in b]
         # Copies in float32 of slices that an adapter has: (M, slices r, inputs), and per slice (M, r, outputs).
         self._inner: Tensor | None = None
         self._outer: list[Tensor | None] = [None for _ in b]
+        self._single: dict[int, _Single] = {}
         for slot in range(len(self._a[0])):
             self.refresh(slot)
 
@@ -152,6 +156,7 @@ class Layer:
                 inner, outer = self._copies(i)
                 inner[slot] = torch.cat([a[slot] for a in self._a])
                 outer[slot] = part[slot].t()
+        self._single.pop(slot, None)
 
     def _copies(self, i: int) -> tuple[Tensor, Tensor]:
         slots, rank, inputs = self._a[0].shape
@@ -167,23 +172,39 @@ class Layer:
             filled = [i for i, slots in enumerate(self._filled) if slots & part.used]
             if not filled:
                 continue
-            rows = x[part.rows]
-            deltas = self._many(rows, part, filled) if part.many else self._few(rows.float(), part, filled)
-            for i, delta in zip(filled, deltas, strict=True):
-                y[part.rows, self._ends[i] - self._b[i].shape[1] : self._ends[i]] += delta
+            if part.order is not None:
+                self._add_batch(y, x[part.rows].float(), part, filled)
+            elif part.many:
+                self._add_many(y[part.rows], x[part.rows], part.slots.start, filled)
+            else:
+                self._add_few(y[part.rows], x[part.rows].float(), part.slots.start, filled)
 
-    def _many(self, x: Tensor, part: Part, filled: Sequence[int]) -> Iterator[Tensor]:
+    def _add_many(self, y: Tensor, x: Tensor, slot: int, filled: Sequence[int]) -> None:
         for i in filled:
-            yield (x @ self._a[i][part.slots.start].t()) @ self._b[i][part.slots.start].t()
+            y[:, self._columns[i]] += (x @ self._a[i][slot].t()) @ self._b[i][slot].t()
 
-    def _few(self, x: Tensor, part: Part, filled: Sequence[int]) -> Iterator[Tensor]:
-        """One product with A for all slices from the first to the last that is filled, one with B for each."""
+    def _add_few(self, y: Tensor, x: Tensor, slot: int, filled: Sequence[int]) -> None:
+        """One product with A of all slices, one with B of each."""
+        if slot not in self._single:
+            self._single[slot] = self._views(slot, filled)
+        a, slices = self._single[slot]
+        shrunk = x @ a
+        for columns, own, b in slices:
+            y[:, columns] += shrunk[:, own] @ b
+
+    def _views(self, slot: int, filled: Sequence[int]) -> _Single:
+        """What ``_add_few`` multiplies with, kept because finding it takes as long as multiplying."""
+        rank, inner, outer = self._a[0].shape[1], cast(Tensor, self._inner), cast(list[Tensor], self._outer)
+        own = [slice((i - filled[0]) * rank, (i - filled[0] + 1) * rank) for i in filled]
+        a = inner[slot, filled[0] * rank : (filled[-1] + 1) * rank].t()
+        return a, [(self._columns[i], part, outer[i][slot]) for i, part in zip(filled, own, strict=True)]
+
+    def _add_batch(self, y: Tensor, x: Tensor, part: Part, filled: Sequence[int]) -> None:
+        """The same for a range of slots at once."""
         inner, outer = cast(Tensor, self._inner), cast(list[Tensor], self._outer)
-        rank, first = self._a[0].shape[1], filled[0]
-        a = inner[part.slots.start : part.slots.stop, first * rank : (filled[-1] + 1) * rank]
-        x = x[None] if part.order is None else x[part.order]
-        shrunk = x @ a.transpose(1, 2)  # (slots, longest, slices r)
+        rank, slots = self._a[0].shape[1], slice(part.slots.start, part.slots.stop)
+        a = inner[slots, filled[0] * rank : (filled[-1] + 1) * rank]
+        shrunk = x[part.order] @ a.transpose(1, 2)  # (slots, longest, slices r)
         for i in filled:
-            own = shrunk[..., (i - first) * rank : (i - first + 1) * rank]
-            delta = (own @ outer[i][part.slots.start : part.slots.stop]).flatten(0, 1)
-            yield delta if part.places is None else delta[part.places]
+            own = shrunk[..., (i - filled[0]) * rank : (i - filled[0] + 1) * rank]
+            y[part.rows, self._columns[i]] += (own @ outer[i][slots]).flatten(0, 1)[part.places]
