@@ -63,7 +63,7 @@ class Policy:
             known = self._verdicts.get(adapter_id)
             if known and known.path == path and not again:
                 return known
-            verdict = self._judge(path)
+            verdict = self.judge(path)
             if known and known.shares != verdict.shares:
                 # Requests that run now were batched as the other kind.
                 raise AdapterError(
@@ -73,7 +73,8 @@ class Policy:
             self._verdicts[adapter_id] = verdict
             return verdict
 
-    def _judge(self, path: str) -> Verdict:
+    def judge(self, path: str) -> Verdict:
+        """The verdict on a path, whatever was decided before; nothing is noted. Raises AdapterError as ``decide``."""
         folder = self._locate(path)
         if not adapter.is_icarus(folder):
             return Verdict(path, "")
