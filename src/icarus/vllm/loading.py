@@ -43,7 +43,8 @@ def checking(stock: Stock) -> Stock:
         result = await stock(self, request, base_model_name)
         if not isinstance(result, ErrorResponse):
             loaded = self.lora_requests[request.lora_name]
-            policy_of(self.input_processor).decide(loaded.lora_int_id, loaded.lora_path)
+            # Noted here, so that no request waits for it, and the next replacement is compared with it.
+            await asyncio.to_thread(policy_of(self.input_processor).decide, loaded.lora_int_id, loaded.lora_path)
         return result
 
     return load_lora_adapter
@@ -55,11 +56,8 @@ def _check(models: Any, request: Any) -> None:
     folder = Path(get_adapter_absolute_path(request.lora_path))
     if config is None or not folder.is_dir():
         return  # vLLM has its own answers: 500 and 404
-    policy = policy_of(models.input_processor)
-    if (loaded := models.lora_requests.get(request.lora_name)) and request.load_inplace:
-        policy.decide(loaded.lora_int_id, request.lora_path, again=True)
-    else:
-        policy.judge(request.lora_path)
+    loaded = models.lora_requests.get(request.lora_name)
+    policy_of(models.input_processor).judge(request.lora_path, loaded.lora_int_id if loaded else 0)  # ids begin with 1
     rank = folders.describe(folder, None).rank
     if rank > config.max_lora_rank:
         raise InputError(
