@@ -291,7 +291,7 @@ def test_structured_output(server: Server) -> None:
 
 
 def test_a_tool_is_called(server: Server) -> None:
-    tool: Any = {"type": "function", "function": {"name": "ask", "parameters": SCHEMA}}
+    tool: Any = {"type": "function", "function": {"name": "ask", "parameters": SCHEMA, "strict": True}}
     reply = server.openai.chat.completions.create(
         model="chat",
         messages=[{"role": "user", "content": "?"}],
