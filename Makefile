@@ -1,17 +1,25 @@
-# `make demo` and `make test` do all the set-up they need: a virtual environment of their own, locked dependencies.
+# `make demo`, `make test` and `make serve` do all the set-up they need: virtual environments, locked dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
 # The CPU build of torch is on PyTorch's own index. A pip that is configured with a source of its own is believed.
 TORCH_INDEX ?= $(shell $(PYTHON) -m pip config list | grep -qE "find-links|index-url" || echo https://download.pytorch.org/whl/cpu)
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps
+# vLLM has an environment of its own: it holds back versions of packages that the rest uses, and pins torch.
+SERVE := .venv-serve/bin
+FLAGS ?=
 
-.PHONY: demo test check format clean
+.PHONY: demo test serve check format clean
 
 demo: .venv/.ready
 	@$(BIN)/icarus demo
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
+
+# Serves the packaged model and the shipped specialists on a CPU, port 8000; make serve FLAGS='--port 9000' adds flags.
+# Only full blocks are shared, and vLLM's 128 tokens on CPUs are more than most conversations with this model have.
+serve: .venv-serve/.ready
+	@$(SERVE)/icarus serve smollm2-135m-instruct --adapters $$($(SERVE)/icarus specialists) --block-size 32 $(FLAGS)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
@@ -23,12 +31,14 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 
 .venv/.ready: requirements.lock pyproject.toml
+.venv-serve/.ready: requirements-serve.lock pyproject.toml
+.venv/.ready .venv-serve/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ICaRus needs Python 3.11 or newer; call make PYTHON=...")'
-	@echo "Setting up .venv (once, a minute or two) ..."
-	@$(PYTHON) -m venv .venv
-	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
-	@$(PIP_INSTALL) --no-build-isolation --editable .
+	@echo "Setting up $(@D) (once, a minute or two) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	@$(@D)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-serve build dist src/*.egg-info

@@ -172,7 +172,15 @@ def test_neither_import_nor_help_loads_torch() -> None:
     done = run("-c", code)
     assert done.stdout.startswith("usage: icarus")
     assert done.stdout.endswith("set()"), done.stdout[-200:] + done.stderr
-    assert set(re.findall(r"^    (\w+) ", done.stdout, re.M)) >= {"demo", "train", "generate", "chat", "verify", "base"}
+    assert set(re.findall(r"^    (\w+) ", done.stdout, re.M)) >= {
+        "demo",
+        "train",
+        "serve",
+        "generate",
+        "chat",
+        "verify",
+        "base",
+    }
 
 
 def test_base_prints_the_folder(capsys: Capture) -> None:

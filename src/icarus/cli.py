@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["train"]:  # its flags are TRL's, several hundred, parsed where TRL is imported
             return _train(words[1:])
+        if words[:1] == ["serve"]:  # all flags of `vllm serve` are its own, too
+            return _serve(words[1:])
         options = _parser().parse_args(words)
         report = options.command(options)
         if report is not None and getattr(options, "json", None):
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "three specialists take turns in one context, beside the conventional way", json=True)
     demo.add_argument("--threads", type=_count, help="CPU threads (default: all cores)")
     commands.add_parser("train", help="train one specialist (icarus train --help lists the flags)")
+    commands.add_parser("serve", help="vLLM's server for many specialists with one cache (icarus serve --help)")
     for name, command, help in (
         ("generate", _generate, "run a list of turns in one context"),
         ("chat", _chat, "talk to several specialists in one context"),
@@ -180,6 +183,12 @@ def _train(words: list[str]) -> int:
     if options.json:
         _write_json(report, options.json)
     return 0
+
+
+def _serve(words: list[str]) -> int:
+    from icarus.vllm import serve
+
+    return serve.run(words)
 
 
 def _generate(options: argparse.Namespace) -> None:

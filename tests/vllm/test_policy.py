@@ -108,3 +108,15 @@ def test_the_fingerprint_of_the_base_is_computed_once(
     judge.decide(1, str(shared))
     monkeypatch.setattr(torch, "frombuffer", None)  # what reading weights needs
     judge.decide(2, str(shutil.copytree(shared, tmp_path / "again")))
+
+
+def test_a_look_ahead_says_what_a_decision_would_and_notes_nothing(
+    base: Path, shared: Path, conventional: Path
+) -> None:
+    judge = Policy(lambda: base)
+    noted = judge.decide(1, str(shared))
+    with pytest.raises(AdapterError, match="another name"):
+        judge.judge(str(conventional), 1)
+    assert not judge.judge(str(conventional), 2).shares
+    assert judge.decide(1, str(shared)) is noted
+    assert judge.decide(2, str(shared)).shares, "2 was looked at and not decided"

@@ -7,6 +7,7 @@ what their upstream text is.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
@@ -18,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
 from icarus.errors import InputError
-from icarus.vllm import limits
+from icarus.vllm import figures, limits
 from icarus.vllm.policy import Policy
 from icarus.vllm.shared import SharedLoRARequest, marked
 
@@ -108,10 +109,14 @@ def loading(stock: Stock) -> Stock:
 
     @wraps(stock)
     def add_lora(self: Any, lora_request: Any) -> Any:
+        started = time.perf_counter()
         request = marked(policy_of(self), lora_request, load=True)
-        if isinstance(request, SharedLoRARequest):
-            logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", request.lora_name)
-        return stock(self, request)
+        shares = isinstance(request, SharedLoRARequest)
+        if shares:
+            logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
+        done = stock(self, request)
+        figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)
+        return done
 
     return add_lora
 

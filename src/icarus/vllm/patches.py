@@ -211,6 +211,42 @@ LEDGER = (
         upstream="vllm/lora/model_manager.py:346",
         until="vLLM's CPU operators multiply runs of rows",
     ),
+    Patch(
+        target="vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
+        parameters="self request blocks num_cached_blocks num_full_blocks block_size kv_cache_group_id block_mask",
+        by="icarus.vllm.figures:writing",
+        what="the model whose request wrote a block is remembered",
+        why="a metric tells who reads whose blocks",
+        upstream="vllm/v1/core/block_pool.py:226",
+        until="vLLM counts prefix-cache hits by adapter",
+    ),
+    Patch(
+        target="vllm.v1.core.kv_cache_manager:KVCacheManager.record_prefix_cache_stats",
+        parameters="self request num_hits",
+        by="icarus.vllm.figures:hitting",
+        what="prefix-cache hits are counted by writer and reader",
+        why="a metric tells who reads whose blocks",
+        upstream="vllm/v1/core/kv_cache_manager.py:253",
+        until="vLLM counts prefix-cache hits by adapter",
+    ),
+    Patch(
+        target="vllm.v1.engine.core:EngineCore.collective_rpc",
+        parameters="self method timeout args kwargs",
+        by="icarus.vllm.figures:answering",
+        what="one more question, which the engine core answers itself: the plugin's counters",
+        why="they are in the core and the workers, and metrics are served by the front end",
+        upstream="vllm/v1/engine/core.py:1073",
+        until="a plugin may add methods that the front end can call",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        parameters="self request base_model_name",
+        by="icarus.vllm.loading:checking",
+        what="adapters that cannot be served are refused with 400, paths outside the allowed folders with 403",
+        why="an error in the engine core is the server's (500) and not the client's",
+        upstream="vllm/entrypoints/openai/models/serving.py:163",
+        until="adapters have a check that plugins can add to",
+    ),
 )
 
 

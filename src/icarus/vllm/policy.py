@@ -63,15 +63,19 @@ class Policy:
             known = self._verdicts.get(adapter_id)
             if known and known.path == path and not again:
                 return known
-            verdict = self._judge(path)
-            if known and known.shares != verdict.shares:
-                # Requests that run now were batched as the other kind.
-                raise AdapterError(
-                    f"{path} cannot replace {known.path}: one is an ICaRus adapter and the other is not; load it under "
-                    "another name."
-                )
-            self._verdicts[adapter_id] = verdict
+            verdict = self._verdicts[adapter_id] = self.judge(path, adapter_id)
             return verdict
+
+    def judge(self, path: str, adapter_id: int) -> Verdict:
+        """What ``decide`` would find now, and raise; nothing is noted."""
+        verdict, known = self._judge(path), self._verdicts.get(adapter_id)
+        if known and known.shares != verdict.shares:
+            # Requests that run now were batched as the other kind.
+            raise AdapterError(
+                f"{path} cannot replace {known.path}: one is an ICaRus adapter and the other is not; load it under "
+                "another name."
+            )
+        return verdict
 
     def _judge(self, path: str) -> Verdict:
         folder = self._locate(path)

@@ -24,6 +24,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from icarus.vllm import rows as arithmetic
+from icarus.vllm.figures import count_rows
 from icarus.vllm.rows import Batch, Ints, Rows
 from icarus.vllm.shared import check_files, decoded_ids
 
@@ -50,6 +51,7 @@ def mapping_loras(stock: Stock) -> Stock:
     ) -> Any:
         shared = decoded_ids(input_batch.lora_id_to_lora_request)
         if not shared:
+            count_rows(self, int(num_scheduled_tokens.sum()), 0)
             return stock(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
         count = input_batch.num_reqs
         sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
@@ -59,6 +61,7 @@ def mapping_loras(stock: Stock) -> Stock:
         if scored := self.num_prompt_logprobs:
             needed = np.where([name in scored for name in input_batch.req_ids], num_scheduled_tokens, needed)
         rows = arithmetic.plan(Batch(starts, needed, lora_ids, np.isin(lora_ids, shared)))
+        count_rows(self, rows.scheduled, len(rows))
         if len(rows):
             _check_room(self, starts, rows)
             setattr(self, _ROWS, rows)

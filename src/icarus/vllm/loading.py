@@ -1,0 +1,71 @@
+"""What ``/v1/load_lora_adapter`` may load: the checks of the front end, before the engine hears of it.
+
+vLLM answers 500 to whatever goes wrong in the engine. An adapter that is damaged, of another base model, too large or
+outside the allowed folders is the client's error, and says so here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import wraps
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.lora.utils import get_adapter_absolute_path
+
+from icarus.errors import InputError
+from icarus.vllm import folders
+from icarus.vllm.engine import policy_of
+
+Stock = Callable[..., Any]
+
+
+def checking(stock: Stock) -> Stock:
+    """``OpenAIServingModels.load_lora_adapter``: refusals are 400, or 403 for a path that clients may not name."""
+
+    @wraps(stock)
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        if request.lora_name and request.lora_path:
+            if (within := folders.allowed()) is not None and not folders.is_inside(request.lora_path, within):
+                return _refused(
+                    f"{request.lora_path} is outside the folders that adapters may be loaded from; start the server "
+                    "with --allow-adapters-from to allow it.",
+                    HTTPStatus.FORBIDDEN,
+                )
+            try:
+                await asyncio.to_thread(_check, self, request)
+            except InputError as error:
+                return _refused(str(error), HTTPStatus.BAD_REQUEST)
+        result = await stock(self, request, base_model_name)
+        if not isinstance(result, ErrorResponse):
+            loaded = self.lora_requests[request.lora_name]
+            # Noted here, so that no request waits for it, and the next replacement is compared with it.
+            await asyncio.to_thread(policy_of(self.input_processor).decide, loaded.lora_int_id, loaded.lora_path)
+        return result
+
+    return load_lora_adapter
+
+
+def _check(models: Any, request: Any) -> None:
+    """Raise InputError for an adapter that the engine would refuse."""
+    config = models.engine_client.vllm_config.lora_config
+    folder = Path(get_adapter_absolute_path(request.lora_path))
+    if config is None or not folder.is_dir():
+        return  # vLLM has its own answers: 500 and 404
+    loaded = models.lora_requests.get(request.lora_name)
+    policy_of(models.input_processor).judge(request.lora_path, loaded.lora_int_id if loaded else 0)  # ids begin with 1
+    rank = folders.describe(folder, None).rank
+    if rank > config.max_lora_rank:
+        raise InputError(
+            f"{folder} has rank {rank} and this server has room for {config.max_lora_rank}; start it with "
+            f"--max-lora-rank {rank} or more."
+        )
+
+
+def _refused(message: str, status: HTTPStatus) -> ErrorResponse:
+    kind = "PermissionDeniedError" if status is HTTPStatus.FORBIDDEN else "BadRequestError"
+    return create_error_response(message=message, err_type=kind, status_code=status, param="lora_path")
