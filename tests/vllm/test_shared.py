@@ -19,6 +19,7 @@ pytest.importorskip("vllm.config")  # without vLLM this folder is a package of i
 from vllm.lora.request import LoRARequest
 
 from icarus.vllm import engine, shared
+from icarus.vllm.runner import renewing
 from icarus.vllm.shared import SharedLoRARequest
 
 
@@ -64,6 +65,22 @@ def test_blocks_carry_no_adapter(folder: Path) -> None:
 def test_only_a_load_reads_files_again(folder: Path) -> None:
     assert mark(folder, "ours", load_inplace=True, load=True).load_inplace
     assert not mark(folder, "ours", load_inplace=True).load_inplace
+
+
+def test_after_a_replacement_nobody_names_the_old_files(folder: Path) -> None:
+    old, other, none = (SimpleNamespace(lora_request=r) for r in (mark(folder, "ours"), mark(folder, "plain", 2), None))
+    loaded = mark(folder, "ours", load_inplace=True, load=True)
+    loaded.lora_path = "new"
+    runner = SimpleNamespace(
+        requests={"a": old, "b": other, "c": none},
+        input_batch=SimpleNamespace(lora_id_to_lora_request={1: old.lora_request, 2: other.lora_request}),
+    )
+    renewing(lambda self, request: True)(runner, loaded)
+    running = runner.input_batch.lora_id_to_lora_request[1]
+    assert [(type(r), r.lora_path, r.load_inplace) for r in (old.lora_request, running)] == [
+        (SharedLoRARequest, "new", False)
+    ] * 2
+    assert other.lora_request.lora_path == str(folder / "plain")
 
 
 def test_files_that_changed_since_are_refused_by_the_worker(folder: Path) -> None:

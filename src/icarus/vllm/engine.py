@@ -21,7 +21,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from icarus.errors import InputError
 from icarus.vllm import figures, limits
 from icarus.vllm.policy import Policy
-from icarus.vllm.shared import SharedLoRARequest, marked
+from icarus.vllm.shared import SharedLoRARequest, marked, renew
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
 
@@ -115,6 +115,8 @@ def loading(stock: Stock) -> Stock:
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
         done = stock(self, request)
+        if shares and lora_request.load_inplace:
+            renew(self.scheduler.requests.values(), request)
         figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return done
 

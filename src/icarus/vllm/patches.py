@@ -194,6 +194,15 @@ LEDGER = (
         until="adapters have a check that plugins can add to",
     ),
     Patch(
+        target=_RUNNER + "add_lora",
+        parameters="self lora_request",
+        by=_OURS + "renewing",
+        what="after a replacement no request names the old files",
+        why="they would be read again for all requests once the adapter was evicted",
+        upstream="vllm/v1/worker/lora_model_runner_mixin.py:286",
+        until="vLLM keeps the path of an adapter with the adapter and not with each request",
+    ),
+    Patch(
         target="vllm.lora.model_manager:get_punica_wrapper",
         parameters="args kwargs",
         by="icarus.vllm.cpu_lora:choosing",

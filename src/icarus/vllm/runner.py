@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -26,7 +27,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from icarus.vllm import rows as arithmetic
 from icarus.vllm.figures import count_rows
 from icarus.vllm.rows import Batch, Ints, Rows
-from icarus.vllm.shared import check_files, decoded_ids
+from icarus.vllm.shared import SharedLoRARequest, check_files, decoded_ids, renew
 
 Stock = Callable[..., Any]
 
@@ -248,3 +249,19 @@ def reading(stock: Stock) -> Stock:
         return lora
 
     return _load_adapter
+
+
+def renewing(stock: Stock) -> Stock:
+    """``add_lora``: after a replacement no request names the old files."""
+
+    @wraps(stock)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        done = stock(self, lora_request)
+        if isinstance(lora_request, SharedLoRARequest) and lora_request.load_inplace:
+            renew(self.requests.values(), lora_request)
+            held = self.input_batch.lora_id_to_lora_request
+            if lora_request.lora_int_id in held:
+                held[lora_request.lora_int_id] = replace(lora_request, load_inplace=False)
+        return done
+
+    return add_lora

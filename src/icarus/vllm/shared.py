@@ -6,8 +6,10 @@ the request: to the cache key, to KV events, and by pickle to every worker. So a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from msgspec.structs import replace
 from vllm.lora.request import LoRARequest
 
 from icarus import adapter
@@ -43,6 +45,17 @@ def marked(policy: Policy, request: LoRARequest | None, *, load: bool = False) -
     fields: dict[str, Any] = {name: getattr(request, name) for name in LoRARequest.__struct_fields__}
     fields["load_inplace"] = load and request.load_inplace
     return SharedLoRARequest(**fields, base_fingerprint=verdict.base_fingerprint)
+
+
+def renew(holders: Iterable[Any], loaded: LoRARequest) -> None:
+    """Let requests that wait or run name the adapter that has just replaced theirs.
+
+    One that named the old folder would have it read again, for everybody, once the adapter was evicted from memory.
+    """
+    current = replace(loaded, load_inplace=False)
+    for holder in holders:
+        if holder.lora_request is not None and holder.lora_request.lora_int_id == loaded.lora_int_id:
+            holder.lora_request = current
 
 
 def check_files(request: LoRARequest, folder: str, modules: list[str]) -> None:
