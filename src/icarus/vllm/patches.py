@@ -9,6 +9,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,6 +39,7 @@ class Patch:
     why: str
     upstream: str  # file:line of the original in the newest tested version
     until: str  # when the change can go
+    before: str = ""  # its parameters in an older tested version, where they differ
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
@@ -151,6 +153,9 @@ LEDGER = (
         parameters="self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices "
         "logits_indices max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens "
         "slot_mappings",
+        before="self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices "
+        "logits_indices max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens "
+        "cascade_attn_prefix_lens slot_mappings",
         by=_OURS + "building_metadata",
         what="attention sees decoder requests",
         why="they read the cache of the requests that they double",
@@ -260,8 +265,12 @@ LEDGER = (
 
 
 def apply(ledger: Iterable[Patch], version: str) -> int:
-    """Apply all records, or none; returns how many were not applied before. Raises PatchError."""
-    if _release(version) not in TESTED:
+    """Apply all records, or none; returns how many were not applied before. Raises PatchError.
+
+    ``ICARUS_UNTESTED_VLLM=1`` lets another version pass whose functions still take the same parameters: it is for
+    running the test suite against it (``make test-vllm VLLM=...``).
+    """
+    if _release(version) not in TESTED and os.environ.get("ICARUS_UNTESTED_VLLM") != "1":
         raise PatchError(
             f"ICaRus patches vLLM {', '.join(TESTED)} and this is {version}: install one of those, or set "
             "VLLM_PLUGINS='' to serve without ICaRus."
@@ -293,7 +302,7 @@ def _find(patch: Patch, version: str) -> tuple[Any, str, Callable[..., Any]] | N
     if getattr(stock, _SENTINEL, None) == patch.target:
         return None
     found, wanted = list(signature(stock).parameters), patch.parameters.split()
-    if found != wanted:
+    if found not in (wanted, patch.before.split()):
         raise PatchError(f"{patch.target} of vLLM {version} takes {found} and not {wanted}: {_REMEDY}")
     return owner, name, stock
 
