@@ -31,14 +31,20 @@ class Scraper:
     async def text(self, client: Any) -> bytes:
         """What all engines counted, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
         if self._asking is None:
-            question = client.engine_core.call_utility_all_async("collective_rpc", QUESTION)
-            self._asking = asyncio.ensure_future(question)
+            self._asking = asyncio.ensure_future(_ask(client.engine_core))
         done, _ = await asyncio.wait([self._asking], timeout=PATIENCE)
         if done:
             asked, self._asking = self._asking, None
             if not asked.cancelled() and asked.exception() is None:
                 self._last = asked.result()
         return exposition(self._last)
+
+
+async def _ask(core: Any) -> Figures:
+    if hasattr(core, "call_utility_all_async"):
+        found: Figures = await core.call_utility_all_async("collective_rpc", QUESTION)
+        return found
+    return [await core.call_utility_async("collective_rpc", QUESTION)]  # vLLM 0.31 tells of the first engine only
 
 
 def exposition(engines: Figures) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 
 from icarus.errors import IcarusError
 
-TESTED = ("0.32.0",)
+TESTED = ("0.31.0", "0.32.0")
 """Versions of vLLM that the test suite ran against."""
 
 _SENTINEL = "__icarus_patch__"
