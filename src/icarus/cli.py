@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(words[1:])
         if words[:1] == ["serve"]:  # all flags of `vllm serve` are its own, too
             return _serve(words[1:])
-        options = _parser().parse_args(words)
+        options = _parser(words).parse_args(words)
         report = options.command(options)
         if report is not None and getattr(options, "json", None):
             _write_json(report, options.json)
@@ -62,7 +62,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="icarus", description="Many specialists, one KV cache (arXiv 2603.13281).")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -96,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     base = add("base", _base, "print the folder of a base model", json=True)
     base.add_argument("name", nargs="?", default=_PACKAGED, metavar="NAME")
     add("specialists", _specialists, "print the shipped specialists, one name=folder a line", json=True)
-    _add_bench(commands.add_parser("bench", help="measure, each side beside its peer in one run"))
+    _add_bench(commands.add_parser("bench", help="measure, each side beside its peer in one run"), words)
     return parser
 
 
-def _add_bench(bench: argparse.ArgumentParser) -> None:
+def _add_bench(bench: argparse.ArgumentParser, words: Sequence[str]) -> None:
     kinds = bench.add_subparsers(required=True, metavar="WHAT", dest="what")
 
     def add(name: str, help: str, *, dtype: str, repeats: int) -> argparse.ArgumentParser:
@@ -126,6 +126,14 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     micro.add_argument("--prompt-tokens", type=_count, default=1000, help="of prefill and chain (default: 1000)")
     micro.add_argument("--steps", type=_count, default=32, help="decode steps of each sample (default: 32)")
     micro.add_argument("--profile", type=Path, metavar="DIR", help="also profile each engine, a text file each")
+    help = "workflows of agents on served models, each system beside the others"
+    agents = kinds.add_parser("agents", help=help, description=help)
+    agents.set_defaults(command=_bench_agents)
+    agents.add_argument("--json", metavar="FILE", help="write the report as JSON; - prints it as the last line")
+    if "agents" in words:  # its options are many, and declared beside its settings
+        from icarus.bench import options
+
+        options.add(agents)
 
 
 def _write_json(report: dict[str, Any], target: str) -> None:
@@ -269,6 +277,14 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         profile=options.profile,
     )
+
+
+def _bench_agents(options: argparse.Namespace) -> dict[str, Any]:
+    from icarus.bench import agents
+    from icarus.bench import options as given
+
+    output = Path(options.output)
+    return agents.redraw(output) if options.redraw else agents.run(given.settings(options), output)
 
 
 if __name__ == "__main__":

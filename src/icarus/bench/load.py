@@ -1,0 +1,212 @@
+"""Workflows against an OpenAI-compatible server: they arrive when they are told to, and wait for their own calls.
+
+Prompts go out as token ids, and the ids that a call generated are put into later prompts as they came back, so that
+what was generated is found in the prefix cache too. ``return_token_ids`` is vLLM's (protocol.py of its completions).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from icarus.bench.workloads import Output, Workflow
+from icarus.errors import IcarusError, InputError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+SAMPLE_SECONDS = 1.0
+"""Time between two readings of ``/metrics``."""
+
+SILENCE_SECONDS = 900.0
+"""How long a stream may be silent: longer than any queue that a run makes."""
+
+
+class CallFailed(IcarusError):
+    """The server did not answer a call as asked."""
+
+
+@dataclass
+class Record:
+    """One call as the client saw it. Times in seconds; ``start`` counts from the start of the run."""
+
+    workflow: int
+    call: int
+    model: str
+    start: float
+    prompt_tokens: int
+    ttft: float = 0.0  # until the first generated token
+    latency: float = 0.0  # until the last
+    itls: list[float] = field(default_factory=list)  # between the chunks of the stream
+    output_tokens: int = 0
+    cached_tokens: int = 0  # as the server counts them in ``usage``
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run gave; times in seconds."""
+
+    duration: float  # from the first arrival to the end of the last call
+    arrivals: list[float]  # since the start of the run, as they happened
+    workflows: list[float]  # from arrival to the end of the last call
+    calls: list[dict[str, Any]]  # records
+    metrics: list[tuple[float, str]]  # text of /metrics, and when; the first before any call, the last after all
+
+
+def drive(url: str, workflows: Sequence[Workflow], arrivals: Sequence[float], models: Sequence[str]) -> Run:
+    """Run all workflows; role r is asked of ``models[r % len(models)]``.
+
+    Raises CallFailed as soon as a call fails (the others are cancelled), and InputError without aiohttp.
+    """
+    try:
+        import aiohttp
+    except ImportError as error:
+        raise InputError("The load generator needs aiohttp; run: pip install 'icarus-llm[bench]'.") from error
+    try:
+        return asyncio.run(_Load(url, models).run(workflows, arrivals))
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise CallFailed(f"The server does not answer ({error!r}).") from error
+    except BaseExceptionGroup as group:
+        first = _first(group)
+        if isinstance(first, aiohttp.ClientError | OSError | TimeoutError):
+            raise CallFailed(f"A call failed ({first!r}).") from first
+        raise first from None
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first error of a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class _Load:
+    """One run."""
+
+    def __init__(self, url: str, models: Sequence[str]) -> None:
+        self._url, self._models = url, models
+        self._session: ClientSession
+        self._records: list[Record] = []
+        self._metrics: list[tuple[float, str]] = []
+        self._started = 0.0
+
+    async def run(self, workflows: Sequence[Workflow], arrivals: Sequence[float]) -> Run:
+        import aiohttp
+
+        connector = aiohttp.TCPConnector(limit=0)  # no queue on our side
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
+        async with aiohttp.ClientSession(self._url, connector=connector, timeout=timeout) as self._session:
+            await self._read_metrics()
+            self._metrics = [(0.0, text) for _, text in self._metrics]
+            self._started = time.perf_counter()
+            sampler = asyncio.create_task(self._sample())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    numbered = enumerate(zip(workflows, arrivals, strict=True))
+                    tasks = [group.create_task(self._workflow(n, w, arrival)) for n, (w, arrival) in numbered]
+                duration = self._now()
+            finally:
+                sampler.cancel()
+            await self._read_metrics()
+        done = [task.result() for task in tasks]
+        calls = sorted(self._records, key=lambda record: (record.workflow, record.call))
+        arrived, took = [at for at, _ in done], [seconds for _, seconds in done]
+        return Run(duration, arrived, took, [asdict(call) for call in calls], self._metrics)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._started
+
+    async def _workflow(self, number: int, workflow: Workflow, arrival: float) -> tuple[float, float]:
+        """Gives when it arrived and how long it took."""
+        await asyncio.sleep(arrival - self._now())
+        arrived = self._now()
+        outputs: list[asyncio.Task[list[int]]] = []
+        async with asyncio.TaskGroup() as group:
+            for index in range(len(workflow.calls)):
+                outputs.append(group.create_task(self._call(number, workflow, index, outputs)))
+        return arrived, self._now() - arrived
+
+    async def _call(
+        self, number: int, workflow: Workflow, index: int, outputs: Sequence[asyncio.Task[list[int]]]
+    ) -> list[int]:
+        """Waits for the calls before it, and gives the ids that it generated."""
+        call = workflow.calls[index]
+        for earlier in sorted(call.waits_for):
+            await outputs[earlier]
+        prompt = [
+            token
+            for piece in call.prompt
+            for token in (outputs[piece.call].result() if isinstance(piece, Output) else piece)
+        ]
+        record = Record(number, index, self._models[call.role % len(self._models)], self._now(), len(prompt))
+        try:
+            generated = await self._ask(record, prompt, call.output_tokens)
+        except (ValueError, KeyError) as error:
+            raise CallFailed(f"A call of {record.model} got no stream of completions ({error!r}).") from error
+        if len(generated) != call.output_tokens:
+            raise CallFailed(f"{record.model} gave {len(generated)} tokens and not {call.output_tokens}.")
+        self._records.append(record)
+        return generated
+
+    async def _ask(self, record: Record, prompt: list[int], length: int) -> list[int]:
+        request = {
+            "model": record.model,
+            "prompt": prompt,
+            "max_tokens": length,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        generated: list[int] = []
+        last = began = time.perf_counter()
+        async with self._session.post("/v1/completions", json=request) as response:
+            if response.status != 200:
+                raise CallFailed(f"{record.model} answered {response.status}: {(await response.text())[:500]}")
+            async for event in _events(response.content.iter_any()):
+                if "error" in event:
+                    raise CallFailed(f"{record.model} answered an error: {event['error']}")
+                tokens = [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
+                if tokens:
+                    now = time.perf_counter()
+                    if generated:
+                        record.itls.append(round(now - last, 6))
+                    else:
+                        record.ttft = now - began
+                    last = now
+                    generated += tokens
+                if usage := event.get("usage"):
+                    record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        record.latency, record.output_tokens = last - began, len(generated)
+        return generated
+
+    async def _sample(self) -> None:
+        import aiohttp
+
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            with suppress(aiohttp.ClientError, OSError, TimeoutError):  # a call that fails says what is wrong
+                await self._read_metrics()
+
+    async def _read_metrics(self) -> None:
+        async with self._session.get("/metrics") as response:
+            self._metrics.append((self._now(), await response.text()))
+
+
+async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """JSON objects of a stream of server-sent events, up to [DONE]."""
+    rest = b""
+    async for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n\n")
+        for message in whole:
+            data = message.strip().removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            if data:
+                yield json.loads(data)

@@ -1,0 +1,122 @@
+"""What is run, in which order, with which KV budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from icarus.bench import workloads
+from icarus.bench.profiles import ROOMY, TIGHT, Settings
+from icarus.bench.systems import ServerKind
+from icarus.bench.workloads import Trajectory, Workflow
+from icarus.errors import InputError
+
+TIGHT_SLACK, ROOMY_SLACK = 1.25, 1.1
+"""KV budget over the working set that it is made for: a block is not always where it is wanted."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One measured run."""
+
+    system: str
+    models: int
+    budget: str
+    workload: str
+    rate: float | None  # workflows a second; None: all at once
+    repeat: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        load = "all at once" if self.rate is None else f"{self.rate:g} workflows/s"
+        return f"{self.system}, N={self.models}, {self.budget}, {self.workload}, {load}, repeat {self.repeat + 1}"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Gives each unit its workflows and arrivals: the same for all systems and numbers of models."""
+
+    settings: Settings
+    vocabulary: int
+    trajectories: Sequence[Trajectory] = ()
+
+    def workflows(self, workload: str, repeat: int) -> list[Workflow]:
+        """The workflows of one repeat."""
+        s = self.settings
+        return workloads.make(workload, s.workflows, s.sizes, self.vocabulary, self._seed(repeat), self.trajectories)
+
+    def arrivals(self, rate: float | None, repeat: int) -> list[float]:
+        """Seconds at which they start."""
+        return workloads.arrivals(self.settings.workflows, rate, self._seed(repeat))
+
+    def working_set(self, workload: str, models: int, *, shared: bool) -> int:
+        """Tokens of K/V that the first repeat holds if nothing is evicted."""
+        return workloads.working_set(self.workflows(workload, 0), models, self.settings.block_size, shared=shared)
+
+    def _seed(self, repeat: int) -> str:
+        return f"{self.settings.seed}/{repeat}"
+
+
+def budgets(requests: Requests) -> dict[str, int]:
+    """KV tokens of each budget, in whole blocks.
+
+    Tight: what one shared cache of the first workload needs, so that the caches of several models do not fit. Roomy:
+    what the most models need with a cache each, for the workload that needs most.
+
+    Raises InputError for a budget that does not hold one context of the longest length.
+    """
+    s = requests.settings
+    most = s.most_models
+    sizes = {
+        TIGHT: s.tight_tokens or TIGHT_SLACK * requests.working_set(s.workloads[0], most, shared=True),
+        ROOMY: s.roomy_tokens
+        or ROOMY_SLACK * max(requests.working_set(workload, most, shared=False) for workload in s.workloads),
+    }
+    whole = {name: math.ceil(sizes[name] / s.block_size) * s.block_size for name in s.budgets}
+    for name, tokens in whole.items():
+        if tokens <= s.max_model_len:
+            raise InputError(
+                f"The {name} KV budget of {tokens} tokens does not hold one context of --max-model-len "
+                f"{s.max_model_len}; give more workflows, or a larger budget."
+            )
+    return whole
+
+
+def units(settings: Settings) -> Iterator[Unit]:
+    """All runs, in order; neighbours with the same server share it. The order of systems alternates."""
+    for models in settings.models:
+        for budget in settings.budgets:
+            for repeat in range(settings.repeats):
+                systems = [s for s in settings.systems if _runs(s, models, budget, settings)]
+                for system in systems[:: -1 if repeat % 2 else 1]:
+                    counted = 1 if system == "single" else models
+                    for workload, rate in _loads(system, models, budget, settings):
+                        yield Unit(system, counted, budget, workload, rate, repeat)
+
+
+def _runs(system: str, models: int, budget: str, settings: Settings) -> bool:
+    """``stock`` and ``single`` are points to compare with, and run once: single is one model whatever N is."""
+    first = models == settings.most_models and budget == settings.budgets[0]
+    return first or system not in ("stock", "single")
+
+
+def _loads(system: str, models: int, budget: str, settings: Settings) -> Iterator[tuple[str, float | None]]:
+    swept, *others = settings.workloads
+    yield swept, None
+    if budget != settings.budgets[0] or system == "stock":
+        return
+    for rate in settings.rates:
+        yield swept, rate
+    if models == settings.most_models:
+        yield from ((workload, None) for workload in others)
+
+
+def kind(unit: Unit, kv_tokens: dict[str, int]) -> ServerKind:
+    """The server that a unit runs on."""
+    return ServerKind(unit.system, unit.models, kv_tokens[unit.budget])

@@ -1,0 +1,180 @@
+"""Plots of a report as PNG files: readable in a README, with the settings in the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from icarus.bench.profiles import ROOMY, TIGHT
+from icarus.bench.report import PAPER
+
+Row = Mapping[str, Any]
+
+STYLES = {
+    "icarus": ("ICaRus", "#2b7bb0", "o"),
+    "conventional": ("conventional", "#d1495b", "s"),
+    "stock": ("stock vLLM", "#9aa0a6", "^"),
+    "single": ("single base model", "#5b8c5a", "D"),
+}
+"""Label, colour and marker of each system, in the order of the legends."""
+
+
+def draw(report: Mapping[str, Any], units: Sequence[Row], folder: Path) -> list[str]:
+    """Draws what the report has data for, as ``folder/NAME.png``; gives the names."""
+    rows, swept = report["runs"], report["protocol"]["settings"]["workloads"][0]
+    budget = report["protocol"]["settings"]["budgets"][0]
+    swept_rows = [row for row in rows if row["workload"] == swept and row["budget"] == budget]
+    figures = {
+        "speedup": _speedup(report["by_models"], swept),
+        "rates": _rates(swept_rows, f"{swept}, {budget} KV budget"),
+        "tokens": _tokens(rows, swept),
+        "kv": _kv(units, swept, budget),
+    }
+    drawn = []
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.supxlabel(_caption(report["protocol"]), fontsize=7.5, color="#555555")
+            figure.savefig(folder / f"{name}.png", dpi=130)
+            plt.close(figure)
+            drawn.append(name)
+    return drawn
+
+
+def _caption(protocol: Mapping[str, Any]) -> str:
+    s, machine, kv = protocol["settings"], protocol["machine"], protocol["KV"]
+    sizes = s["sizes"]
+    budgets = ", ".join(f"{name} {tokens:,}" for name, tokens in kv["budget (tokens)"].items())
+    engine = ", ".join(f"{name} {version}" for name, version in machine["vllm"].items())
+    return (
+        f"{s['base']}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores ({machine['cpu']}), {engine}; "
+        f"KV budget in tokens: {budgets}; seed {s['seed']}\n"
+        f"{s['workflows']} workflows a run, {sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt "
+        f"tokens first, {sizes['output']} generated and {sizes['observation']} appended a call; "
+        f"medians of {s['repeats']} repeats"
+    )
+
+
+def _speedup(by_models: Sequence[Row], swept: str) -> Any:
+    """Throughput and P95 over conventional, against N."""
+    if not by_models:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
+    titles = {"throughput": "throughput, all at once", "p95": "P95 latency, largest gap at one arrival rate"}
+    counts = sorted({row["models"] for row in by_models} | set(PAPER["p95"]))
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for budget, color in ((TIGHT, "#2b7bb0"), (ROOMY, "#7fb7d9")):
+            points = [(row["models"], row[key]) for row in by_models if row["budget"] == budget and row[key]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", color=color, label=f"measured, {budget} KV budget")
+                for n, value in points:
+                    axis.annotate(
+                        f"{value:.1f}x", (n, value), (0, 6), textcoords="offset points", ha="center", fontsize=8
+                    )
+        paper = PAPER[key]
+        axis.plot(list(paper), list(paper.values()), "x--", color="#666666", label="paper")
+        axis.axhline(1, color="#bbbbbb", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(n) for n in counts])
+        axis.set_title(f"{swept}: {title}", fontsize=10, loc="left")
+        axis.set_xlabel("specialists (N)")
+        axis.set_ylabel("ICaRus over conventional (times)")
+        axis.set_ylim(bottom=0)
+        axis.margins(y=0.12)
+        axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _rates(rows: Sequence[Row], title: str) -> Any:
+    """Latency and throughput against arrival rate, a column for each N; ``single`` is the same in all."""
+    rated = [row for row in rows if row["rate"] is not None]
+    counts = sorted({row["models"] for row in rated if row["system"] != "single"})
+    if not counts:
+        return None
+    figure, axes = plt.subplots(
+        2,
+        len(counts),
+        figsize=(max(3.2 * len(counts), 5.5), 6),
+        layout="constrained",
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for column, models in enumerate(counts):
+        for system, (label, color, marker) in STYLES.items():
+            points = [r for r in rated if r["system"] == system and (r["models"] == models or system == "single")]
+            points.sort(key=lambda row: row["rate"])
+            rates = [row["rate"] for row in points]
+            style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if system == "single" else "-"}
+            if points:
+                axes[0, column].plot(rates, [row["p95_workflow_ms"] / 1e3 for row in points], **style)
+                axes[1, column].plot(rates, [row["workflow_throughput"] for row in points], **style)
+        axes[0, column].set_title(f"N = {models}", fontsize=10)
+        axes[1, column].set_xlabel("arriving workflows/s")
+        axes[0, column].set_yscale("log")
+        axes[1, column].set_ylim(bottom=0)
+        for axis in axes[:, column]:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", color="#eeeeee")
+    axes[0, 0].set_ylabel("P95 workflow latency (s)")
+    axes[1, 0].set_ylabel("completed workflows/s")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def _tokens(rows: Sequence[Row], swept: str) -> Any:
+    """Prompt tokens prefilled and reused, all at once, as stacked bars."""
+    shown = [row for row in rows if row["rate"] is None and row["workload"] == swept]
+    if not shown:
+        return None
+    order = list(STYLES)
+    shown.sort(key=lambda r: (r["budget"] != TIGHT, r["system"] == "single", r["models"], order.index(r["system"])))
+    labels = [
+        STYLES[row["system"]][0] + ("" if row["system"] == "single" else f", N={row['models']}") + f", {row['budget']}"
+        for row in shown
+    ]
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.3 * len(shown)), layout="constrained")
+    places = range(len(shown))
+    prefilled = [row["prompt_tokens_prefilled"] / 1e3 for row in shown]
+    reused = [row["prompt_tokens_reused"] / 1e3 for row in shown]
+    axis.barh(places, prefilled, color=[STYLES[row["system"]][1] for row in shown], label="prefilled")
+    axis.barh(places, reused, left=prefilled, color="#e3e6e8", label="reused from the cache")
+    for place, value in zip(places, prefilled, strict=True):
+        axis.annotate(f"{value:,.1f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("prompt tokens of a run (thousands): prefilled in colour, reused from the cache in grey")
+    axis.set_title(f"{swept}, all at once", fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
+    """Share of KV blocks that running requests hold, over time, with the most models and all at once."""
+    wanted = [u for u in units if u["unit"]["workload"] == swept and u["unit"]["budget"] == budget]
+    wanted = [u for u in wanted if u["unit"]["rate"] is None and u["unit"]["repeat"] == 0]
+    most = max((u["unit"]["models"] for u in wanted), default=0)
+    shown = [u for u in wanted if u["unit"]["system"] == "single" or u["unit"]["models"] == most]
+    if not shown:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for system, (label, color, _) in STYLES.items():
+        for unit in shown:
+            if unit["unit"]["system"] == system:
+                times, shares = zip(*unit["kv_usage"], strict=True)
+                axis.plot(times, [100 * share for share in shares], color=color, label=label, linewidth=1.2)
+                axis.plot(times[-1], 100 * shares[-1], "|", color=color, markersize=12)
+    axis.set_xlabel("seconds since all workflows arrived")
+    axis.set_ylabel("KV blocks held by requests (%)")
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{swept}, N = {most}, {budget} KV budget, all at once", fontsize=10, loc="left")
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,108 @@
+"""The settings of ``icarus bench agents``, and the sets of them that come with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from icarus.bench.workloads import MAKERS, Sizes
+
+SYSTEMS = ("stock", "conventional", "icarus", "single")  # what they are: systems.py
+TIGHT, ROOMY = "tight", "roomy"
+BUDGETS = (TIGHT, ROOMY)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b-shapes": {  # as in the model's config.json; weights are made up (--load-format dummy)
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "dtype": "bfloat16",
+    },
+}
+"""Base models of which only the shapes are needed, by the name that ``--base`` takes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on, machine and versions aside."""
+
+    base: str = "smollm2-135m-instruct"
+    dtype: str = "bfloat16"
+    rank: int = 16
+    systems: tuple[str, ...] = SYSTEMS
+    models: tuple[int, ...] = (1, 2, 4, 8)
+    workloads: tuple[str, ...] = tuple(MAKERS)  # the first is swept, the others run with the most models
+    budgets: tuple[str, ...] = BUDGETS  # arrival rates are swept with the first
+    rates: tuple[float, ...] = (0.1, 0.2, 0.4)  # workflows a second; all at once is always run as well
+    workflows: int = 6  # in a run, and so the most that are in the server together
+    repeats: int = 2
+    sizes: Sizes = field(default_factory=Sizes)
+    trajectories: str | None = None
+    tight_tokens: int | None = None  # KV budgets; by default from the working sets (plan.py)
+    roomy_tokens: int | None = None
+    seed: int = 0
+    block_size: int = 32
+    max_model_len: int = 4096
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    serve_flags: tuple[str, ...] = ("--enforce-eager",)
+    start_seconds: float = 300.0
+
+    @property
+    def most_models(self) -> int:
+        """The largest number of models."""
+        return max(self.models)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+# vLLM compiles nothing on CPUs once LoRA is on (platforms/cpu.py), so no system may: --enforce-eager.
+CPU = Settings()
+QUICK = replace(
+    CPU,
+    systems=("conventional", "icarus", "single"),
+    models=(8,),
+    workloads=("react",),
+    budgets=(TIGHT,),
+    rates=(0.3,),
+    repeats=1,
+)
+GPU = replace(
+    CPU,
+    base="llama-3.1-8b-shapes",
+    sizes=Sizes(system=256, task=1792, turns=16, output=32, observation=96, writing=512),
+    rates=(0.25, 0.5, 1.0, 2.0),
+    workflows=12,
+    repeats=3,
+    max_model_len=8192,
+    max_num_seqs=64,
+    max_num_batched_tokens=8192,
+    # No tokenizer is needed, as prompts are token ids; weights are made up by vLLM.
+    serve_flags=("--load-format", "dummy", "--skip-tokenizer-init", "--gpu-memory-utilization", "0.92"),
+    start_seconds=900.0,
+)
+PROFILES = {"cpu": CPU, "gpu": GPU}

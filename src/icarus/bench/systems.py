@@ -1,0 +1,93 @@
+"""The systems that are compared: how each is started, and under which names its models answer.
+
+    stock          vLLM without the plugin, ordinary LoRA on all linear projections
+    conventional   the same adapters with the plugin loaded, whose CPU LoRA operators are then in use
+    icarus         ICaRus adapters with the plugin
+    single         vLLM without plugin and LoRA: the base model plays all roles, a bound for what sharing can give
+
+Everything else is the same: model, flags, KV budget, rank, requests.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from icarus.bench import checkpoints
+from icarus.bench.profiles import Settings
+from icarus.bench.server import Server, free_port
+
+ADAPTERS = {"stock": "conventional", "conventional": "conventional", "icarus": "icarus"}
+"""The kind of adapter that a system serves; ``single`` has none."""
+
+_WITHOUT_PLUGIN = {"stock", "single"}
+
+
+@dataclass(frozen=True, order=True)
+class ServerKind:
+    """What one server is started for; all that has to be equal for two runs to use the same one."""
+
+    system: str
+    models: int
+    kv_tokens: int
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are asked, in the order of the roles."""
+        return ["base"] * self.models if self.system == "single" else [f"agent-{k}" for k in range(self.models)]
+
+
+def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, port: int) -> list[str]:
+    """The command line of a server."""
+    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base)]
+    options: dict[str, object] = {
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--served-model-name": "base",
+        "--dtype": settings.dtype,
+        "--generation-config": "vllm",
+        "--max-model-len": settings.max_model_len,
+        "--max-num-seqs": settings.max_num_seqs,
+        "--max-num-batched-tokens": settings.max_num_batched_tokens,
+        "--block-size": settings.block_size,
+        "--num-gpu-blocks-override": kind.kv_tokens // settings.block_size,
+    }
+    words += [str(word) for option in options.items() for word in option]
+    words += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    words += settings.serve_flags
+    if made := ADAPTERS.get(kind.system):
+        words += ["--enable-lora", "--max-loras", str(kind.models), "--max-lora-rank", str(settings.rank)]
+        words += ["--lora-modules", *(f"{name}={adapters / made / name}" for name in kind.names)]
+    return words
+
+
+def environment(kind: ServerKind, kv_bytes: int) -> dict[str, str]:
+    """Variables that a server of this kind is started with."""
+    return {
+        "VLLM_PLUGINS": "" if kind.system in _WITHOUT_PLUGIN else "icarus",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # decoder rows are built for V1, so all systems run it
+        "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache
+        "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(kv_bytes / 2**30)),  # GiB; the number of blocks is what counts
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def start(kind: ServerKind, settings: Settings, base: Path, adapters: Path, log: Path) -> Server:
+    """A server of this kind, not yet started."""
+    port = free_port()
+    kv_bytes = kind.kv_tokens * checkpoints.kv_bytes_per_token(base, settings.dtype)
+    return Server(
+        command(kind, settings, base, adapters, port),
+        environment(kind, kv_bytes),
+        port,
+        log,
+        settings.start_seconds,
+    )
+
+
+def needed_adapters(systems: Sequence[str]) -> list[str]:
+    """The kinds of adapters that these systems serve."""
+    return sorted({ADAPTERS[system] for system in systems if system in ADAPTERS})
