@@ -50,8 +50,8 @@ def run(settings: Settings, output: Path) -> dict[str, Any]:
     found = write(output, bench.protocol, bench.records.units, failures)
     if failures:
         raise IcarusError(
-            f"{len(failures)} server(s) failed; what was measured is in {output}, and the same command goes on there. "
-            f"The first failure: {failures[0]}"
+            f"{len(failures)} server(s) failed, as said above and in {output}/report.md; what was measured is there, "
+            "and the same command goes on with the rest."
         )
     return found
 

