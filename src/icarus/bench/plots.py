@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 from icarus.bench.profiles import ROOMY, TIGHT
 from icarus.bench.report import PAPER
@@ -23,6 +24,8 @@ STYLES = {
     "single": ("single base model", "#5b8c5a", "D"),
 }
 """Label, colour and marker of each system, in the order of the legends."""
+
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 
 
 def draw(report: Mapping[str, Any], units: Sequence[Row], folder: Path) -> list[str]:
@@ -68,14 +71,12 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
     titles = {"throughput": "throughput, all at once", "p95": "P95 latency, largest gap at one arrival rate"}
     counts = sorted({row["models"] for row in by_models} | set(PAPER["p95"]))
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for budget, color in ((TIGHT, "#2b7bb0"), (ROOMY, "#7fb7d9")):
+        for budget, color, above in ((TIGHT, "#2b7bb0", 9), (ROOMY, "#7fb7d9", -10)):
             points = [(row["models"], row[key]) for row in by_models if row["budget"] == budget and row[key]]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", color=color, label=f"measured, {budget} KV budget")
                 for n, value in points:
-                    axis.annotate(
-                        f"{value:.1f}x", (n, value), (0, 6), textcoords="offset points", ha="center", fontsize=8
-                    )
+                    axis.annotate(f"{value:.1f}x", (n, value), (0, above), ha="center", **_BESIDE)
         paper = PAPER[key]
         axis.plot(list(paper), list(paper.values()), "x--", color="#666666", label="paper")
         axis.axhline(1, color="#bbbbbb", linewidth=0.8)
@@ -84,8 +85,8 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
         axis.set_title(f"{swept}: {title}", fontsize=10, loc="left")
         axis.set_xlabel("specialists (N)")
         axis.set_ylabel("ICaRus over conventional (times)")
+        axis.margins(x=0.08, y=0.15)
         axis.set_ylim(bottom=0)
-        axis.margins(y=0.12)
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -118,6 +119,8 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
         axes[0, column].set_title(f"N = {models}", fontsize=10)
         axes[1, column].set_xlabel("arriving workflows/s")
         axes[0, column].set_yscale("log")
+        axes[0, column].yaxis.set_major_formatter(ScalarFormatter())
+        axes[0, column].set_xlim(left=0)
         axes[1, column].set_ylim(bottom=0)
         for axis in axes[:, column]:
             axis.spines[["top", "right"]].set_visible(False)
@@ -147,7 +150,7 @@ def _tokens(rows: Sequence[Row], swept: str) -> Any:
     axis.barh(places, prefilled, color=[STYLES[row["system"]][1] for row in shown], label="prefilled")
     axis.barh(places, reused, left=prefilled, color="#e3e6e8", label="reused from the cache")
     for place, value in zip(places, prefilled, strict=True):
-        axis.annotate(f"{value:,.1f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.annotate(f"{value:,.1f}", (value, place), (4, 0), **_BESIDE)
     axis.set_yticks(places, labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("prompt tokens of a run (thousands): prefilled in colour, reused from the cache in grey")
@@ -164,17 +167,24 @@ def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
     shown = [u for u in wanted if u["unit"]["system"] == "single" or u["unit"]["models"] == most]
     if not shown:
         return None
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    for system, (label, color, _) in STYLES.items():
-        for unit in shown:
-            if unit["unit"]["system"] == system:
-                times, shares = zip(*unit["kv_usage"], strict=True)
-                axis.plot(times, [100 * share for share in shares], color=color, label=label, linewidth=1.2)
-                axis.plot(times[-1], 100 * shares[-1], "|", color=color, markersize=12)
-    axis.set_xlabel("seconds since all workflows arrived")
-    axis.set_ylabel("KV blocks held by requests (%)")
-    axis.set_ylim(bottom=0)
-    axis.set_title(f"{swept}, N = {most}, {budget} KV budget, all at once", fontsize=10, loc="left")
-    axis.legend(fontsize=8, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    present = [system for system in STYLES if any(u["unit"]["system"] == system for u in shown)]
+    figure, axes = plt.subplots(
+        len(present), 1, figsize=(9, 1.2 + 1.1 * len(present)), layout="constrained", sharex=True, squeeze=False
+    )
+    for axis, system in zip(axes[:, 0], present, strict=True):
+        label, color, _ = STYLES[system]
+        for unit in (unit for unit in shown if unit["unit"]["system"] == system):
+            times, shares = zip(*unit["kv_usage"], strict=True)
+            axis.fill_between(times, [100 * share for share in shares], color=color, alpha=0.6, linewidth=0)
+            axis.axvline(unit["duration"], color=color, linewidth=1)
+            axis.annotate(f"ends at {unit['duration']:.0f} s", (unit["duration"], 80), (3, 0), **_BESIDE)
+        axis.set_ylim(0, 100)
+        axis.set_yticks([0, 50, 100])
+        axis.set_title(label, fontsize=8, loc="left", color=color)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].margins(x=0.08)
+    axes[-1, 0].set_xlim(left=0)
+    axes[-1, 0].set_xlabel("seconds since all workflows arrived")
+    figure.supylabel("KV blocks held by requests (%)", fontsize=9)
+    figure.suptitle(f"{swept}, N = {most}, {budget} KV budget, all at once", fontsize=10, x=0.01, ha="left")
     return figure
