@@ -31,7 +31,6 @@ class Fake:
         keys = [("" if self.shared else model, *tokens[:end]) for end in range(BLOCK, len(tokens), BLOCK)]
         found = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys)) * BLOCK
         self.blocks.update(keys)
-        self.reused, self.computed = self.reused + found, self.computed + len(tokens) - found
         return found
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
@@ -46,6 +45,7 @@ class Fake:
         assert asked["return_token_ids"]
         prompt, length = asked["prompt"], asked["max_tokens"]
         cached = self.prefill(asked["model"], prompt)
+        self.reused, self.computed = self.reused + cached, self.computed + len(prompt) - cached
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         generated = [(sum(prompt) + place) % 50 for place in range(length)]

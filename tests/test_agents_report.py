@@ -13,7 +13,12 @@ from icarus.errors import IcarusError, InputError
 
 
 def record(
-    system: str = "icarus", models: int = 8, rate: float | None = None, repeat: int = 0, seconds: float = 1.0, **unit: Any
+    system: str = "icarus",
+    models: int = 8,
+    rate: float | None = None,
+    repeat: int = 0,
+    seconds: float = 1.0,
+    **unit: Any,
 ) -> dict[str, Any]:
     """Two workflows of one call each, of ``seconds`` and twice that."""
     place = {"system": system, "models": models, "budget": "tight", "workload": "react", "rate": rate, "repeat": repeat}

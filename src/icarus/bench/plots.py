@@ -25,6 +25,7 @@ STYLES = {
 }
 """Label, colour and marker of each system, in the order of the legends."""
 
+_PATCH: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 
 
@@ -76,7 +77,7 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", color=color, label=f"measured, {budget} KV budget")
                 for n, value in points:
-                    axis.annotate(f"{value:.1f}x", (n, value), (0, above), ha="center", **_BESIDE)
+                    axis.annotate(f"{value:.1f}x", (n, value), (0, above), ha="center", bbox=_PATCH, **_BESIDE)
         paper = PAPER[key]
         axis.plot(list(paper), list(paper.values()), "x--", color="#666666", label="paper")
         axis.axhline(1, color="#bbbbbb", linewidth=0.8)

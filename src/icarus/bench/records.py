@@ -38,8 +38,8 @@ class Records:
     def add(self, unit: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
         """Write a finished unit."""
         record = _plain({"unit": unit, **measured})
+        self.units.append(record)  # first, so that an interrupt cannot leave it out of the report
         self._append(record)
-        self.units.append(record)
 
     def _read(self, meaning: dict[str, Any]) -> None:
         text = self.file.read_text(encoding="utf-8")
