@@ -98,7 +98,7 @@ def test_calls_wait_for_those_before_them_and_get_their_tokens(url: str) -> None
 
 def test_a_call_that_fails_ends_the_run(url: str) -> None:
     workflow = Workflow(tuple(Call(role, ((7, 8),), 20) for role in range(3)))
-    with pytest.raises(load.CallFailed, match="unknown answered 404.*no such model"):
+    with pytest.raises(load.CallFailed, match=r"unknown answered 404.*no such model"):
         load.drive(url, [workflow], [0.0], ["unknown"])
     with pytest.raises(load.CallFailed, match="Connect"):
         load.drive(f"http://127.0.0.1:{free_port()}", [workflow], [0.0], ["a"])
@@ -281,5 +281,5 @@ def test_kv_bytes_of_a_known_model(tmp_path: Path) -> None:
 
 
 def test_a_missing_base_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         checkpoints.config(tmp_path)

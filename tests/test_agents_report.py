@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from icarus.bench import figures, plan, profiles, prometheus, report
+from icarus.bench import figures, plan, profiles, prometheus, report, tables
 from icarus.bench.records import Records
 from icarus.errors import IcarusError, InputError
 
@@ -67,7 +67,7 @@ def test_report_takes_medians_and_the_largest_gap_at_one_rate() -> None:
     peers = {(gain["over"], gain["models"], gain["rate"]): gain["throughput"] for gain in found["gains"]}
     assert peers["single", 8, None] == 0.5
     assert ("stock", 8, None) not in peers  # measured with four models only
-    text = report.markdown(found, ["speedup"])
+    text = tables.markdown(found, ["speedup"])
     assert "| tight | 8 | 4.00x | 3.80x | 5.00x | 0.2 | 11.10x |" in text
     assert "    died" in text
 

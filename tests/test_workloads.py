@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_arrivals_are_poisson_and_seeded() -> None:
     assert times == workloads.arrivals(4000, 2.0, "0") == sorted(times)
     assert times[0] == 0
     assert times[-1] == pytest.approx(2000, rel=0.05)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     assert sum(gap > 0.5 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.03)  # exp(-1) beyond the mean
     assert workloads.arrivals(3, None, "0") == [0, 0, 0]
 

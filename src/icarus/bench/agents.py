@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from icarus import base_model
-from icarus.bench import checkpoints, load, measure, plan, prometheus, report, systems, trajectories, workloads
+from icarus.bench import checkpoints, load, measure, plan, prometheus, report, systems, tables, trajectories, workloads
 from icarus.bench.plan import Requests, Unit
 from icarus.bench.profiles import SHAPES, Settings
 from icarus.bench.records import Records
@@ -41,7 +41,7 @@ def run(settings: Settings, output: Path) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="icarus-bench-") as scratch, _interrupted_by_sigterm():
         bench = _Bench(settings, output, Path(scratch))
-        print(report.protocol_text(bench.protocol), flush=True)
+        print(tables.protocol(bench.protocol), flush=True)
         try:
             failures = bench.measure()
         except KeyboardInterrupt:
@@ -69,7 +69,8 @@ def write(
         pictures = []
         print("No plots, as matplotlib is missing; run: pip install 'icarus-llm[bench]', and again with --redraw.")
     (output / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (output / "report.md").write_text(report.markdown(found, pictures), encoding="utf-8")
+    (output / "report.md").write_text(tables.markdown(found, pictures), encoding="utf-8")
+    tables.show(found)
     print(f"{output}: report.md, report.json, {', '.join(f'{name}.png' for name in pictures) or 'no plots'}")
     return found
 

@@ -89,31 +89,37 @@ def budgets(requests: Requests) -> dict[str, int]:
 
 
 def units(settings: Settings) -> Iterator[Unit]:
-    """All runs, in order; neighbours with the same server share it. The order of systems alternates."""
+    """All runs, in order; neighbours with the same server share it. The order of systems alternates.
+
+    Repeated is what the headline is made of: the first workload, all at once and at each rate. The other workloads and
+    ``stock``, which takes longest, run once.
+    """
     for models in settings.models:
         for budget in settings.budgets:
             for repeat in range(settings.repeats):
-                systems = [s for s in settings.systems if _runs(s, models, budget, settings)]
+                systems = [s for s in settings.systems if _runs(s, models, budget, repeat, settings)]
                 for system in systems[:: -1 if repeat % 2 else 1]:
                     counted = 1 if system == "single" else models
-                    for workload, rate in _loads(system, models, budget, settings):
+                    for workload, rate in _loads(system, models, budget, repeat, settings):
                         yield Unit(system, counted, budget, workload, rate, repeat)
 
 
-def _runs(system: str, models: int, budget: str, settings: Settings) -> bool:
-    """``stock`` and ``single`` are points to compare with, and run once: single is one model whatever N is."""
-    first = models == settings.most_models and budget == settings.budgets[0]
-    return first or system not in ("stock", "single")
+def _runs(system: str, models: int, budget: str, repeat: int, settings: Settings) -> bool:
+    """``stock`` and ``single`` are points to compare with, at one place: single is one model whatever N is."""
+    here = models == settings.most_models and budget == settings.budgets[0]
+    return (here and (system != "stock" or not repeat)) or system not in ("stock", "single")
 
 
-def _loads(system: str, models: int, budget: str, settings: Settings) -> Iterator[tuple[str, float | None]]:
+def _loads(
+    system: str, models: int, budget: str, repeat: int, settings: Settings
+) -> Iterator[tuple[str, float | None]]:
     swept, *others = settings.workloads
     yield swept, None
     if budget != settings.budgets[0] or system == "stock":
         return
     for rate in settings.rates:
         yield swept, rate
-    if models == settings.most_models:
+    if models == settings.most_models and not repeat:
         yield from ((workload, None) for workload in others)
 
 

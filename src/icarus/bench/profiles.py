@@ -55,7 +55,7 @@ class Settings:
     models: tuple[int, ...] = (1, 2, 4, 8)
     workloads: tuple[str, ...] = tuple(MAKERS)  # the first is swept, the others run with the most models
     budgets: tuple[str, ...] = BUDGETS  # arrival rates are swept with the first
-    rates: tuple[float, ...] = (0.1, 0.2, 0.4)  # workflows a second; all at once is always run as well
+    rates: tuple[float, ...] = (0.1, 0.3)  # workflows a second; all at once is always run as well
     workflows: int = 6  # in a run, and so the most that are in the server together
     repeats: int = 2
     sizes: Sizes = field(default_factory=Sizes)

@@ -1,4 +1,4 @@
-"""The report of ``icarus bench agents``: medians over repeats, what ICaRus gains over each peer, and tables of both."""
+"""The report of ``icarus bench agents``: medians over repeats, and what ICaRus gains over each peer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from icarus.bench.profiles import ROOMY, TIGHT
 
 Row = dict[str, Any]
 
-PAPER = {"p95": {2: 3.8, 4: 5.1, 8: 11.1}, "throughput": {2: 1.4, 4: 2.3, 8: 3.8}}
-"""arXiv 2603.13281, by the number of models: lower P95 latency, higher throughput, over conventional models."""
+PAPER = {"throughput": {2: 1.4, 4: 2.3, 8: 3.8}, "p95": {2: 3.8, 4: 5.1, 8: 11.1}}
+"""arXiv 2603.13281, by the number of models: throughput and P95 latency, times better than conventional models."""
 
 _PLACE = ("system", "models", "budget", "workload", "rate")
 
@@ -92,112 +92,3 @@ def headline(gains: Sequence[Row], swept: str) -> dict[str, float | None]:
     tight = [row for row in found if row["budget"] == TIGHT] or found
     best = max(tight, key=lambda row: row["models"], default=None)
     return {key: best[key] if best else None for key in ("throughput", "p95")}
-
-
-# ---------------------------------------------------------------------------------------------- Markdown
-
-
-def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    """Tables of the report, its protocol, and the pictures beside it."""
-    parts = [
-        "# Agent workflows: ICaRus beside conventional models",
-        "",
-        *(f"![{name}]({name}.png)" for name in pictures),
-    ]
-    parts += ["", "## ICaRus over conventional models", "", *_speedups(report), ""]
-    parts += [
-        "## All runs",
-        "",
-        *_runs(report["runs"]),
-        "",
-        "## Gains over each peer",
-        "",
-        *_all_gains(report["gains"]),
-    ]
-    if report["failures"]:
-        parts += [
-            "",
-            "## Runs that failed",
-            "",
-            *(f"    {line}" for text in report["failures"] for line in text.splitlines()),
-        ]
-    parts += ["", "## Protocol", "", "```", protocol_text(report["protocol"]), "```", ""]
-    return "\n".join(parts)
-
-
-def _speedups(report: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "Throughput: workflows a second, all at once. P95: latency of a workflow, at the arrival rate with the largest "
-        "gap.",
-        "",
-        *_table(["KV budget", "models", "throughput", "paper", "P95 latency", "at workflows/s", "paper"]),
-    ]
-    for row in report["by_models"]:
-        n = row["models"]
-        paper = [_times(PAPER[key].get(n)) if row["budget"] == TIGHT else "" for key in ("throughput", "p95")]
-        at = "" if row["p95_at_rate"] is None else f"{row['p95_at_rate']:g}"
-        lines.append(_line(row["budget"], n, _times(row["throughput"]), paper[0], _times(row["p95"]), at, paper[1]))
-    return lines
-
-
-def _runs(rows: Sequence[Row]) -> list[str]:
-    head = ["workload", "KV budget", "models", "workflows/s arriving", "system", "workflows/s", "output tokens/s"]
-    head += ["P50 / P95 / P99 workflow (s)", "P95 TTFT (ms)", "P95 TPOT (ms)", "P95 ITL (ms)", "P95 call (ms)"]
-    head += ["prompt tokens prefilled", "reused", "preemptions", "peak memory (MB)"]
-    lines = _table(head)
-    for row in sorted(rows, key=lambda r: (r["workload"], r["budget"], r["models"], r["rate"] or 1e9, r["system"])):
-        spread = " / ".join(f"{row[f'p{p}_workflow_ms'] / 1e3:.2f}" for p in figures.PERCENTILES)
-        lines.append(
-            _line(
-                row["workload"], row["budget"], row["models"], _rate(row["rate"]), row["system"],
-                f"{row['workflow_throughput']:.3f}", f"{row['output_throughput']:.1f}", spread,
-                *(f"{row[f'p95_{name}_ms']:,.0f}" for name in ("ttft", "tpot", "itl", "e2el")),
-                f"{row['prompt_tokens_prefilled']:,.0f}", f"{row['prompt_tokens_reused']:,.0f}",
-                f"{row['preemptions']:.0f}", f"{row['peak_memory_mb']:,.0f}" if row.get("peak_memory_mb") else "",
-            )
-        )  # fmt: skip
-    return lines
-
-
-def _all_gains(gains: Sequence[Row]) -> list[str]:
-    head = ["workload", "KV budget", "models", "workflows/s arriving", "ICaRus over", "throughput", "P95 latency"]
-    lines = _table([*head, "P50 latency", "prompt tokens prefilled"])
-    for gain in sorted(gains, key=lambda g: (g["over"], g["workload"], g["budget"], g["models"], g["rate"] or 1e9)):
-        figures_ = (_times(gain[key]) for key in ("throughput", "p95", "p50", "prefilled"))
-        lines.append(
-            _line(gain["workload"], gain["budget"], gain["models"], _rate(gain["rate"]), gain["over"], *figures_)
-        )
-    return lines
-
-
-def protocol_text(protocol: Mapping[str, Any]) -> str:
-    """What a run depends on, one setting a line."""
-    lines = []
-    for part, values in protocol.items():
-        lines.append(f"{part}:")
-        lines += [f"  {key}: {_plain(value)}" for key, value in values.items() if value is not None]
-    return "\n".join(lines)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return " ".join(str(item) for item in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _table(head: Sequence[str]) -> list[str]:
-    return [_line(*head), _line(*("---" for _ in head))]
-
-
-def _line(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def _rate(rate: float | None) -> str:
-    return "all at once" if rate is None else f"{rate:g}"
