@@ -283,3 +283,9 @@ def test_kv_bytes_of_a_known_model(tmp_path: Path) -> None:
 def test_a_missing_base_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         checkpoints.config(tmp_path)
+
+
+def test_the_shapes_are_those_of_the_model_they_are_named_after(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3.1-8b-shapes"]))
+    sizes = [tensor.numel() for tensor in checkpoints.skeleton(tmp_path).state_dict().values()]
+    assert sum(sizes) == 8_030_261_248  # the parameters of Llama-3.1-8B

@@ -54,7 +54,7 @@ def make_adapters(base: Path, folder: Path, kinds: Iterable[str], count: int, ra
     fingerprint = adapter.fingerprint(base)
     for kind in kinds:
         attach = adapter.attach if kind == "icarus" else adapter.attach_conventional
-        model = attach(_skeleton(base), rank=rank)
+        model = attach(skeleton(base), rank=rank)
         for number in range(count):
             generator = torch.Generator().manual_seed(seed + number)
             state = {
@@ -70,7 +70,7 @@ def make_adapters(base: Path, folder: Path, kinds: Iterable[str], count: int, ra
                 adapter.save_conventional(model, target, dtype=torch.bfloat16, state_dict=state)
 
 
-def _skeleton(base: Path) -> Any:
+def skeleton(base: Path) -> Any:
     """The model's modules without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,7 +96,7 @@ def stand_in(base: Path, folder: Path) -> Path:
             shutil.copy2(file, folder / file.name)
     header: dict[str, Any] = {}
     offset = 0
-    for name, tensor in _skeleton(base).state_dict().items():
+    for name, tensor in skeleton(base).state_dict().items():
         end = offset + 2 * tensor.numel()
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
