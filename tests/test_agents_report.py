@@ -28,6 +28,7 @@ def record(
     ]
     return {
         "unit": place | unit,
+        "commit": "0123",
         "duration": 2 * seconds,
         "workflows": [seconds, 2 * seconds],
         "calls": calls,

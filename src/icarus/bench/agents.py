@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -95,7 +96,8 @@ class _Bench:
         self._check_lengths()
         self.kv_tokens = plan.budgets(self.requests)
         self.protocol = self._protocol()
-        self.records = Records(output / RUNS, {**settings.as_dict(), "kv_tokens": self.kv_tokens, **_versions()})
+        machine = {key: self.protocol["machine"][key] for key in ("cpu", "cores", "vllm")}
+        self.records = Records(output / RUNS, {**settings.as_dict(), "kv_tokens": self.kv_tokens, **machine})
 
     def measure(self) -> list[str]:
         """Run all units that are not finished; gives a message for each server that failed."""
@@ -151,6 +153,7 @@ class _Bench:
             unit.key,
             {
                 "kv_tokens": kind.kv_tokens,
+                "commit": self.protocol["machine"]["commit"],
                 "duration": done.duration,
                 "arrivals": done.arrivals,
                 "workflows": done.workflows,
@@ -184,7 +187,7 @@ class _Bench:
                 f"working set of {s.workflows} workflows of {swept} (tokens)": needs,
                 "bytes a token": per_token,
             },
-            "machine": measure.settings() | _versions(),
+            "machine": measure.settings() | _versions() | {"environment": _variables()},
         }
 
 
@@ -229,6 +232,11 @@ def _versions() -> dict[str, Any]:
     if not found:
         raise InputError("The servers need vLLM beside this package; run: pip install 'icarus-llm[cpu]' (or [gpu]).")
     return {"vllm": found}
+
+
+def _variables() -> dict[str, str]:
+    """What the caller has set of the variables that servers heed; systems.py sets more."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(("VLLM_", "OMP_"))}
 
 
 def _reset_prefix_cache(server: Server) -> None:

@@ -19,6 +19,7 @@ _PLACE = ("system", "models", "budget", "workload", "rate")
 
 def build(protocol: Mapping[str, Any], records: Iterable[Mapping[str, Any]], failures: Sequence[str] = ()) -> Row:
     """The whole report from the raw records."""
+    records = list(records)
     rows = medians(records)
     swept = protocol["settings"]["workloads"][0]
     gains = [gain for row in rows if row["system"] == "icarus" for gain in _gains(rows, row)]
@@ -28,6 +29,7 @@ def build(protocol: Mapping[str, Any], records: Iterable[Mapping[str, Any]], fai
         "gains": gains,
         "runs": rows,
         "failures": list(failures),
+        "commits": sorted({record["commit"] for record in records if record["commit"]}),  # one, or it is a mixture
         "protocol": dict(protocol),
     }
 

@@ -70,6 +70,7 @@ def environment(kind: ServerKind, kv_bytes: int) -> dict[str, str]:
     """Variables that a server of this kind is started with."""
     return {
         "VLLM_PLUGINS": "" if kind.system in _WITHOUT_PLUGIN else "icarus",
+        "ICARUS_CPU_LORA": "1",  # what ``conventional`` means, whatever the caller's environment says
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # decoder rows are built for V1, so all systems run it
         "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(kv_bytes / 2**30)),  # GiB; the number of blocks is what counts
