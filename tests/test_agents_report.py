@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from icarus.bench import figures, plan, profiles, prometheus, report, tables
+from icarus.bench import figures, plan, profiles, prometheus, report, systems, tables
 from icarus.bench.records import Records
 from icarus.errors import IcarusError, InputError
 
@@ -116,6 +116,8 @@ def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
     Records(file, SETTINGS)
     with pytest.raises(InputError, match=r"another rank, seed: give another --output"):
         Records(file, {**SETTINGS, "seed": 1, "rank": 8})
+    with pytest.raises(InputError, match=r"cannot be written.*another --output"):
+        Records(file / "runs.jsonl", SETTINGS)
     file.write_text("hello\n")
     with pytest.raises(InputError, match="holds no runs"):
         Records(file, SETTINGS)
@@ -156,3 +158,27 @@ def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     assert plots.draw(report.build(protocol, records), records, tmp_path) == ["speedup", "rates", "tokens", "kv"]
     assert plots.draw(report.build(protocol, []), [], tmp_path) == []
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("speedup", "rates", "tokens", "kv"))
+
+
+def test_systems_differ_in_adapters_and_plugin_alone() -> None:
+    kinds = {system: systems.ServerKind(system, 2, 6400) for system in profiles.SYSTEMS}
+    lines = {
+        system: systems.command(kind, profiles.CPU, Path("base"), Path("made"), 80) for system, kind in kinds.items()
+    }
+    assert lines["stock"] == lines["conventional"]
+    assert lines["icarus"] == [word.replace("made/conventional", "made/icarus") for word in lines["conventional"]]
+    lora = lines["icarus"].index("--enable-lora")
+    assert lines["icarus"][:lora] == lines["single"]
+    assert (
+        lines["icarus"][lora:]
+        == (
+            "--enable-lora --max-loras 2 --max-lora-rank 16 "
+            "--lora-modules agent-0=made/icarus/agent-0 agent-1=made/icarus/agent-1"
+        ).split()
+    )
+    assert lines["single"][lines["single"].index("--num-gpu-blocks-override") + 1] == "200"
+    variables = {system: systems.environment(kind, 2**30 + 1) for system, kind in kinds.items()}
+    assert [variables[system].pop("VLLM_PLUGINS") for system in profiles.SYSTEMS] == ["", "icarus", "icarus", ""]
+    assert all(variables[system] == variables["icarus"] for system in profiles.SYSTEMS)
+    assert variables["icarus"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert kinds["single"].names == ["base", "base"]

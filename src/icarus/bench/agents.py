@@ -79,11 +79,12 @@ def write(
 def redraw(output: Path) -> dict[str, Any]:
     """The report again from what an earlier command measured; nothing is started."""
     try:
-        protocol = json.loads((output / "report.json").read_text(encoding="utf-8"))["protocol"]
+        before = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        protocol, failures = before["protocol"], before["failures"]
         _, *units = [json.loads(line) for line in (output / RUNS).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{output} holds no report to draw again ({error}); name the --output of a run.") from error
-    return write(output, protocol, units)
+    return write(output, protocol, units, failures)
 
 
 class _Bench:
@@ -106,6 +107,7 @@ class _Bench:
         print(f"{len(units)} runs, {len(units) - len(todo)} of them measured before", flush=True)
         if not todo:
             return []
+        load.check_installed()
         kinds = systems.needed_adapters(self.settings.systems)
         print(f"making adapters: {', '.join(kinds)}", flush=True)
         adapters = self.scratch / "adapters"
@@ -116,7 +118,9 @@ class _Bench:
         for kind, group in groupby(todo, key=lambda unit: plan.kind(unit, self.kv_tokens)):
             try:
                 self._on_server(kind, list(group), adapters)
-            except (ServerFailed, load.CallFailed) as error:
+            except InputError:
+                raise
+            except IcarusError as error:
                 failures.append(f"{kind.system}, N={kind.models}: {error}")
                 print(failures[-1], file=sys.stderr, flush=True)
         return failures

@@ -7,6 +7,7 @@ what was generated is found in the prefix cache too. ``return_token_ids`` is vLL
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -58,15 +59,19 @@ class Run:
     metrics: list[tuple[float, str]]  # text of /metrics, and when; the first before any call, the last after all
 
 
+def check_installed() -> None:
+    """Raises InputError without aiohttp: to be called before anything that takes time."""
+    if importlib.util.find_spec("aiohttp") is None:
+        raise InputError("The load generator needs aiohttp; run: pip install 'icarus-llm[bench]'.")
+
+
 def drive(url: str, workflows: Sequence[Workflow], arrivals: Sequence[float], models: Sequence[str]) -> Run:
     """Run all workflows; role r is asked of ``models[r % len(models)]``.
 
-    Raises CallFailed as soon as a call fails (the others are cancelled), and InputError without aiohttp.
+    Raises CallFailed as soon as a call fails (the others are cancelled).
     """
-    try:
-        import aiohttp
-    except ImportError as error:
-        raise InputError("The load generator needs aiohttp; run: pip install 'icarus-llm[bench]'.") from error
+    import aiohttp
+
     try:
         return asyncio.run(_Load(url, models).run(workflows, arrivals))
     except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -28,8 +28,11 @@ class Records:
         if file.exists() and file.stat().st_size:
             self._read(meaning)
         else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"settings": meaning})
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._append({"settings": meaning})
+            except OSError as error:
+                raise InputError(f"{file} cannot be written ({error.strerror}); give another --output.") from error
 
     def done(self, unit: Mapping[str, Any]) -> bool:
         """Whether a unit is finished."""
