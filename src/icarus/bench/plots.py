@@ -72,12 +72,12 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
     titles = {"throughput": "throughput, all at once", "p95": "P95 latency, largest gap at one arrival rate"}
     counts = sorted({row["models"] for row in by_models} | set(PAPER["p95"]))
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for budget, color, above in ((TIGHT, "#2b7bb0", 9), (ROOMY, "#7fb7d9", -10)):
+        for budget, color, above in ((TIGHT, "#2b7bb0", 8), (ROOMY, "#7fb7d9", -8)):
             points = [(row["models"], row[key]) for row in by_models if row["budget"] == budget and row[key]]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", color=color, label=f"measured, {budget} KV budget")
                 for n, value in points:
-                    axis.annotate(f"{value:.1f}x", (n, value), (0, above), ha="center", bbox=_PATCH, **_BESIDE)
+                    axis.annotate(f"{value:.1f}x", (n, value), (8, above), ha="left", bbox=_PATCH, **_BESIDE)
         paper = PAPER[key]
         axis.plot(list(paper), list(paper.values()), "x--", color="#666666", label="paper")
         axis.axhline(1, color="#bbbbbb", linewidth=0.8)
@@ -86,7 +86,7 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
         axis.set_title(f"{swept}: {title}", fontsize=10, loc="left")
         axis.set_xlabel("specialists (N)")
         axis.set_ylabel("ICaRus over conventional (times)")
-        axis.margins(x=0.08, y=0.15)
+        axis.margins(x=0.12, y=0.15)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
@@ -122,6 +122,7 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
         axes[0, column].set_yscale("log")
         axes[0, column].yaxis.set_major_formatter(ScalarFormatter())
         axes[0, column].set_xlim(left=0)
+        axes[1, column].margins(y=0.1)
         axes[1, column].set_ylim(bottom=0)
         for axis in axes[:, column]:
             axis.spines[["top", "right"]].set_visible(False)
