@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from icarus.bench.profiles import ROOMY, TIGHT
 from icarus.bench.report import PAPER
@@ -43,7 +44,8 @@ def draw(report: Mapping[str, Any], units: Sequence[Row], folder: Path) -> list[
     drawn = []
     for name, figure in figures.items():
         if figure is not None:
-            figure.supxlabel(_caption(report["protocol"]), fontsize=7.5, color="#555555")
+            caption = textwrap.fill(_caption(report["protocol"]), int(14 * figure.get_figwidth()))
+            figure.supxlabel(caption, fontsize=7.5, color="#555555")
             figure.savefig(folder / f"{name}.png", dpi=130)
             plt.close(figure)
             drawn.append(name)
@@ -56,11 +58,12 @@ def _caption(protocol: Mapping[str, Any]) -> str:
     budgets = ", ".join(f"{name} {tokens:,}" for name, tokens in kv["budget (tokens)"].items())
     engine = ", ".join(f"{name} {version}" for name, version in machine["vllm"].items())
     return (
-        f"{s['base']}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores ({machine['cpu']}), {engine}; "
-        f"KV budget in tokens: {budgets}; seed {s['seed']}\n"
+        f"{Path(s['base']).name}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores "
+        f"({machine['cpu']}), {engine}; "
+        f"KV budget in tokens: {budgets}; seed {s['seed']}; "
         f"{s['workflows']} workflows a run, {sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt "
         f"tokens first, {sizes['output']} generated and {sizes['observation']} appended a call; "
-        f"medians of {s['repeats']} repeats"
+        f"medians over repeats, {s['repeats']} each"
     )
 
 
@@ -120,10 +123,11 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
         axes[0, column].set_title(f"N = {models}", fontsize=10)
         axes[1, column].set_xlabel("arriving workflows/s")
         axes[0, column].set_yscale("log")
+        axes[0, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0, column].yaxis.set_major_formatter(ScalarFormatter())
-        axes[0, column].set_xlim(left=0)
-        axes[1, column].margins(y=0.1)
-        axes[1, column].set_ylim(bottom=0)
+        axes[0, column].yaxis.set_minor_formatter(NullFormatter())
+        axes[0, column].set_xlim(0, 1.08 * max(row["rate"] for row in rated))
+        axes[1, column].set_ylim(0, 1.12 * max(row["workflow_throughput"] for row in rated))
         for axis in axes[:, column]:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="#eeeeee")
