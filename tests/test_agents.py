@@ -193,7 +193,11 @@ def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
 ) -> None:
     words = ["bench", "agents", "--base", str(base), "--output", str(tmp_path), *SMALL, "--rates", "0.01"]
     command = subprocess.Popen(
-        [sys.executable, str(JOB), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(JOB), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what runs behind
     )
     try:
         runs, log = tmp_path / "runs.jsonl", tmp_path / "logs"
