@@ -283,7 +283,7 @@ def _bench_agents(options: argparse.Namespace) -> dict[str, Any]:
     from icarus.bench import agents
     from icarus.bench import options as given
 
-    output = Path(options.output)
+    output = given.output(options)
     return agents.redraw(output) if options.redraw else agents.run(given.settings(options), output)
 
 

@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add all options; what is not given is the profile's."""
     parser.add_argument("--profile", choices=sorted(PROFILES), default="cpu", help="settings to start from")
     parser.add_argument("--quick", action="store_true", help="the most telling runs alone")
-    parser.add_argument("--output", metavar="DIR", default="bench-agents", help="raw runs, report and plots; resumed")
+    parser.add_argument("--output", metavar="DIR", help="raw runs, report and plots (default: bench-agents...)")
     parser.add_argument("--redraw", action="store_true", help="only make the report of --output again")
     parser.add_argument("--base", help="hub id, folder or packaged model")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
@@ -55,6 +55,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     for name, flag, help in _SIZES:
         parser.add_argument(flag, type=_count, metavar="N", dest=f"size_{name}", help=help)
+
+
+def output(options: argparse.Namespace) -> Path:
+    """Where runs are kept: by default a folder for each set of settings, as runs of two do not mix."""
+    kind = "-quick" if options.quick else "" if options.profile == "cpu" else f"-{options.profile}"
+    return Path(options.output or f"bench-agents{kind}")
 
 
 def settings(options: argparse.Namespace) -> Settings:
