@@ -207,7 +207,8 @@ def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
         command.send_signal(number)
         printed, _ = command.communicate(timeout=30)
     finally:
-        command.kill()
+        command.terminate()  # where the test failed; its server ends with it
+        command.wait(30)
     assert command.returncode == 130, printed
     wait_for(lambda: not alive(child))
     report = json.loads((tmp_path / "report.json").read_text())
