@@ -18,10 +18,10 @@ from icarus.errors import InputError
 SIZES = st.builds(
     Sizes,
     system=st.integers(0, 9),
-    task=st.integers(1, 20),
+    task=st.integers(10, 30),  # so that no two are equal by chance
     turns=st.integers(1, 9),
     output=st.integers(1, 5),
-    observation=st.integers(1, 9),
+    observation=st.integers(10, 20),
     writing=st.integers(1, 9),
 )
 
