@@ -41,8 +41,8 @@ def test_every_other_round_goes_backwards() -> None:
     names = [side.name for side in PLAN["decode, batch 1"].sides]
     assert [number for number, _ in rounds] == [-1, 0, 1]
     assert [[side.name for side in sides] for _, sides in rounds] == [names[::-1], names, names[::-1]]
-    assert names[:5] == ["base", "compiled", "stock", "conventional", "icarus"]
-    assert names[5:] == ["base model on stock", "base model on conventional", "base model on icarus"]
+    assert names[:4] == ["base", "stock", "conventional", "icarus"]
+    assert names[4:] == ["base model on stock", "base model on conventional", "base model on icarus"]
 
 
 def test_the_slow_chain_is_taken_once() -> None:
@@ -330,7 +330,6 @@ def test_a_whole_run(pretended: None, tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(report) == {"settings", "machine", "goals", "measurements"}
     assert {name: about["plugins"] for name, about in report["settings"]["engines"].items()} == {
         "base": "",
-        "compiled": "",
         "stock": "",
         "conventional": "icarus",
         "icarus": "icarus",

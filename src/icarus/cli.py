@@ -120,8 +120,8 @@ def _add_bench(bench: argparse.ArgumentParser, words: Sequence[str]) -> None:
     micro.add_argument(
         "--systems",
         type=lambda text: text.split(","),
-        default=["base", "compiled", "stock", "conventional", "icarus"],
-        help="engines to compare (default: base,compiled,stock,conventional,icarus)",
+        default=["base", "stock", "conventional", "icarus"],
+        help="engines to compare (default: base,stock,conventional,icarus)",
     )
     micro.add_argument("--prompt-tokens", type=_count, default=1000, help="of prefill and chain (default: 1000)")
     micro.add_argument("--steps", type=_count, default=32, help="decode steps of each sample (default: 32)")

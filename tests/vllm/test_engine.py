@@ -249,6 +249,19 @@ def test_with_chunked_prefill_and_preemption(shop: Shop, stock: Any) -> None:
     assert preempted > 0
 
 
+def test_compiled(shop: Shop, stock: Any) -> None:
+    """A graph that is traced once serves steps of all kinds: lone requests, mixed batches, other weights in a slot."""
+    alone = [asked for asked in ALONE if len(asked[1]) in (1, 33)]
+    reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
+    steps = [*(ask(asked) for asked in alone), ask(*MIXED), reload, ask(("sql", SHARED), ("base", SHARED))]
+    *lone, mixed, _, [sql, base] = shop.serve(steps, enforce_eager=False, max_num_batched_tokens=64)
+    for (model, prompt), [reply] in zip(alone, lone, strict=True):
+        assert reply["tokens"] == shop.reference(model, prompt), (model, len(prompt))
+    check(shop, stock, mixed)
+    assert sql["tokens"] == shop.reference("chat", SHARED)
+    assert base["tokens"] == shop.reference("base", SHARED)
+
+
 def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     check(shop, stock, shop.serve([ask(*MIXED)], speculative_config=drafts)[0])

@@ -55,7 +55,6 @@ def _goals() -> tuple[Goal, ...]:
         Goal(decodes[0], "icarus", "base", 0.7),
         *(Goal(decode, "icarus", "base", 0.0) for decode in decodes[1:]),
         Goal("prefill", "icarus", "base", 0.97),
-        *(Goal(measurement, "icarus", "compiled", 0.0) for measurement in (*decodes, "prefill")),
         Goal("prefill", "icarus", "stock", 0.0),
         Goal("prefill", "icarus", "conventional", 0.0),
         Goal("chain", "icarus", "stock", 10.0),

@@ -14,10 +14,7 @@ from typing import Any
 
 from icarus.bench.bounds import Work
 
-PLAIN = ("base", "compiled")
-"""Systems without LoRA."""
-
-SYSTEMS = (*PLAIN, "stock", "conventional", "icarus")
+SYSTEMS = ("base", "stock", "conventional", "icarus")
 BATCHES = (1, 8, 16)
 ADAPTERS, RANK = 8, 16
 DECODED_PROMPT = 128
@@ -54,7 +51,7 @@ class Side:
     @property
     def name(self) -> str:
         """As reports call it."""
-        return self.system if self.adapted or self.system in PLAIN else f"base model on {self.system}"
+        return self.system if self.adapted or self.system == "base" else f"base model on {self.system}"
 
 
 @dataclass(frozen=True)
@@ -166,8 +163,8 @@ def _decode(batch: int, context: int, streams: int, adapters: int, adapter_weigh
 
 def measurements(systems: Sequence[str]) -> list[Measurement]:
     """All of them, for the engines that are there."""
-    own = tuple(Side(system, adapted=system not in PLAIN) for system in systems)
-    lent = tuple(Side(system, adapted=False) for system in systems if system not in PLAIN)
+    own = tuple(Side(system, adapted=system != "base") for system in systems)
+    lent = tuple(Side(system, adapted=False) for system in systems if system != "base")
     serving = tuple(side for side in own if side.adapted)
     # The base model on the other engines is asked where there is a goal for it.
     decode = [

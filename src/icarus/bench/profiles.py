@@ -67,7 +67,7 @@ class Settings:
     max_model_len: int = 4096
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
-    serve_flags: tuple[str, ...] = ("--enforce-eager",)
+    serve_flags: tuple[str, ...] = ()
     start_seconds: float = 300.0
 
     @property
@@ -80,7 +80,6 @@ class Settings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-# vLLM compiles nothing on CPUs once LoRA is on (platforms/cpu.py), so no system may: --enforce-eager.
 CPU = Settings()
 QUICK = replace(
     CPU,

@@ -1,14 +1,14 @@
 """``icarus bench serve-micro``: stock vLLM and the plugin, engine beside engine, one taking turns with another.
 
-    base           vLLM without LoRA and without the plugin, in eager mode like the following three
-    compiled       the same with torch.compile, vLLM's default, which it turns off on CPUs as soon as LoRA is on
+    base           vLLM without LoRA and without the plugin: the base model as fast as vLLM serves it here
     stock          vLLM's multi-LoRA without the plugin, conventional adapters
     conventional   the plugin with its CPU operators, the same conventional adapters
     icarus         the plugin with its CPU operators, ICaRus adapters
 
 Each is one process with one engine (``vllm.LLM``, engine core in the same process) that waits without using a core
-while another is measured. All are the same but for the plugin, LoRA and the adapters. Prompts are token ids, and
-nothing is detokenized, so what is measured is the engine: scheduling, the model, sampling.
+while another is measured. All are the same but for the plugin, LoRA and the adapters. All may compile the model, as is
+vLLM's default, which stock vLLM turns off on CPUs where LoRA is on. Prompts are token ids, and nothing is detokenized,
+so what is measured is the engine: scheduling, the model, sampling.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from icarus.bench.engine_process import EngineProcess
 from icarus.bench.micro_plan import (
     ADAPTERS,
     BLOCK,
-    PLAIN,
     RANK,
     SYSTEMS,
     Measurement,
@@ -49,7 +48,6 @@ SEED = 0
 PROFILED_STEPS, PROFILED_ROWS = 20, 30
 
 ENGINE: dict[str, Any] = {
-    "enforce_eager": True,
     "skip_tokenizer_init": True,
     "max_model_len": 2048,
     "max_num_seqs": 16,
@@ -135,11 +133,11 @@ def _adapters(base: str, dtype: str, folder: Path, systems: Iterable[str]) -> di
     """By system: the folders of its adapters by name."""
     names = [adapter_name(number) for number in range(ADAPTERS)]
     made: dict[bool, dict[str, str]] = {}
-    for kind in {system == "icarus" for system in systems if system not in PLAIN}:
+    for kind in {system == "icarus" for system in systems if system != "base"}:
         target = folder / ("icarus" if kind else "conventional")
         target.mkdir()
         made[kind] = random_adapters.write(base, target, names, icarus=kind, rank=RANK, dtype=dtype, seed=SEED)
-    return {system: {} if system in PLAIN else made[system == "icarus"] for system in systems}
+    return {system: {} if system == "base" else made[system == "icarus"] for system in systems}
 
 
 def _weights(adapters: Mapping[str, str]) -> int:
@@ -175,9 +173,7 @@ def _start(
         log = folder / f"{system}.log"
         engines[system] = stack.enter_context(EngineProcess(system, log, _environment(system, os.environ)))
         options = {"model": str(base_model.folder(base)), "dtype": dtype, **ENGINE}
-        if system == "compiled":
-            options["enforce_eager"] = False
-        elif system != "base":
+        if system != "base":
             options |= LORA
         about[system] = engines[system].ask({"engine": options, "adapters": adapters[system]})
         _say(f"engine {system}: ready in {time.perf_counter() - started:.0f} s")
@@ -267,7 +263,7 @@ def _profile(
         if measurement.turns > 1:
             continue
         for side in measurement.sides:
-            if side.adapted != (side.system not in PLAIN):
+            if side.adapted != (side.system != "base"):
                 continue
             # A round that no measurement had, so that no prompt is in the cache.
             command = measurement.command(side, sizes.repeats, sizes)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -17,6 +18,7 @@ from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from icarus.vllm.products import Layer, Part, parts, wanted
 
@@ -47,6 +49,7 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
                 self._refresh((module.lora_a_stacked,), (module.lora_b_stacked,), slot)
             elif isinstance(module, VocabParallelEmbeddingWithLoRA):
                 slots = self._embedded.setdefault(module.lora_b_stacked.data_ptr(), set())
+                _owners[module.lora_b_stacked.data_ptr()] = self
                 (slots.add if module.lora_b_stacked[slot].any() else slots.discard)(slot)
 
     def _refresh(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...], slot: int) -> None:
@@ -54,6 +57,7 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
             layer.refresh(slot)
         else:
             self._layers[a[0].data_ptr()] = Layer(a, b)
+            _owners[a[0].data_ptr()] = self
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -71,12 +75,15 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], *args: Any, **kwargs: Any
     ) -> None:
         """``y`` (rows, outputs) += what each row's adapter makes of ``x`` (rows, inputs)."""
-        if not self._parts:
-            return
-        if layer := self._layers.get(lora_a_stacked[0].data_ptr()):
-            layer.add(y, x, self._parts)
-        else:  # a layer of a kind that ``adopt`` leaves alone
-            super().add_lora_linear(y, x, lora_a_stacked, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            torch.ops.icarus.add_lora_linear(y, x, lora_a_stacked[0])
+        else:
+            self.linear(y, x, lora_a_stacked[0])
+
+    def linear(self, y: Tensor, x: Tensor, first: Tensor) -> None:
+        """The same; ``first`` of its tensors tells the layer."""
+        if self._parts:
+            self._layers[first.data_ptr()].add(y, x, self._parts)
 
     def add_lora_logits(self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
         """The same for ``lm_head``.
@@ -89,10 +96,48 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
             self._layers[lora_a_stacked.data_ptr()].add(y, x, self._sampled)
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The same for embeddings, where no adapter in the batch may have one: then there is nothing to do."""
-        slots = self._embedded.get(lora_b_stacked.data_ptr(), set())
+        """The same for embeddings; ``x`` (rows, r) is what A makes of the tokens."""
+        if torch.compiler.is_compiling():
+            torch.ops.icarus.add_lora_embedding(y, x, lora_b_stacked)
+        else:
+            self.embedding(y, x, lora_b_stacked)
+
+    def embedding(self, y: Tensor, x: Tensor, b: Tensor) -> None:
+        """Stock, but where no adapter in the batch has an embedding there is nothing to do."""
+        slots = self._embedded.get(b.data_ptr(), set())
         if any(part.used & slots for part in self._parts):
-            super().add_lora_embedding(y, x, lora_b_stacked, *args, **kwargs)
+            super().add_lora_embedding(y, x, b)
+
+
+_owners: dict[int, ProductsWrapper] = {}
+"""By the same addresses: what is compiled once asks here, in every step, for what the step's rows need."""
+
+_library = torch.library.Library("icarus", "FRAGMENT")
+
+
+def _add_lora_linear(y: Tensor, x: Tensor, first: Tensor) -> None:
+    if owner := _owners.get(first.data_ptr()):
+        owner.linear(y, x, first)
+
+
+def _add_lora_embedding(y: Tensor, x: Tensor, b: Tensor) -> None:
+    if owner := _owners.get(b.data_ptr()):
+        owner.embedding(y, x, b)
+
+
+def _nothing(y: Tensor, x: Tensor, weights: Tensor) -> None:
+    """What torch.compile has to know of these operators: they give nothing."""
+
+
+for _operator in (_add_lora_linear, _add_lora_embedding):
+    direct_register_custom_op(
+        _operator.__name__[1:],
+        _operator,
+        mutates_args=["y"],
+        fake_impl=_nothing,
+        target_lib=_library,
+        dispatch_key="CPU",
+    )
 
 
 def choosing(stock: Stock) -> Stock:
@@ -120,3 +165,24 @@ def adopting(stock: Stock) -> Stock:
         return changed
 
     return activate_adapter
+
+
+def compiling(stock: Stock) -> Stock:
+    """``CpuPlatform.check_and_update_config``: LoRA does not turn torch.compile off.
+
+    vLLM's operators look into the step's rows, which a graph that is traced once would keep; ours are opaque to it.
+    MoE and fully sharded layers call others, so with them it stays off.
+    """
+
+    @wraps(stock)
+    def check_and_update_config(vllm_config: Any) -> Any:
+        lora, model = vllm_config.lora_config, vllm_config.model_config
+        if lora is None or not wanted() or lora.fully_sharded_loras or model is None or model.is_moe:
+            return stock(vllm_config)
+        vllm_config.lora_config = None
+        try:
+            return stock(vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    return check_and_update_config

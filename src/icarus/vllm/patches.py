@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
+from inspect import ismethod, signature
 from typing import Any
 
 from icarus.errors import IcarusError
@@ -226,6 +226,15 @@ LEDGER = (
         until="vLLM's CPU operators multiply runs of rows",
     ),
     Patch(
+        target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        parameters="vllm_config",
+        by="icarus.vllm.cpu_lora:compiling",
+        what="torch.compile stays on with LoRA",
+        why="those operators are opaque to it, and all models are slower without it",
+        upstream="vllm/platforms/cpu.py:216",
+        until="vLLM's CPU operators can be compiled around",
+    ),
+    Patch(
         target="vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
         parameters="self request blocks num_cached_blocks num_full_blocks block_size kv_cache_group_id block_mask",
         by="icarus.vllm.figures:writing",
@@ -279,7 +288,8 @@ def apply(ledger: Iterable[Patch], version: str) -> int:
     for patch, owner, name, stock in todo:
         stand_in = _resolve(patch.by)(stock)
         setattr(stand_in, _SENTINEL, patch.target)
-        setattr(owner, name, stand_in)
+        # What wraps a class method has its class already.
+        setattr(owner, name, staticmethod(stand_in) if ismethod(stock) else stand_in)
     return len(todo)
 
 
