@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -268,7 +269,9 @@ INTERRUPTED = """if True:
 def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", INTERRUPTED, str(log), ECHO]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell ignores it for what runs behind
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as parent:
         assert parent.stdout is not None
         engine = int(parent.stdout.readline())
         while "sleep" not in log.read_text():

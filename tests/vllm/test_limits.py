@@ -47,9 +47,9 @@ def config(**changes: Any) -> SimpleNamespace:
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
         },
-        "cache_config": {"kv_sharing_fast_prefill": False},
+        "cache_config": {"kv_sharing_fast_prefill": False, "cache_dtype": "auto"},
         "device_config": {"device_type": "cpu"},
-        "lora_config": {"enable_tower_connector_lora": False},
+        "lora_config": {"enable_tower_connector_lora": False, "fully_sharded_loras": False},
         "model_config": {
             "runner_type": "generate",
             "is_encoder_decoder": False,
@@ -58,6 +58,7 @@ def config(**changes: Any) -> SimpleNamespace:
             "is_attention_free": False,
             "is_mm_prefix_lm": False,
             "rswa_window": None,
+            "architectures": ["LlamaForCausalLM"],
         },
     }
     top: dict[str, Any] = {"use_v2_model_runner": False, "speculative_config": None}
@@ -91,6 +92,9 @@ def test_an_ordinary_engine_is_not_refused() -> None:
         ({"is_attention_free": True}, "all attention"),
         ({"is_mm_prefix_lm": True}, "causal"),
         ({"rswa_window": 4}, "windows"),
+        ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
+        ({"cache_dtype": "turboquant_k8v4"}, "--kv-cache-dtype"),
+        ({"architectures": ["Gemma4ForConditionalGeneration"]}, "another base model"),
     ],
 )
 def test_refused_with_a_remedy(change: dict[str, Any], remedy: str) -> None:
@@ -104,6 +108,16 @@ def test_stock_operators_on_a_cpu_would_write_adapters_into_the_cache(monkeypatc
     monkeypatch.setenv(products.SWITCH, "off")
     with pytest.raises(InputError, match="neither 1"):
         limits.refusal(config())
+
+
+def test_buffers_without_room_are_refused() -> None:
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in limits.room_refusal(scheduler(8, 64))
+    assert limits.room_refusal(scheduler(8, 64, active=8)) == ""
+
+
+def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.torch.version, "hip", "6.4")
+    assert "ROCm" in limits.refusal(config())
 
 
 def test_caches() -> None:

@@ -87,13 +87,32 @@ def test_under_its_id_an_adapter_can_be_replaced_by_another_of_its_kind_only(
     judge = Policy(lambda: base)
     assert judge.decide(1, str(shared)).shares
     other = shutil.copytree(shared, tmp_path / "other")
-    assert judge.decide(1, str(other)).path == str(other)
+    assert judge.decide(1, str(other), again=True).path == str(other)
     with pytest.raises(AdapterError, match="another name"):
-        judge.decide(1, str(conventional))
+        judge.decide(1, str(conventional), again=True)
     assert judge.decide(1, str(other)).shares
     assert not judge.decide(2, str(conventional)).shares
     with pytest.raises(AdapterError, match="another name"):
-        judge.decide(2, str(shared))
+        judge.decide(2, str(shared), again=True)
+
+
+def test_a_request_that_names_the_folder_before_a_replacement_changes_nothing(
+    base: Path, shared: Path, tmp_path: Path
+) -> None:
+    judge = Policy(lambda: base)
+    judge.decide(1, str(shared))
+    other = shutil.copytree(shared, tmp_path / "other")
+    judge.decide(1, str(other), again=True)
+    shutil.rmtree(shared)
+    assert judge.decide(1, str(shared)).path == str(other)
+
+
+def test_after_it_is_taken_out_an_id_is_free(base: Path, shared: Path, conventional: Path) -> None:
+    judge = Policy(lambda: base)
+    judge.decide(1, str(shared))
+    judge.restore(1, None)
+    assert judge.known(1) is None
+    assert not judge.decide(1, str(conventional)).shares
 
 
 def test_paths_are_resolved_as_the_engine_does(base: Path, shared: Path) -> None:

@@ -96,4 +96,8 @@ def test_weights_can_be_refreshed_outside_of_inference_mode() -> None:
 )
 def test_parts(slots: list[int], wanted: list[tuple[list[int], set[int]]]) -> None:
     rows = torch.arange(len(slots))
+    for part in parts(slots):
+        for slot in part.used:
+            here = set(rows[part.rows].tolist())
+            assert rows[part.of(slot)].tolist() == [row for row in sorted(here) if slots[row] == slot]
     assert [(rows[part.rows].tolist(), part.used) for part in parts(slots)] == wanted

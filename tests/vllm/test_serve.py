@@ -200,10 +200,25 @@ def test_paths_are_followed_before_they_are_judged(tmp_path: Path) -> None:
     (inside / "leads-out").symlink_to(outside / "b")
     (outside / "leads-in").symlink_to(inside / "a")
     within = [inside.resolve()]
-    assert all(folders.is_inside(str(path), within) for path in (inside, inside / "a", outside / "leads-in"))
-    for path in (outside / "b", inside / "leads-out", inside / ".." / "inside-not", "owner/name", "~"):
-        assert not folders.is_inside(str(path), within), path
-    assert not folders.is_inside(str(inside), [])
+    for path in (inside, inside / "a", outside / "leads-in", inside / "missing"):
+        assert folders.permitted(str(path), within) == path.resolve()
+    for path in (
+        outside / "b",
+        inside / "leads-out",
+        inside / ".." / "inside-not",
+        "owner/name",
+        "~",
+        "~nobody/x",
+        "a\0",
+    ):
+        assert folders.permitted(str(path), within) is None, path
+    assert folders.permitted(str(inside), []) is None
+
+
+def test_a_hub_id_is_a_folder_below_this_one_or_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """vLLM would download it; as an absolute path it is only a folder that there is not."""
+    monkeypatch.chdir(tmp_path)
+    assert folders.permitted("owner/name", [tmp_path.resolve()]) == tmp_path.resolve() / "owner" / "name"
 
 
 def test_allowed_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

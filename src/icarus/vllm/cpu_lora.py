@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -89,7 +90,8 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
         """The same for ``lm_head``.
 
         Logits of a prompt (prompt_logprobs) come for one request at a time, and nothing tells which: an adapter of
-        ``lm_head`` is left out of them, as on GPUs (vllm issue 51594). Stock operators stop the engine there.
+        ``lm_head`` (conventional ones only) is left out of them, unless there happen to be as many rows as are sampled;
+        on GPUs such logprobs are not right either (vllm issue 51594). Stock operators stop the engine there.
         """
         rows = self.sampler_indices.numel()
         if self._sampled and len(x) == rows:
@@ -103,16 +105,18 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
             self.embedding(y, x, lora_b_stacked)
 
     def embedding(self, y: Tensor, x: Tensor, b: Tensor) -> None:
-        """Stock, but where no adapter in the batch has an embedding there is nothing to do."""
+        """Only rows whose adapter has an embedding are touched."""
         slots = self._embedded.get(b.data_ptr(), set())
-        if any(part.used & slots for part in self._parts):
-            super().add_lora_embedding(y, x, b)
+        for part in self._parts:
+            for slot in part.used & slots:
+                rows = part.of(slot)
+                y[rows] += x[rows] @ b[slot, 0].t()
 
 
-_owners: dict[int, ProductsWrapper] = {}
+_owners: WeakValueDictionary[int, ProductsWrapper] = WeakValueDictionary()
 """By the same addresses: what is compiled once asks here, in every step, for what the step's rows need."""
 
-_library = torch.library.Library("icarus", "FRAGMENT")
+_library = torch.library.Library("icarus", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _add_lora_linear(y: Tensor, x: Tensor, first: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,15 @@ def policy_of(owner: Any) -> Policy:
     with _building:
         if not hasattr(owner, "_icarus_policy"):
             config = owner.vllm_config
-            cache = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
-            groups = cache.kv_cache_groups if cache else ()
-            why = limits.refusal(config) or limits.cache_refusal(group.kv_cache_spec for group in groups)
-            owner._icarus_policy = Policy(lambda: _base_folder(config), why, get_adapter_absolute_path)
+            layout = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
+            groups = layout.kv_cache_groups if layout else ()
+            why = (
+                limits.refusal(config)
+                or limits.room_refusal(config.scheduler_config)
+                or limits.cache_refusal(group.kv_cache_spec for group in groups)
+            )
+            base = cache(partial(_base_folder, config))
+            owner._icarus_policy = Policy(base, why, get_adapter_absolute_path)
     policy: Policy = owner._icarus_policy
     return policy
 
@@ -52,16 +57,20 @@ def _base_folder(config: Any) -> Path:
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    download = partial(
+        snapshot_download,
+        model,
+        revision=config.model_config.revision,
+        cache_dir=config.load_config.download_dir,
+        allow_patterns=["*.json", "*.safetensors"],
+    )
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=config.model_config.revision,
-                cache_dir=config.load_config.download_dir,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
+        try:
+            return Path(download(local_files_only=True))  # what the engine has loaded, and no newer revision
+        except LocalEntryNotFoundError:
+            return Path(download())
     except Exception as error:  # offline, gated, not a hub id: the hub has many exceptions and one meaning
         raise InputError(
             f"The weights of {model} are not in a local folder or the hub's cache, so adapters cannot be "
@@ -74,7 +83,7 @@ def reserving(stock: Stock) -> Stock:
 
     @wraps(stock)
     def __post_init__(self: Any) -> None:  # noqa: N807  # its name in vLLM
-        if self.lora_config is not None and self.model_config and self.model_config.runner_type == "generate":
+        if self.lora_config is not None and self.model_config and not limits.refusal(self):
             drafts = self.speculative_config.num_speculative_tokens if self.speculative_config else 0
             limits.reserve_room(self.scheduler_config, 1 + drafts)
         stock(self)
@@ -109,18 +118,34 @@ def loading(stock: Stock) -> Stock:
 
     @wraps(stock)
     def add_lora(self: Any, lora_request: Any) -> Any:
-        started = time.perf_counter()
-        request = marked(policy_of(self), lora_request, load=True)
+        started, policy, name = time.perf_counter(), policy_of(self), lora_request.lora_int_id
+        before = policy.known(name)
+        request = marked(policy, lora_request, load=True)
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
-        done = stock(self, request)
+        try:
+            done = stock(self, request)
+        except Exception:
+            policy.restore(name, before)
+            raise
         if shares and lora_request.load_inplace:
             renew(self.scheduler.requests.values(), request)
         figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return done
 
     return add_lora
+
+
+def unloading(stock: Stock) -> Stock:
+    """``EngineCore.remove_lora``: what comes under the same id later is another adapter."""
+
+    @wraps(stock)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        policy_of(self).restore(lora_id, None)
+        return stock(self, lora_id)
+
+    return remove_lora
 
 
 def cutting(stock: Stock) -> Stock:
@@ -133,7 +158,9 @@ def cutting(stock: Stock) -> Stock:
     def _reserve_prefill_lookahead(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         count: int = stock(self, request, num_computed_tokens, num_new_tokens)
         params, shares = request.sampling_params, isinstance(request.lora_request, SharedLoRARequest)
-        if not shares or params is None or params.prompt_logprobs is None or count <= 1:
+        if not shares or params is None or params.prompt_logprobs is None:
+            return count
+        if num_computed_tokens >= request.num_prompt_tokens:  # it decodes, for which there is room besides
             return count
         step, used = getattr(self, "_icarus_scored", (None, 0))
         used = used if step == self.current_step else 0

@@ -69,7 +69,13 @@ def allowed() -> list[Path] | None:
     return [Path(item).resolve() for item in listed.split(os.pathsep) if item]
 
 
-def is_inside(path: str, folders: Iterable[Path]) -> bool:
-    """Whether a path is one of the folders or below one, wherever its symbolic links lead."""
-    target = Path(path).expanduser().resolve()
-    return any(target.is_relative_to(folder) for folder in folders)
+def permitted(path: str, folders: Iterable[Path]) -> Path | None:
+    """The absolute path that a client means, symbolic links resolved; None outside of ``folders``.
+
+    It need not exist. Since it is absolute it is never taken for a hub id, which vLLM would download.
+    """
+    try:
+        target = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, no such user, a null character
+        return None
+    return target if any(target.is_relative_to(folder) for folder in folders) else None

@@ -10,10 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from icarus.vllm import products
 
 CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
 """Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
+
+_MODELS = {"Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"}
+"""Architectures with ``per_layer_embeddings`` (vllm/model_executor/models/gemma4_mm.py), which decoder rows lack."""
 
 SCORED = 256
 """Rows of prompts that are scored (``prompt_logprobs``) in one step: each needs a decoder row."""
@@ -30,6 +35,11 @@ _CHECKS: tuple[Check, ...] = (
         lambda c: c.device_config.device_type == "cpu" and not products.wanted(),
         "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and these rows write the "
         f"shared cache: unset {products.SWITCH}",
+    ),
+    (
+        lambda c: c.device_config.device_type == "cpu" and c.lora_config.fully_sharded_loras,
+        "fully sharded layers keep vLLM's own CPU operators, which give rows without an adapter the weights of the "
+        "last slot: take out --fully-sharded-loras",
     ),
     (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
@@ -67,6 +77,16 @@ _CHECKS: tuple[Check, ...] = (
         "pooling reads every row and not the sampled ones: set --runner generate",
     ),
     (
+        # v1/attention/backends/rocm_aiter_fa.py and turboquant: fresh prompts attend to K/V of the batch.
+        lambda c: torch.version.hip is not None,
+        "some of ROCm's attention backends read K and V of the batch and not of the cache, which decoder rows are not "
+        "in: serve on NVIDIA GPUs or CPUs",
+    ),
+    (
+        lambda c: "turboquant" in str(c.cache_config.cache_dtype),
+        "this cache's attention reads K and V of the batch, which decoder rows are not in: change --kv-cache-dtype",
+    ),
+    (
         lambda c: c.model_config.is_encoder_decoder,
         "an encoder-decoder model has a second cache: serve a decoder-only base model",
     ),
@@ -84,6 +104,10 @@ _CHECKS: tuple[Check, ...] = (
         "attention within an image looks ahead, and its ranges are kept per request: serve a causal base model",
     ),
     (
+        lambda c: _MODELS & set(c.model_config.architectures),
+        "this model hands its layers embeddings that it keeps by scheduled row: serve another base model",
+    ),
+    (
         lambda c: c.model_config.rswa_window is not None,
         "reference sliding windows are kept per request: serve a base model without them",
     ),
@@ -93,6 +117,15 @@ _CHECKS: tuple[Check, ...] = (
 def refusal(config: Any) -> str:
     """Why ICaRus adapters cannot be served with this ``VllmConfig``; empty where they can."""
     return next((reason for holds, reason in _CHECKS if holds(config)), "")
+
+
+def room_refusal(scheduler: Any) -> str:
+    """Why decoder rows do not fit this ``SchedulerConfig``; empty where ``reserve_room`` saw to it."""
+    if scheduler.max_num_active_seqs is None:
+        return (
+            "this engine's buffers were sized without decoder rows: set VLLM_USE_V2_MODEL_RUNNER=0 and start it again"
+        )
+    return ""
 
 
 def cache_refusal(specs: Iterable[object]) -> str:

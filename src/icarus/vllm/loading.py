@@ -15,11 +15,14 @@ from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
 from icarus.errors import InputError
 from icarus.vllm import folders
 from icarus.vllm.engine import policy_of
+
+logger = init_logger("vllm.icarus.loading")
 
 Stock = Callable[..., Any]
 
@@ -30,21 +33,22 @@ def checking(stock: Stock) -> Stock:
     @wraps(stock)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         if request.lora_name and request.lora_path:
-            if (within := folders.allowed()) is not None and not folders.is_inside(request.lora_path, within):
-                return _refused(
-                    f"{request.lora_path} is outside the folders that adapters may be loaded from; start the server "
-                    "with --allow-adapters-from to allow it.",
-                    HTTPStatus.FORBIDDEN,
-                )
+            if (within := folders.allowed()) is not None:
+                if (folder := folders.permitted(request.lora_path, within)) is None:
+                    return _refused(
+                        f"{request.lora_path!r} is outside the folders that adapters may be loaded from; start the "
+                        "server with --allow-adapters-from to allow it.",
+                        HTTPStatus.FORBIDDEN,
+                    )
+                request.lora_path = str(folder)  # a link that is changed now leads nowhere else
             try:
                 await asyncio.to_thread(_check, self, request)
             except InputError as error:
                 return _refused(str(error), HTTPStatus.BAD_REQUEST)
         result = await stock(self, request, base_model_name)
         if not isinstance(result, ErrorResponse):
-            loaded = self.lora_requests[request.lora_name]
             # Noted here, so that no request waits for it, and the next replacement is compared with it.
-            await asyncio.to_thread(policy_of(self.input_processor).decide, loaded.lora_int_id, loaded.lora_path)
+            await asyncio.to_thread(_note, self, request.lora_name)
         return result
 
     return load_lora_adapter
@@ -64,6 +68,15 @@ def _check(models: Any, request: Any) -> None:
             f"{folder} has rank {rank} and this server has room for {config.max_lora_rank}; start it with "
             f"--max-lora-rank {rank} or more."
         )
+
+
+def _note(models: Any, name: str) -> None:
+    """The front end's verdict on what the engine has just loaded, which must not fail the answer."""
+    loaded = models.lora_requests[name]
+    try:
+        policy_of(models.input_processor).decide(loaded.lora_int_id, loaded.lora_path, again=True)
+    except InputError as error:  # the folder changed in the meantime
+        logger.warning("%s is served, but its folder is not sound any more: %s", name, error)
 
 
 def _refused(message: str, status: HTTPStatus) -> ErrorResponse:

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from icarus import adapter
 from icarus.vllm.metrics import Scraper
-from icarus.vllm.watch import WATCHED, Watcher
+from icarus.vllm.watch import WATCHED, State, Watcher, scan
 
 logger = init_logger("vllm.icarus.middleware")
 
@@ -90,15 +90,22 @@ class Middleware:
 def _watcher(root: Path, models: Any) -> Watcher:
     """Loads by the code of ``/v1/load_lora_adapter``; ``models`` is vLLM's ``OpenAIServingModels``."""
 
+    conventional: dict[str, State | None] = {}  # with what weights the prefix cache knows a name, also after it is gone
+
     async def load(name: str, folder: Path, replaces: bool) -> str:
-        if replaces and not adapter.is_icarus(folder):
+        state, ours = scan(root).get(name), adapter.is_icarus(folder)
+        if not ours and conventional.get(name, state) != state:
             return (
                 "a conventional adapter that changes leaves K/V of its old weights in the prefix cache; save it under "
                 "another name"
             )
         request = LoadLoRAAdapterRequest(lora_name=name, lora_path=str(folder), load_inplace=replaces)
         answer = await models.load_lora_adapter(request)
-        return str(answer.error.message) if isinstance(answer, ErrorResponse) else ""
+        if isinstance(answer, ErrorResponse):
+            return str(answer.error.message)
+        if not ours:
+            conventional[name] = state
+        return ""
 
     async def unload(name: str) -> None:
         await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))

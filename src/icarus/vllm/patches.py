@@ -84,6 +84,15 @@ LEDGER = (
         until="adapters have a check that plugins can add to",
     ),
     Patch(
+        target="vllm.v1.engine.core:EngineCore.remove_lora",
+        parameters="self lora_id",
+        by="icarus.vllm.engine:unloading",
+        what="what was decided about an adapter ends with it",
+        why="another one may come under its id",
+        upstream="vllm/v1/engine/core.py:1054",
+        until="adapters have a check that plugins can add to",
+    ),
+    Patch(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         parameters="self request_id prompt params supported_tasks arrival_time lora_request tokenization_kwargs "
         "trace_headers priority data_parallel_rank resumable session_id kv_hints",

@@ -12,7 +12,6 @@ K/V into another model's context, so three answers are kept apart:
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,23 +47,34 @@ class Policy:
             locate: from the path in a request to a local folder, as the engine resolves it.
         """
         self._base, self._refusal, self._locate = base, refusal, locate
-        self._verdicts: dict[int, Verdict] = {}
-        self._lock = threading.Lock()  # vLLM adds requests and adapters from two threads (v1/engine/core.py:1903)
+        self._verdicts: dict[
+            int, Verdict
+        ] = {}  # from two threads of vLLM (v1/engine/core.py:1903): no compound changes
 
     def decide(self, adapter_id: int, path: str, *, again: bool = False) -> Verdict:
         """The verdict on an adapter that the engine knows as ``adapter_id``.
 
-        It stands until the adapter is loaded ``again`` or the id gets another path: the weights in the engine's memory
-        are those of the time of loading, whatever becomes of the folder.
+        It stands until the adapter is loaded ``again``, whatever becomes of the folder and whatever path a request
+        names: a request that was sent before its adapter was replaced names the old one.
 
         Raises AdapterError for an adapter with the ICaRus marker that may not share; an older verdict then stands.
         """
-        with self._lock:
-            known = self._verdicts.get(adapter_id)
-            if known and known.path == path and not again:
-                return known
-            verdict = self._verdicts[adapter_id] = self.judge(path, adapter_id)
-            return verdict
+        known = self._verdicts.get(adapter_id)
+        if known and not again:
+            return known
+        verdict = self._verdicts[adapter_id] = self.judge(path, adapter_id)
+        return verdict
+
+    def known(self, adapter_id: int) -> Verdict | None:
+        """The verdict that stands, if there is one."""
+        return self._verdicts.get(adapter_id)
+
+    def restore(self, adapter_id: int, verdict: Verdict | None) -> None:
+        """Let an older verdict stand again, or none: the adapter was not loaded after all, or was taken out."""
+        if verdict is None:
+            self._verdicts.pop(adapter_id, None)
+        else:
+            self._verdicts[adapter_id] = verdict
 
     def judge(self, path: str, adapter_id: int) -> Verdict:
         """What ``decide`` would find now, and raise; nothing is noted."""

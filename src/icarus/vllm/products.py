@@ -54,6 +54,13 @@ class Part:
 
     many: bool = False  # a long run of one adapter
 
+    def of(self, slot: int) -> slice | Tensor:
+        """The rows in the step that have the adapter in a slot which is used."""
+        if self.order is None or self.places is None:
+            return self.rows
+        rows = torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
+        return rows[self.places // self.order.shape[1] == slot - self.slots.start]
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -181,7 +188,7 @@ class Layer:
 
     def _add_many(self, y: Tensor, x: Tensor, slot: int, filled: Sequence[int]) -> None:
         for i in filled:
-            y[:, self._columns[i]] += (x @ self._a[i][slot].t()) @ self._b[i][slot].t()
+            y[:, self._columns[i]] += (x.to(self._a[i].dtype) @ self._a[i][slot].t()) @ self._b[i][slot].t()
 
     def _add_few(self, y: Tensor, x: Tensor, slot: int, filled: Sequence[int]) -> None:
         """One product with A of all slices, one with B of each."""

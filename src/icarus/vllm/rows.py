@@ -4,7 +4,8 @@ vLLM lays the rows of a step out request after request: ``starts`` (its ``query_
 and the end. Scheduled rows of a request whose adapter shares the cache are encoder rows: base weights, and they write
 K/V. For every position at which such a request samples (or scores) a decoder row is appended behind the last scheduled
 row. The decoder rows of one request form a request of their own with the same block table and the same length of
-context, so that any attention backend computes them; their slot is -1, so they write nothing.
+context, which attention backends that read the cache compute like any other (limits.py refuses the rest); their slot
+is -1, so they write nothing.
 
     scheduled   | a a a | b | c c |            starts      0 3 4 6
     decoder                         | b | c |  ends                7 8     (a is in mid-prefill: it samples nothing)

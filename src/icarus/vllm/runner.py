@@ -66,7 +66,8 @@ def mapping_loras(stock: Stock) -> Stock:
         if len(rows):
             _check_room(self, starts, rows)
             setattr(self, _ROWS, rows)
-        requests = set(input_batch.lora_id_to_lora_request.values())
+        # No set, as in stock: requests are equal by name, and one that was unloaded and loaded again has two ids.
+        requests = list(input_batch.lora_id_to_lora_request.values())
         return self._set_active_loras(tuple(np.repeat(lora_ids, sampled)), tuple(rows.lora_ids), requests, *args, **kw)
 
     return set_active_loras

@@ -217,10 +217,11 @@ def _several_servers(rest: list[str], present: set[str]) -> bool:
     """Whether the user asked for more than one API server, which vLLM allows without loading at run time only."""
     if "api-server-count" not in present:
         return False
+    named = {str(key).replace("_", "-"): value for key, value in _config(rest).items()}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--api-server-count", "--api_server_count", "-asc", type=int, default=0)
-    count: int = parser.parse_known_args(rest)[0].api_server_count
-    return count > 1
+    parser.add_argument("--api-server-count", "--api_server_count", "-asc", type=int)
+    count = parser.parse_known_args(rest)[0].api_server_count
+    return int(count if count is not None else named.get("api-server-count", 0)) > 1
 
 
 def _flags(made: Plan, present: set[str]) -> list[str]:
@@ -268,9 +269,15 @@ def allowed_rank(rank: int) -> int:
     return next(allowed for allowed in RANKS if allowed >= rank)
 
 
+def _beside(served: Served) -> Path:
+    """The folder that holds an adapter; of one that is in the root folder, the adapter alone."""
+    parent = served.folder.parent
+    return served.folder if parent == parent.parent else parent
+
+
 def _environment(made: Plan, more: list[Path], current: Mapping[str, str], *, loading: bool) -> dict[str, str]:
     """Variables to set; vLLM's processes inherit them."""
-    within = [*(served.folder.parent for served in made.adapters), *more, *filter(None, [made.watched])]
+    within = [*map(_beside, made.adapters), *more, *filter(None, [made.watched])]
     wanted = {
         folders.ALLOWED: os.pathsep.join(dict.fromkeys(str(folder.resolve()) for folder in within)),
         "VLLM_USE_V2_MODEL_RUNNER": current.get("VLLM_USE_V2_MODEL_RUNNER", "0"),  # decoder rows are in V1

@@ -44,6 +44,7 @@ def marked(policy: Policy, request: LoRARequest | None, *, load: bool = False) -
         return request
     fields: dict[str, Any] = {name: getattr(request, name) for name in LoRARequest.__struct_fields__}
     fields["load_inplace"] = load and request.load_inplace
+    fields["lora_path"] = verdict.path
     return SharedLoRARequest(**fields, base_fingerprint=verdict.base_fingerprint)
 
 
