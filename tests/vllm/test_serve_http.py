@@ -34,7 +34,7 @@ LETTERS = list(range(4, 128))  # tokens that are text
 class Server:
     """A running server and short ways to ask it."""
 
-    def __init__(self, shop: Shop, watched: Path) -> None:
+    def __init__(self, shop: Shop, watched: Path, *more: str, **variables: str) -> None:
         from httpx import Client  # both come with vLLM
         from openai import OpenAI
 
@@ -49,8 +49,8 @@ class Server:
         words += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--generation-config", "vllm"]
         words += ["--block-size", str(BLOCK), "--max-model-len", str(CONTEXT), "--max-num-seqs", str(SLOTS)]
         words += ["--max-num-queued-reqs", str(QUEUE), "--seed", "0"]
-        words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+        words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", *more]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
         environment.pop("VLLM_PLUGINS", None)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
