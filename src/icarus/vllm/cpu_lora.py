@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
@@ -22,8 +21,6 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from icarus.vllm.products import Layer, Part, parts, wanted
-
-logger = init_logger("vllm.icarus")
 
 Stock = Callable[..., Any]
 
@@ -145,11 +142,11 @@ for _operator in (_add_lora_linear, _add_lora_embedding):
 
 
 def choosing(stock: Stock) -> Stock:
-    """``get_punica_wrapper``: ours on CPUs."""
+    """``get_punica_wrapper``: ours on CPUs, but not for fully sharded layers, whose A and B have different ranks."""
 
     @wraps(stock)
     def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
-        if current_platform.is_cpu() and wanted():
+        if current_platform.is_cpu() and wanted() and not kwargs["lora_config"].fully_sharded_loras:
             return ProductsWrapper(*args, **kwargs)
         return stock(*args, **kwargs)
 
