@@ -68,6 +68,7 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
             return parts([slot_of[name] if name > 0 else -1 for name in ids])
 
         self._parts, self._sampled = part(mapping.index_mapping), part(mapping.prompt_mapping)
+        (_busy.add if self._parts else _busy.discard)(id(self))
 
     def add_lora_linear(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], *args: Any, **kwargs: Any
@@ -113,16 +114,19 @@ class ProductsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untype
 _owners: WeakValueDictionary[int, ProductsWrapper] = WeakValueDictionary()
 """By the same addresses: what is compiled once asks here, in every step, for what the step's rows need."""
 
+_busy: set[int] = set()
+"""Ids of wrappers whose step has rows with adapters: a step of the base model pays for no more than a look at this."""
+
 _library = torch.library.Library("icarus", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _add_lora_linear(y: Tensor, x: Tensor, first: Tensor) -> None:
-    if owner := _owners.get(first.data_ptr()):
+    if _busy and (owner := _owners.get(first.data_ptr())):
         owner.linear(y, x, first)
 
 
 def _add_lora_embedding(y: Tensor, x: Tensor, b: Tensor) -> None:
-    if owner := _owners.get(b.data_ptr()):
+    if _busy and (owner := _owners.get(b.data_ptr())):
         owner.embedding(y, x, b)
 
 
