@@ -23,9 +23,11 @@ test: .venv/.ready
 	$(BIN)/python -m pytest
 
 # Serves the packaged model and the shipped specialists on a CPU, port 8000; make serve FLAGS='--port 9000' adds flags.
-# Only full blocks are shared, and vLLM's 128 tokens on CPUs are more than most conversations with this model have.
+# Only full blocks are shared, and vLLM's 128 tokens on CPUs are more than most conversations with this model have. The
+# cache takes 1 GiB; vLLM's own choice is most of the machine's memory, and it does not start where that is not free.
 serve: .venv-serve/.ready
-	@$(SERVE)/icarus serve smollm2-135m-instruct --adapters $$($(SERVE)/icarus specialists) --block-size 32 $(FLAGS)
+	@VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(SERVE)/icarus serve smollm2-135m-instruct --adapters $$($(SERVE)/icarus specialists) --block-size 32 \
+		--allow-adapters-from adapters $(FLAGS)
 
 test-vllm: $(VLLM_VENV)/.ready
 	ICARUS_UNTESTED_VLLM=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
@@ -49,7 +51,7 @@ $(VLLM_VENV)/requirements.lock: requirements-serve.lock requirements.lock
 
 .venv/.ready .venv-serve/.ready $(VLLM_VENV)/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ICaRus needs Python 3.11 or newer; call make PYTHON=...")'
-	@echo "Setting up $(@D) (once, a minute or two) ..."
+	@echo "Setting up $(@D) (once, some minutes) ..."
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(firstword $^)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .

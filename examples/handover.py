@@ -1,18 +1,19 @@
 """Three models take turns in one conversation, and none of them prefills what the others said.
 
-Against a running server (make serve); needs the openai package:
+Against a running server (make serve); needs the openai package, which .venv-serve has:
 
-    python examples/handover.py http://localhost:8000/v1 smollm2-135m-instruct planner sql
+    .venv-serve/bin/python examples/handover.py http://localhost:8000/v1 smollm2-135m-instruct planner sql
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from openai import OpenAI
 
 address, *models = sys.argv[1:] or ["http://localhost:8000/v1", "smollm2-135m-instruct", "planner", "sql"]
-client = OpenAI(base_url=address, api_key="none")
+client = OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 system = "You query one table. Columns: date, opponent, score, place, attendance, referee, weather, season, result."
 messages = [
     {"role": "system", "content": system},

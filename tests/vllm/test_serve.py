@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,16 @@ def test_a_hub_id_is_a_folder_below_this_one_or_nothing(monkeypatch: pytest.Monk
     """vLLM would download it; as an absolute path it is only a folder that there is not."""
     monkeypatch.chdir(tmp_path)
     assert folders.permitted("owner/name", [tmp_path.resolve()]) == tmp_path.resolve() / "owner" / "name"
+
+
+def test_a_port_that_is_taken(home: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(InputError, match="--port"):
+            serve._check_port(["--host", "127.0.0.1", "--port", port])
+        serve._check_port(["--uds", "somewhere", "--port", port])
 
 
 def test_allowed_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 * ``/metrics`` has the plugin's counters behind vLLM's;
 * ``/load_lora_adapter`` and ``/unload_lora_adapter``, SGLang's spelling, mean the same with ``/v1`` before them. User
   middleware is outermost in vLLM, so what checks API keys sees the path with ``/v1``;
+* SageMaker's paths ask for the API key as those below ``/v1`` do;
 * the folder in ``ICARUS_ADAPTER_DIR`` is watched for as long as the server runs.
 """
 
@@ -14,8 +15,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.logger import init_logger
 
 from icarus import adapter
@@ -28,6 +31,9 @@ SECONDS = 1.0
 """Time between two looks at that folder."""
 
 ALIASES = {path: f"/v1{path}" for path in ("/load_lora_adapter", "/unload_lora_adapter")}
+
+UNGUARDED = ("/adapters", "/invocations")
+"""SageMaker's paths, which load, unload and answer, and which vLLM's ``--api-key`` leaves open."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -51,9 +57,21 @@ class Middleware:
         if path == "/metrics" and scope.get("method") == "GET":
             await self._metrics(scope, receive, send)
             return
+        if path.startswith(UNGUARDED) and (keys := _keys(scope["app"].state.args)):
+            await self._guard(path, keys, scope, receive, send)
+            return
         if path in ALIASES:
             scope = {**scope, "path": scope.get("root_path", "") + ALIASES[path]}
         await self.app(scope, receive, send)
+
+    async def _guard(self, path: str, keys: list[str], scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM's own check, which looks at paths below ``/v1``."""
+
+        async def app(_: Scope, receive: Receive, send: Send) -> None:
+            await self.app(scope, receive, send)
+
+        seen = {**scope, "path": f"{scope.get('root_path', '')}/v1{path}"}
+        await AuthenticationMiddleware(app, keys)(seen, receive, send)
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's answer with ours behind it. Both are text: headers that ask for another form are dropped."""
@@ -85,6 +103,11 @@ class Middleware:
         finally:
             if task is not None:
                 task.cancel()
+
+
+def _keys(arguments: Any) -> list[str]:
+    """The API keys of a server, as vLLM collects them (vllm/entrypoints/serve/middleware/register.py)."""
+    return [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def _watcher(root: Path, models: Any) -> Watcher:

@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,10 +64,35 @@ def run(words: Sequence[str]) -> int:
     options, rest = parse(words)
     _need_vllm()
     made = plan(options, rest, os.environ)
+    _check_port(rest)
     print(announcement(made, rest), flush=True)
     os.environ.update(made.environment)
     _serve(["serve", made.model, *made.flags])
     return 0
+
+
+def _check_port(rest: Sequence[str]) -> None:
+    """Raise InputError where another server listens, which vLLM would find out after its start-up."""
+    if given(rest) & {"uds", "headless", "config"}:
+        return
+    host, port = _address(rest)
+    if ":" in host:  # IPv6
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "localhost" else host, int(port)))
+        except (OSError, ValueError) as error:
+            raise InputError(f"Port {port} cannot be had ({error}); choose another with --port.") from error
+
+
+def _address(rest: Sequence[str]) -> tuple[str, str]:
+    """Host and port that the user gave, or vLLM's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", default="8000")
+    where = parser.parse_known_args(list(rest))[0]
+    return where.host, where.port
 
 
 def _serve(words: list[str]) -> None:
@@ -111,7 +137,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="icarus serve",
-        usage="icarus serve BASE [--adapters NAME=PATH ...] [--adapter-dir DIR] [any flag of vllm serve]",
+        usage="icarus serve BASE [--adapters NAME=PATH ...] [--adapter-dir DIR] [--allow-adapters-from DIR] "
+        "[any flag of vllm serve]",
         description="Serve a base model and its specialists from one KV cache, with vLLM.",
         epilog="All other flags are vLLM's: vllm serve --help=all lists them.",
         allow_abbrev=False,
@@ -294,12 +321,8 @@ def _environment(made: Plan, more: list[Path], current: Mapping[str, str], *, lo
 
 def announcement(made: Plan, rest: Sequence[str]) -> str:
     """What is shared and why, where the metrics are, and how to ask."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--host", default="localhost")
-    parser.add_argument("--port", default="8000")
-    where = parser.parse_known_args(list(rest))[0]
-    host = "localhost" if where.host in ("0.0.0.0", "::") else where.host
-    address = f"http://{host}:{where.port}"
+    host, port = _address(rest)
+    address = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
     mark = next((served.base_fingerprint[:12] for served in made.adapters if served.base_fingerprint), "")
     lines = [f"{made.base}{f' (fingerprint {mark})' if mark else ''} writes the KV cache"]
     width = max((len(served.name) for served in made.adapters), default=0)
@@ -316,6 +339,7 @@ def announcement(made: Plan, rest: Sequence[str]) -> str:
     body = json.dumps({"model": asked, "messages": [{"role": "user", "content": "Hello"}]})
     lines += [
         f"metrics  {address}/metrics (icarus:* beside vllm:*)",
+        'ready at "Application startup complete"; the first start compiles for a minute or two',
         f"ask      curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
     ]
     return "\n".join(lines)
