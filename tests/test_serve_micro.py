@@ -17,9 +17,9 @@ import torch
 
 from conftest import tiny, tiny_tokenizer
 from icarus import cli
-from icarus.bench import bounds, micro_goals, random_adapters, serve_micro
+from icarus.bench import bounds, micro_goals, serve_micro
 from icarus.bench.engine_process import EngineFailed, EngineProcess
-from icarus.bench.micro_plan import BLOCK, SYSTEMS, Side, Sizes, measurements, rest_of
+from icarus.bench.micro_plan import ADAPTERS, BLOCK, SYSTEMS, Side, Sizes, measurements, rest_of
 from icarus.verify import is_icarus
 
 SIZES = Sizes(prompt=100, steps=4, repeats=3, vocabulary=50, seed=0)
@@ -191,15 +191,14 @@ def test_the_machine_is_measured() -> None:
 
 def test_random_adapters_differ_and_none_is_zero(tmp_path: Path) -> None:
     base = str(save_base(tmp_path / "base"))
-    for kind in (True, False):
-        target = tmp_path / str(kind)
-        target.mkdir()
-        made = random_adapters.write(base, target, ["a", "b"], icarus=kind, rank=4, dtype="bfloat16", seed=0)
-        assert list(made) == ["a", "b"]
-        assert [is_icarus(folder) for folder in made.values()] == [kind, kind]
-        one, other = (_tensors(folder) for folder in made.values())
+    made = serve_micro._adapters(base, tmp_path, ["base", "stock", "icarus"])
+    assert made["base"] == {}
+    for system, ours in (("stock", False), ("icarus", True)):
+        assert len(made[system]) == ADAPTERS
+        assert {is_icarus(folder) for folder in made[system].values()} == {ours}
+        one, other, *_ = (_tensors(folder) for folder in made[system].values())
         assert all(weight.any() and not torch.equal(weight, other[name]) for name, weight in one.items())
-        assert any("k_proj" in name for name in one) != kind
+        assert any("k_proj" in name for name in one) != ours
 
 
 def _tensors(folder: str) -> dict[str, torch.Tensor]:

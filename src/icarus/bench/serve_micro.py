@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icarus import base_model
-from icarus.bench import bounds, measure, micro_goals, random_adapters
+from icarus.bench import bounds, checkpoints, measure, micro_goals
 from icarus.bench.engine_process import EngineProcess
 from icarus.bench.micro_plan import (
     ADAPTERS,
@@ -81,7 +81,7 @@ def run(
     del model
     planned = measurements([system for system in SYSTEMS if system in systems])
     with tempfile.TemporaryDirectory(prefix="icarus-serve-micro-") as folder, ExitStack() as stack:
-        adapters = _adapters(base, dtype, Path(folder), systems)
+        adapters = _adapters(base, Path(folder), systems)
         weights = {system: _weights(folders) for system, folders in adapters.items()}
         machine = bounds.Machine.measured(dtype)
         engines, about = _start(base, dtype, systems, adapters, Path(folder), stack)
@@ -129,15 +129,16 @@ def _make(folder: Path) -> None:
         raise InputError(f"Profiles cannot be written to {folder} ({error.strerror}); name another folder.") from error
 
 
-def _adapters(base: str, dtype: str, folder: Path, systems: Iterable[str]) -> dict[str, dict[str, str]]:
+def _adapters(base: str, folder: Path, systems: Iterable[str]) -> dict[str, dict[str, str]]:
     """By system: the folders of its adapters by name."""
-    names = [adapter_name(number) for number in range(ADAPTERS)]
-    made: dict[bool, dict[str, str]] = {}
-    for kind in {system == "icarus" for system in systems if system != "base"}:
-        target = folder / ("icarus" if kind else "conventional")
-        target.mkdir()
-        made[kind] = random_adapters.write(base, target, names, icarus=kind, rank=RANK, dtype=dtype, seed=SEED)
-    return {system: {} if system == "base" else made[system == "icarus"] for system in systems}
+    kinds = {system: "icarus" if system == "icarus" else "conventional" for system in systems if system != "base"}
+    checkpoints.make_adapters(base_model.folder(base), folder, sorted(set(kinds.values())), ADAPTERS, RANK, SEED)
+    return {
+        system: {adapter_name(k): str(folder / kinds[system] / f"agent-{k}") for k in range(ADAPTERS)}
+        if system in kinds
+        else {}
+        for system in systems
+    }
 
 
 def _weights(adapters: Mapping[str, str]) -> int:

@@ -4,8 +4,8 @@ vLLM's CPU operators (vllm/lora/ops/torch_ops/lora_ops.py) copy A and B of its a
 without an adapter included. Here the rows of a step are parted once (``parts``), and layers multiply part by part:
 
     many rows of one adapter    y[part] += (x[part] @ A.T) @ B.T, in the precision of the model
-    few rows of few adapters    the same in float32: a product of small bf16 matrices costs some 20 microseconds before
-                                it computes anything, one in float32 about 4 (oneDNN against MKL)
+    few rows of few adapters    the same in float32: a product of small matrices takes longer to start in bf16 (oneDNN)
+                                than to compute in float32 (MKL)
     few rows of many adapters   two batched products in float32, a batch for each slot, its rows padded to the longest
     no adapter                  in no part: costs nothing
 
@@ -31,7 +31,7 @@ LONG = 32
 """Rows of one adapter from which on a run is computed alone."""
 
 FEW = 3
-"""Runs up to this many are cheaper one by one than in a batch (measured with SmolLM2-135M)."""
+"""Runs up to this many are computed one by one and not in a batch."""
 
 
 def wanted() -> bool:
