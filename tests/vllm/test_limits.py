@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icarus.errors import InputError
-from icarus.vllm import limits, products
+from icarus.vllm import limits, lora_rows
 
 SIZES = st.integers(1, 5000)
 
@@ -102,10 +102,10 @@ def test_refused_with_a_remedy(change: dict[str, Any], remedy: str) -> None:
 
 
 def test_stock_operators_on_a_cpu_would_write_adapters_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(products.SWITCH, "0")
+    monkeypatch.setenv(lora_rows.SWITCH, "0")
     assert "unset ICARUS_CPU_LORA" in limits.refusal(config())
     assert limits.refusal(config(device_type="cuda")) == ""
-    monkeypatch.setenv(products.SWITCH, "off")
+    monkeypatch.setenv(lora_rows.SWITCH, "off")
     with pytest.raises(InputError, match="neither 1"):
         limits.refusal(config())
 

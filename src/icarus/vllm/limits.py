@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from icarus.vllm import products
+from icarus.vllm import lora_rows
 
 CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
 """Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
@@ -32,9 +32,14 @@ _CHECKS: tuple[Check, ...] = (
     ),
     (
         # torch_ops/lora_ops.py indexes with the slot -1 of rows without an adapter.
-        lambda c: c.device_config.device_type == "cpu" and not products.wanted(),
+        lambda c: c.device_config.device_type == "cpu" and not lora_rows.wanted(),
         "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and these rows write the "
-        f"shared cache: unset {products.SWITCH}",
+        f"shared cache: unset {lora_rows.SWITCH}",
+    ),
+    (
+        lambda c: c.device_config.device_type == "cpu" and not lora_rows.available(),
+        "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and ICaRus's own are "
+        "compiled on first use: install g++ (or name your C++ compiler in CXX) and ninja",
     ),
     (
         lambda c: c.device_config.device_type == "cpu" and c.lora_config.fully_sharded_loras,

@@ -1,0 +1,191 @@
+// LoRA of many adapters on a CPU: what each row's adapter makes of it, read where vLLM keeps the weights.
+//
+// vLLM's CPU operators (vllm/lora/ops/torch_ops/lora_ops.py) copy A and B of its adapter for every row of a step, rows
+// without an adapter included. Here a step comes as runs of rows with one adapter (products.py):
+//
+//     short run    one pass per row over A and B of its slot, float sums, no copies, all cores
+//     long run     y[run] += (x[run] A^T) B^T, two products of matrices in the precision of the weights
+//     no adapter   in no run: costs nothing
+//
+// What is compiled by torch.compile keeps one tensor per layer, the first that vLLM hands over, and the address of that
+// is a layer's name here: weights and runs change between steps, the compiled graph does not.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kTile = 128;        // outputs whose sums stay in registers
+constexpr int64_t kWorth = 1 << 15;   // multiplications that are worth another thread
+constexpr int64_t kLong = 32;         // rows from which on a run is multiplied as a matrix
+
+struct Layer {
+  std::vector<Tensor> a;            // per slice (slots, 1, r, inputs), vLLM's memory; none: x is what A made of it
+  std::vector<Tensor> b;            // per slice (slots, r, outputs), copies; undefined while no adapter has the slice
+  std::vector<int64_t> columns;     // first output of each slice
+  std::vector<std::vector<char>> held;  // per slice and slot: whether its adapter has weights there
+  Tensor runs;                      // of the step, as find_runs in lora_rows.py writes them
+  int64_t rank;
+};
+
+std::unordered_map<const void*, Layer> layers;
+
+struct Row {
+  int64_t row, slot;
+};
+
+template <typename X, typename W>
+float dot(const X* x, const W* w, int64_t size) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(w[i]);
+  return sum;
+}
+
+// y[0:size] += sum over r of shrunk[r] b[r, 0:size]
+template <typename Y, typename W>
+void expand(Y* y, const float* shrunk, const W* b, int64_t rank, int64_t stride, int64_t size) {
+  float sums[kTile] = {0};
+  for (int64_t r = 0; r < rank; ++r) {
+    const W* w = b + r * stride;
+    const float s = shrunk[r];
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) sums[i] += s * static_cast<float>(w[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) y[i] = static_cast<Y>(static_cast<float>(y[i]) + sums[i]);
+}
+
+int64_t grain(int64_t multiplications) { return std::max<int64_t>(1, kWorth / std::max<int64_t>(1, multiplications)); }
+
+// (rows, r) of one slice in float32: x A^T, or x itself where A was applied before.
+template <typename X, typename W>
+std::vector<float> shrink(const Layer& layer, size_t slice, const Tensor& x, const std::vector<Row>& rows) {
+  const int64_t rank = layer.rank, inputs = x.size(1), stride = x.stride(0);
+  std::vector<float> shrunk(rows.size() * rank);
+  const X* from = x.const_data_ptr<X>();
+  const W* a = layer.a.empty() ? nullptr : layer.a[slice].const_data_ptr<W>();
+  at::parallel_for(0, shrunk.size(), grain(a ? inputs : 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [row, slot] = rows[i / rank];
+      const int64_t r = i % rank;
+      const X* own = from + row * stride;
+      shrunk[i] = a ? dot(own, a + (slot * rank + r) * inputs, inputs) : static_cast<float>(own[r]);
+    }
+  });
+  return shrunk;
+}
+
+template <typename X, typename W>
+void add_rows(const Layer& layer, const Tensor& y, const Tensor& x, const std::vector<Row>& rows) {
+  for (size_t slice = 0; slice < layer.b.size(); ++slice) {
+    std::vector<Row> own;
+    for (const Row& row : rows)
+      if (layer.held[slice][row.slot]) own.push_back(row);
+    if (own.empty()) continue;
+    const std::vector<float> shrunk = shrink<X, W>(layer, slice, x, own);
+    const int64_t rank = layer.rank, outputs = layer.b[slice].size(2), stride = y.stride(0);
+    const int64_t tiles = (outputs + kTile - 1) / kTile;
+    const W* b = layer.b[slice].const_data_ptr<W>();
+    X* to = y.mutable_data_ptr<X>() + layer.columns[slice];
+    at::parallel_for(0, own.size() * tiles, grain(kTile * rank), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [row, slot] = own[i / tiles];
+        const int64_t column = i % tiles * kTile;
+        expand(to + row * stride + column, shrunk.data() + i / tiles * rank, b + slot * rank * outputs + column, rank,
+               outputs, std::min(kTile, outputs - column));
+      }
+    });
+  }
+}
+
+void add_long(const Layer& layer, const Tensor& y, const Tensor& x, int64_t slot) {
+  for (size_t slice = 0; slice < layer.b.size(); ++slice) {
+    if (!layer.held[slice][slot]) continue;
+    const Tensor& b = layer.b[slice];
+    const Tensor own = x.to(b.scalar_type());
+    const Tensor shrunk = layer.a.empty() ? own : at::matmul(own, layer.a[slice][slot][0].t());
+    y.narrow(1, layer.columns[slice], b.size(2)).add_(at::matmul(shrunk, b[slot]));
+  }
+}
+
+// y (rows, outputs of all slices) += what the adapter of each row makes of x (rows, inputs). first: names the layer.
+void add_lora(Tensor& y, const Tensor& x, const Tensor& first) {
+  const auto found = layers.find(first.const_data_ptr());
+  if (found == layers.end()) return;
+  const Layer& layer = found->second;
+  const int32_t* runs = layer.runs.const_data_ptr<int32_t>();
+  if (!runs[0]) return;
+  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && y.scalar_type() == x.scalar_type(),
+              "y and x are rows of one type");
+  const Tensor input = x.stride(1) == 1 ? x : x.contiguous();
+  std::vector<Row> rows;
+  for (int32_t i = 0; i < runs[0]; ++i) {
+    const int32_t* run = runs + 1 + 3 * i;
+    const int64_t begin = run[0], end = std::min<int64_t>(run[1], y.size(0));
+    if (end - begin >= kLong)
+      add_long(layer, y.narrow(0, begin, end - begin), input.narrow(0, begin, end - begin), run[2]);
+    else
+      for (int64_t row = begin; row < end; ++row) rows.push_back({row, run[2]});
+  }
+  if (rows.empty()) return;
+  const auto weights = layer.a.empty() ? first.scalar_type() : layer.a[0].scalar_type();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "add_lora", [&] {
+    using X = scalar_t;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weights, "add_lora", [&] {
+      add_rows<X, scalar_t>(layer, y, input, rows);
+    });
+  });
+}
+
+// Look at the weights in a slot of a layer, which gets its name with the first look. a is empty for embeddings.
+void look(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const Tensor& runs, int64_t slot) {
+  const c10::InferenceMode outside(false);  // else what is made in vLLM's could not be written outside of it
+  Layer& layer = layers[(a.empty() ? b : a)[0].const_data_ptr()];
+  if (layer.b.empty()) {
+    layer = {a, std::vector<Tensor>(b.size()), {}, {}, runs, b[0].size(3)};
+    int64_t column = 0;
+    for (const Tensor& part : b) {
+      layer.columns.push_back(column);
+      layer.held.emplace_back(part.size(0), 0);
+      column += part.size(2);
+    }
+  }
+  for (size_t slice = 0; slice < b.size(); ++slice) {
+    const Tensor own = b[slice][slot][0];
+    if (!(layer.held[slice][slot] = own.any().item<bool>())) continue;
+    if (!layer.b[slice].defined())
+      layer.b[slice] = at::zeros({b[slice].size(0), layer.rank, own.size(0)}, own.options());
+    layer.b[slice][slot].copy_(own.t());
+  }
+}
+
+void forget(const Tensor& first) { layers.erase(first.const_data_ptr()); }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(icarus, library) {
+  library.def("add_lora(Tensor(a!) y, Tensor x, Tensor first) -> ()");
+  library.def("look(Tensor[] a, Tensor[] b, Tensor runs, int slot) -> ()");
+  library.def("forget(Tensor first) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(icarus, CPU, library) {
+  library.impl("add_lora", add_lora);
+  library.impl("forget", forget);
+}
+
+TORCH_LIBRARY_IMPL(icarus, CompositeExplicitAutograd, library) { library.impl("look", look); }
+
+TORCH_LIBRARY_IMPL(icarus, Meta, library) {
+  library.impl("add_lora", [](Tensor&, const Tensor&, const Tensor&) {});
+}
