@@ -126,10 +126,12 @@ def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_the_plan_alternates_and_repeats_nothing() -> None:
     units = list(plan.units(profiles.CPU))
     assert len({str(unit.key) for unit in units}) == len(units)
-    at_once = [u for u in units if (u.models, u.budget, u.workload, u.rate) == (4, "tight", "react", None)]
+    at_once = [u for u in units if (u.models, u.budget, u.workload, u.rate) == (8, "tight", "react", None)]
     assert [(u.system, u.repeat) for u in at_once] == [
-        ("conventional", 0), ("icarus", 0), ("icarus", 1), ("conventional", 1),
+        ("conventional", 0), ("icarus", 0), ("icarus", 1), ("conventional", 1), ("stock", 0),
     ]  # fmt: skip
+    assert units[-1].system == "stock", "what takes longest comes last"
+    assert not any(unit.budget == "roomy" and unit.models == 1 for unit in units)
     assert {unit.models for unit in units if unit.system == "single"} == {1}
     quick = list(plan.units(profiles.QUICK))
     assert {(u.system, u.models, u.rate is None) for u in quick} >= {("conventional", 8, True), ("icarus", 8, False)}
@@ -137,6 +139,8 @@ def test_the_plan_alternates_and_repeats_nothing() -> None:
 
 def test_budgets_are_what_they_are_called() -> None:
     requests = plan.Requests(profiles.CPU, 49152)
+    assert len(requests.workflows("react", None, 0)) == len(requests.arrivals(None, 0)) == profiles.CPU.workflows
+    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == profiles.CPU.arriving
     tight, roomy = plan.budgets(requests).values()
     sets = [requests.working_set("react", n, shared=False) for n in (1, 2, 8)]
     assert requests.working_set("react", 8, shared=True) == sets[0] < tight < sets[1]

@@ -148,7 +148,7 @@ class _Bench:
     def _unit(self, server: Server, kind: ServerKind, unit: Unit) -> None:
         print(f"  {unit} ... ", end="", flush=True)
         _reset_prefix_cache(server)
-        workflows = self.requests.workflows(unit.workload, unit.repeat)
+        workflows = self.requests.workflows(unit.workload, unit.rate, unit.repeat)
         arrivals = self.requests.arrivals(unit.rate, unit.repeat)
         done = load.drive(server.url, workflows, arrivals, kind.names)
         readings = [(at, prometheus.read(text)) for at, text in done.metrics]
@@ -170,7 +170,7 @@ class _Bench:
 
     def _check_lengths(self) -> None:
         for workload in self.settings.workloads:
-            longest = max(workflow.longest for workflow in self.requests.workflows(workload, 0))
+            longest = max(workflow.longest for workflow in self.requests.workflows(workload, None, 0))
             if longest > self.settings.max_model_len:
                 raise InputError(
                     f"A context of {workload} gets {longest} tokens long, more than --max-model-len "
@@ -222,7 +222,7 @@ def _trajectories(settings: Settings, base: Path) -> list[Trajectory]:
     return trajectories.read(
         Path(settings.trajectories),
         lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
-        limit=settings.workflows * settings.repeats,
+        limit=max(settings.workflows, settings.arriving) * settings.repeats,
         longest=settings.max_model_len - settings.sizes.output,
     )
 

@@ -37,7 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", nargs="+", type=_rate, metavar="R", help="arriving workflows a second")
     parser.add_argument("--trajectories", metavar="FILE", help="recorded runs for plan-act-reflect (JSON lines)")
     for name, help in (
-        ("workflows", "workflows in a run"),
+        ("workflows", "workflows of a run all at once"),
+        ("arriving", "workflows of a run at an arrival rate"),
         ("repeats", "runs of each kind; the order of systems alternates"),
         ("rank", "rank of all adapters"),
         ("tight-tokens", "KV budget in tokens"),

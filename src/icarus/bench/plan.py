@@ -46,18 +46,22 @@ class Requests:
     vocabulary: int
     trajectories: Sequence[Trajectory] = ()
 
-    def workflows(self, workload: str, repeat: int) -> list[Workflow]:
-        """The workflows of one repeat."""
-        s = self.settings
-        return workloads.make(workload, s.workflows, s.sizes, self.vocabulary, self._seed(repeat), self.trajectories)
+    def workflows(self, workload: str, rate: float | None, repeat: int) -> list[Workflow]:
+        """The workflows of one run."""
+        s, count = self.settings, self._count(rate)
+        return workloads.make(workload, count, s.sizes, self.vocabulary, self._seed(repeat), self.trajectories)
 
     def arrivals(self, rate: float | None, repeat: int) -> list[float]:
         """Seconds at which they start."""
-        return workloads.arrivals(self.settings.workflows, rate, self._seed(repeat))
+        return workloads.arrivals(self._count(rate), rate, self._seed(repeat))
 
     def working_set(self, workload: str, models: int, *, shared: bool) -> int:
-        """Tokens of K/V that the first repeat holds if nothing is evicted."""
-        return workloads.working_set(self.workflows(workload, 0), models, self.settings.block_size, shared=shared)
+        """Tokens of K/V that all workflows at once hold if nothing is evicted."""
+        own = self.workflows(workload, None, 0)
+        return workloads.working_set(own, models, self.settings.block_size, shared=shared)
+
+    def _count(self, rate: float | None) -> int:
+        return self.settings.workflows if rate is None else self.settings.arriving
 
     def _seed(self, repeat: int) -> str:
         return f"{self.settings.seed}/{repeat}"
@@ -89,25 +93,30 @@ def budgets(requests: Requests) -> dict[str, int]:
 
 
 def units(settings: Settings) -> Iterator[Unit]:
-    """All runs, in order; neighbours with the same server share it. The order of systems alternates.
+    """All runs, in order; neighbours with the same server share it. The order of systems alternates over repeats.
 
-    Repeated is what the headline is made of: the first workload, all at once and at each rate. The other workloads and
-    ``stock``, which takes longest, run once.
+    What matters most comes first, and ``stock``, which takes longest, last. Repeated is the headline: the most models
+    in the first budget, on the first workload.
     """
-    for models in settings.models:
+    quick, slow = (tuple(s for s in settings.systems if (s == "stock") is last) for last in (False, True))
+    for systems in (quick, slow):
         for budget in settings.budgets:
-            for repeat in range(settings.repeats):
-                systems = [s for s in settings.systems if _runs(s, models, budget, repeat, settings)]
-                for system in systems[:: -1 if repeat % 2 else 1]:
-                    counted = 1 if system == "single" else models
-                    for workload, rate in _loads(system, models, budget, repeat, settings):
-                        yield Unit(system, counted, budget, workload, rate, repeat)
+            for models in sorted(settings.models, reverse=True):
+                for repeat in range(settings.repeats):
+                    for system in systems[:: -1 if repeat % 2 else 1]:
+                        if _runs(system, models, budget, repeat, settings):
+                            counted = 1 if system == "single" else models
+                            for workload, rate in _loads(system, models, budget, repeat, settings):
+                                yield Unit(system, counted, budget, workload, rate, repeat)
 
 
 def _runs(system: str, models: int, budget: str, repeat: int, settings: Settings) -> bool:
-    """``stock`` and ``single`` are points to compare with, at one place: single is one model whatever N is."""
-    here = models == settings.most_models and budget == settings.budgets[0]
-    return (here and (system != "stock" or not repeat)) or system not in ("stock", "single")
+    """``stock`` and ``single`` are points to compare with at the headline; one model's cache fits any budget."""
+    first = budget == settings.budgets[0]
+    headline = first and models == settings.most_models
+    if system in ("stock", "single"):
+        return headline and (system == "single" or not repeat)
+    return (headline or not repeat) and (first or models > 1)
 
 
 def _loads(
@@ -115,7 +124,7 @@ def _loads(
 ) -> Iterator[tuple[str, float | None]]:
     swept, *others = settings.workloads
     yield swept, None
-    if budget != settings.budgets[0] or system == "stock":
+    if budget != settings.budgets[0] or system == "stock" or (system == "single" and repeat):
         return
     for rate in settings.rates:
         yield swept, rate

@@ -61,9 +61,10 @@ def _caption(protocol: Mapping[str, Any]) -> str:
         f"{Path(s['base']).name}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores "
         f"({machine['cpu']}), {engine}; "
         f"KV budget in tokens: {budgets}; seed {s['seed']}; "
-        f"{s['workflows']} workflows a run, {sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt "
-        f"tokens first, {sizes['output']} generated and {sizes['observation']} appended a call; "
-        f"medians over repeats, {s['repeats']} each"
+        f"{s['workflows']} workflows all at once or {s['arriving']} arriving, {sizes['turns']} calls each: "
+        f"{sizes['system']} + {sizes['task']} prompt tokens first, {sizes['output']} generated and "
+        f"{sizes['observation']} appended a call; medians of {s['repeats']} runs for the most models in the first "
+        "budget, else one run"
     )
 
 

@@ -55,8 +55,9 @@ class Settings:
     models: tuple[int, ...] = (1, 2, 4, 8)
     workloads: tuple[str, ...] = tuple(MAKERS)  # the first is swept, the others run with the most models
     budgets: tuple[str, ...] = BUDGETS  # arrival rates are swept with the first
-    rates: tuple[float, ...] = (0.1, 0.3)  # workflows a second; all at once is always run as well
-    workflows: int = 6  # in a run, and so the most that are in the server together
+    rates: tuple[float, ...] = (0.1, 0.2)  # workflows a second; all at once is always run as well
+    workflows: int = 6  # of a run all at once, for which the KV budgets are made
+    arriving: int = 12  # of a run at an arrival rate
     repeats: int = 2
     sizes: Sizes = field(default_factory=Sizes)
     trajectories: str | None = None
@@ -87,7 +88,9 @@ QUICK = replace(
     models=(8,),
     workloads=("react",),
     budgets=(TIGHT,),
-    rates=(0.3,),
+    rates=(0.15,),
+    workflows=5,
+    arriving=5,
     repeats=1,
 )
 GPU = replace(
@@ -96,6 +99,7 @@ GPU = replace(
     sizes=Sizes(system=256, task=1792, turns=16, output=32, observation=96, writing=512),
     rates=(0.25, 0.5, 1.0, 2.0),
     workflows=12,
+    arriving=48,
     repeats=3,
     max_model_len=8192,
     max_num_seqs=64,

@@ -43,6 +43,7 @@ from icarus.bench.micro_plan import (
     measurements,
 )
 from icarus.errors import InputError
+from icarus.vllm.environment import variables
 
 SEED = 0
 PROFILED_STEPS, PROFILED_ROWS = 20, 30
@@ -58,7 +59,7 @@ ENGINE: dict[str, Any] = {
 }
 LORA: dict[str, Any] = {"enable_lora": True, "max_loras": ADAPTERS, "max_lora_rank": RANK}
 ENVIRONMENT = {
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    **variables({}),
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB for each engine
     "VLLM_NO_USAGE_STATS": "1",  # its thread would run beside the first measurements
 }

@@ -19,6 +19,7 @@ from pathlib import Path
 from icarus.bench import checkpoints
 from icarus.bench.profiles import Settings
 from icarus.bench.server import Server, free_port
+from icarus.vllm.environment import variables
 
 ADAPTERS = {"stock": "conventional", "conventional": "conventional", "icarus": "icarus"}
 """The kind of adapter that a system serves; ``single`` has none."""
@@ -71,7 +72,7 @@ def environment(kind: ServerKind, kv_bytes: int) -> dict[str, str]:
     return {
         "VLLM_PLUGINS": "" if kind.system in _WITHOUT_PLUGIN else "icarus",
         "ICARUS_CPU_LORA": "1",  # what ``conventional`` means, whatever the caller's environment says
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # decoder rows are built for V1, so all systems run it
+        **variables({}),  # all systems run the model runner that decoder rows are built for
         "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(kv_bytes / 2**30)),  # GiB; the number of blocks is what counts
         "VLLM_NO_USAGE_STATS": "1",

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from icarus import base_model, hub
 from icarus.errors import InputError
-from icarus.vllm import folders, watch
+from icarus.vllm import environment, folders, watch
 
 SLOTS = 8
 """Least number of adapters that can be in one step (``--max-loras``)."""
@@ -307,7 +307,7 @@ def _environment(made: Plan, more: list[Path], current: Mapping[str, str], *, lo
     within = [*map(_beside, made.adapters), *more, *filter(None, [made.watched])]
     wanted = {
         folders.ALLOWED: os.pathsep.join(dict.fromkeys(str(folder.resolve()) for folder in within)),
-        "VLLM_USE_V2_MODEL_RUNNER": current.get("VLLM_USE_V2_MODEL_RUNNER", "0"),  # decoder rows are in V1
+        **environment.variables(current),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": current.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", str(int(loading))),
         watch.WATCHED: str(made.watched or ""),
     }

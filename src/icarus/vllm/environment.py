@@ -1,0 +1,17 @@
+"""The variables that a vLLM is started with so that it can serve ICaRus adapters, and starts fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+def variables(current: Mapping[str, str]) -> dict[str, str]:
+    """What to set; what is set in ``current`` stays as it is."""
+    wanted = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # decoder rows are in V1
+    if not torch.cuda.is_available():
+        # On CPUs vLLM 0.32.0 saves the model that it compiled, cannot load it ("'function' object has no attribute
+        # 'finalize_loading'"), and compiles again at every start; without, torch's own cache is used.
+        wanted["VLLM_USE_AOT_COMPILE"] = "0"
+    return {name: current.get(name, value) for name, value in wanted.items()}
