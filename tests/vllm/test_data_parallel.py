@@ -6,27 +6,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_engine import NEW, Asked, Shop, prompts
-from test_serve_http import INSTALLED, Server
-
-from conftest import tiny_tokenizer
+from test_engine import NEW, Asked, prompts
+from test_serve_http import INSTALLED, Server, serving
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("shop")
-    shop = Shop(folder)
-    tiny_tokenizer().save_pretrained(shop.base)
-    (folder / "watched").mkdir()
-    running = Server(shop, folder / "watched", "--data-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
-    try:
-        running.wait()
+    two = ("--data-parallel-size", "2")
+    with serving(tmp_path_factory.mktemp("shop"), *two, VLLM_CPU_OMP_THREADS_BIND="0|1") as running:
         yield running
-        assert running.stop() == 0, running.log.read_text()[-5000:]
-    finally:
-        running.process.kill()
 
 
 def check(server: Server, asked: list[Asked], models: dict[str, str]) -> None:

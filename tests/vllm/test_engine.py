@@ -54,6 +54,8 @@ class Shop:
         adapter.save(adapter.attach(tiny(**SHAPE, seed=9), rank=8), folder / "foreign")
         ordinary = adapter.attach_conventional(tiny(**SHAPE), rank=8)
         adapter.save_conventional(randomize(ordinary, 7), folder / "plain")
+        wide = adapter.attach_conventional(tiny(**SHAPE), rank=8, targets=["embed_tokens", "lm_head", "q_proj"])
+        adapter.save_conventional(randomize(wide, 8), folder / "wide")
         model = tiny(**SHAPE)
         model.generation_config.eos_token_id = None  # engines are told to ignore it, too
         self.team = Specialists(model, tiny_tokenizer())
@@ -89,7 +91,7 @@ class Shop:
         }
         adapters = {
             name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
-            for number, name in enumerate(("sql", "chat", "plain", "foreign"), 1)
+            for number, name in enumerate(("sql", "chat", "plain", "foreign", "wide"), 1)
         }
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
         if threads:
@@ -253,13 +255,15 @@ def test_compiled(shop: Shop, stock: Any) -> None:
     """A graph that is traced once serves steps of all kinds: lone requests, mixed batches, other weights in a slot."""
     alone = [asked for asked in ALONE if len(asked[1]) in (1, 33)]
     reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
-    steps = [*(ask(asked) for asked in alone), ask(*MIXED), reload, ask(("sql", SHARED), ("base", SHARED))]
-    *lone, mixed, _, [sql, base] = shop.serve(steps, enforce_eager=False, max_num_batched_tokens=64)
+    steps = [*(ask(asked) for asked in alone), ask(*MIXED), reload]
+    steps.append(ask(("sql", SHARED), ("base", SHARED), ("wide", SHARED)))
+    *lone, mixed, _, [sql, base, wide] = shop.serve(steps, enforce_eager=False, max_num_batched_tokens=64)
     for (model, prompt), [reply] in zip(alone, lone, strict=True):
         assert reply["tokens"] == shop.reference(model, prompt), (model, len(prompt))
     check(shop, stock, mixed)
     assert sql["tokens"] == shop.reference("chat", SHARED)
     assert base["tokens"] == shop.reference("base", SHARED)
+    assert wide["tokens"] == shop.serve([ask(("wide", SHARED))], plugin=False)[0][0]["tokens"]
 
 
 def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
@@ -310,6 +314,13 @@ def test_kv_events_name_no_adapter_where_the_cache_is_shared(shop: Shop) -> None
     assert chat["stored"] == 0, "all of its full blocks were there"
     assert plain["adapters"]
     assert all(named == [3, "plain"] for named in plain["adapters"])
+
+
+def test_conventional_adapters_of_embeddings_and_of_the_head(shop: Shop) -> None:
+    asked = ask(*((model, prompt) for prompt in prompts(500) for model in ("base", "wide", "plain")))
+    stock = of(shop.serve([asked], plugin=False)[0])  # one slot stays empty, as above
+    assert of(shop.serve([asked])[0]) == stock
+    assert len({tuple(tokens) for tokens in stock[-3:]}) == 3
 
 
 def test_more_adapters_than_slots(shop: Shop, stock: Any) -> None:

@@ -27,7 +27,6 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 def operator() -> None:
     if not lora_rows.available():
         pytest.skip("no C++ compiler")
-    lora_rows.load()
 
 
 class Layer:
@@ -43,8 +42,10 @@ class Layer:
         for slot in slots or range(M):
             torch.ops.icarus.look(self.a, self.b, self.runs, slot)
 
-    def add(self, x: Tensor, slots: list[int], first: Tensor | None = None) -> Tensor:
-        y = torch.zeros(len(slots), sum(OUTPUTS), dtype=x.dtype)
+    def add(
+        self, x: Tensor, slots: list[int], first: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        y = torch.zeros(len(slots), sum(OUTPUTS), dtype=dtype)
         lora_rows.find_runs(slots, self.runs)
         torch.ops.icarus.add_lora(y, x, self.a[0] if first is None else first)
         return y
@@ -74,20 +75,21 @@ def some(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @settings(deadline=None)
-@given(ROWS, st.sets(st.integers(0, M - 1)), st.integers(0, 2), st.sampled_from(TYPES), st.sampled_from(TYPES))
+@given(ROWS, st.sets(st.integers(0, M - 1)), st.integers(0, 2), st.tuples(*[st.sampled_from(TYPES)] * 3))
 def test_any_rows_any_adapters(
-    slots: list[int], empty: set[int], untouched: int, dtype: torch.dtype, of_rows: torch.dtype
+    slots: list[int], empty: set[int], untouched: int, types: tuple[torch.dtype, torch.dtype, torch.dtype]
 ) -> None:
-    layer = Layer(dtype)
+    """Weights, inputs and outputs may each be of another type: heads in float32, adapters in another (--lora-dtype)."""
+    layer = Layer(types[0])
     for slot in empty:
         for part in (*layer.a, *layer.b):
             part[slot] = 0
     layer.b[untouched][:] = 0  # as k and v of ICaRus adapters are
     layer.look()
-    x = some(len(slots), of_rows)
-    y = layer.add(x, slots)
+    x = some(len(slots), types[1])
+    y = layer.add(x, slots, dtype=types[2])
     torch.ops.icarus.forget(layer.a[0])
-    exact = dtype == of_rows == torch.float32
+    exact = set(types) == {torch.float32}
     torch.testing.assert_close(
         y.double(), layer.by_row(x, slots), rtol=1e-5 if exact else 0.05, atol=1e-5 if exact else 0.3
     )
@@ -144,6 +146,12 @@ def test_a_step_with_fewer_rows_than_runs_stays_within_them(layer: Layer) -> Non
     assert torch.equal(y[2:], guard[2:])
 
 
+def test_rows_of_another_shape_are_refused(layer: Layer) -> None:
+    """What they point to would be read and written otherwise."""
+    with pytest.raises(RuntimeError, match="6 inputs and 155 outputs"):
+        layer.add(torch.ones(2, INPUTS - 1), [0, 1])
+
+
 def test_weights_can_be_looked_at_outside_of_inference_mode() -> None:
     with torch.inference_mode():
         layer = Layer(torch.float32)
@@ -153,9 +161,9 @@ def test_weights_can_be_looked_at_outside_of_inference_mode() -> None:
 
 
 def test_a_compiled_graph_asks_for_the_runs_of_each_call(layer: Layer) -> None:
-    @torch.compile(backend="eager", fullgraph=True)
+    @torch.compile(fullgraph=True)
     def step(x: Tensor) -> Tensor:
-        y = torch.zeros(len(x), sum(OUTPUTS))
+        y = x.sum(1, keepdim=True).expand(-1, sum(OUTPUTS)) * 0  # made in the graph, and then written to
         torch.ops.icarus.add_lora(y, x, layer.a[0])
         return y * 1
 
@@ -183,9 +191,40 @@ def test_runs(slots: list[int], wanted: list[tuple[int, int, int]]) -> None:
     assert [tuple(run) for run in runs[1 : 1 + 3 * len(wanted)].view(-1, 3).tolist()] == wanted
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What was compiled before is used without one."""
-    assert lora_rows.available()
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str) -> None:
+    """Said once, and nothing is left."""
+    said: list[str] = []
+    monkeypatch.setattr(lora_rows.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("ICARUS_HOME", str(tmp_path))
-    assert not lora_rows.available()
+    for function in (lora_rows.available, lora_rows.load):
+        function.cache_clear()
+    try:
+        assert not lora_rows.available()
+        assert not lora_rows.available()
+    finally:
+        for function in (lora_rows.available, lora_rows.load):
+            function.cache_clear()
+    assert len(said) == 1
+    assert compiler in said[0]
+    assert not list((tmp_path / "operators").iterdir())
+
+
+def test_what_another_system_left_in_the_cache_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ICARUS_HOME", str(tmp_path))
+    monkeypatch.setattr(lora_rows, "_compile", lambda library: library.write_text("made again"))
+    library = lora_rows._library()
+    library.parent.mkdir()
+    library.write_text("no library")
+    with pytest.raises(OSError, match="Could not load this library"):
+        lora_rows.load.__wrapped__()
+    assert library.read_text() == "made again"
+
+
+def test_only_touched_layers_are_looked_at(layer: Layer) -> None:
+    """vLLM asks for every layer; of other types and shapes too, where no adapter of the step has it."""
+    for part in layer.b:
+        part[2] = 0
+    layer.look(2)
+    assert not layer.add(torch.ones(2, 3), [2, 2]).any()

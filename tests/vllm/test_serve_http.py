@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +113,25 @@ def eventually(holds: Callable[[], bool], seconds: float = 15) -> None:
         time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("shop")
+@contextmanager
+def serving(folder: Path, *more: str, **variables: str) -> Iterator[Server]:
+    """A server of a shop in ``folder`` that is ready, and that must end well."""
     shop = Shop(folder)
     tiny_tokenizer().save_pretrained(shop.base)
-    watched = folder / "watched"
-    shutil.copytree(folder / "chat", watched / "early")
-    running = Server(shop, watched)
+    shutil.copytree(folder / "chat", folder / "watched" / "early")
+    server = Server(shop, folder / "watched", *more, **variables)
     try:
-        running.wait()
-        yield running
-        assert running.stop() == 0, running.log.read_text()[-5000:]
+        server.wait()
+        yield server
+        assert server.stop() == 0, server.log.read_text()[-5000:]
     finally:
-        running.process.kill()
+        server.process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("shop")) as running:
+        yield running
 
 
 _fresh = iter(range(1000, 100000))

@@ -24,6 +24,7 @@ from typing import Any
 
 from icarus import base_model
 from icarus.bench import checkpoints, load, measure, plan, prometheus, report, systems, tables, trajectories, workloads
+from icarus.bench.logs import last_lines
 from icarus.bench.plan import Requests, Unit
 from icarus.bench.profiles import SHAPES, Settings
 from icarus.bench.records import Records
@@ -137,7 +138,7 @@ class _Bench:
                     self._unit(server, kind, unit)
             except load.CallFailed as error:
                 _settle(server)
-                raise load.CallFailed(f"{error} {server.last_lines()}") from error
+                raise load.CallFailed(f"{error} {last_lines(server.log)}") from error
 
     def _warm_up(self, server: Server, kind: ServerKind) -> None:
         """Every model answers a prompt of full length once."""
@@ -252,7 +253,7 @@ def _reset_prefix_cache(server: Server) -> None:
                 return
         server.check()
         time.sleep(0.1)
-    raise ServerFailed(f"The server's prefix cache cannot be reset. {server.last_lines()}")
+    raise ServerFailed(f"The server's prefix cache cannot be reset. {last_lines(server.log)}")
 
 
 def _settle(server: Server) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from icarus.bench.logs import last_lines
 from icarus.errors import IcarusError
 
 COMMAND = (sys.executable, "-m", "icarus.vllm.measured")
-LAST_LINES = 15
-"""Lines of its log that are shown of an engine that failed."""
 
 
 class EngineFailed(IcarusError):
@@ -71,10 +70,10 @@ class EngineProcess:
             line = ""
         if not line:
             status = self._process.wait()
-            raise EngineFailed(f"The engine {self.name!r} ended with status {status}; its last lines:\n{self._tail()}")
+            raise EngineFailed(f"The engine {self.name!r} ended with status {status}. {last_lines(self.log)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise EngineFailed(f"The engine {self.name!r} failed ({answer['error']}); its last lines:\n{self._tail()}")
+            raise EngineFailed(f"The engine {self.name!r} failed ({answer['error']}). {last_lines(self.log)}")
         return answer
 
     def cpu_seconds(self) -> float:
@@ -82,7 +81,3 @@ class EngineProcess:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         user, system = int(fields[11]), int(fields[12])
         return (user + system) / os.sysconf("SC_CLK_TCK")
-
-    def _tail(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        return "\n".join(f"  {line}" for line in lines)

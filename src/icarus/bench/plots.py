@@ -61,10 +61,10 @@ def _caption(protocol: Mapping[str, Any]) -> str:
         f"{Path(s['base']).name}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores "
         f"({machine['cpu']}), {engine}; "
         f"KV budget in tokens: {budgets}; seed {s['seed']}; "
-        f"{s['workflows']} workflows all at once or {s['arriving']} arriving, {sizes['turns']} calls each: "
-        f"{sizes['system']} + {sizes['task']} prompt tokens first, {sizes['output']} generated and "
-        f"{sizes['observation']} appended a call; medians of {s['repeats']} runs for the most models in the first "
-        "budget, else one run"
+        f"{s['workflows']} workflows all at once or {s.get('arriving', s['workflows'])} arriving, "
+        f"{sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt tokens first, "
+        f"{sizes['output']} generated and {sizes['observation']} appended a call; "
+        f"one run, or the median of up to {s['repeats']}"
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from icarus.bench.logs import last_lines
 from icarus.errors import IcarusError
 
 STOP_SECONDS = 20.0
@@ -74,12 +75,7 @@ class Server:
         """Raises ServerFailed if the server has ended."""
         status = self._process.poll() if self._process else None
         if status is not None:
-            raise ServerFailed(f"The server ended by itself with status {status}. {self.last_lines()}")
-
-    def last_lines(self, count: int = 15) -> str:
-        """The end of its log, as a part of a message."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-        return "\n  ".join([f"The last lines of {self.log}:", *lines])
+            raise ServerFailed(f"The server ended by itself with status {status}. {last_lines(self.log)}")
 
     def peak_bytes(self) -> int:
         """Peak resident memory of its processes, summed; pages that they share count once for each of them."""
@@ -106,7 +102,7 @@ class Server:
             with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
             time.sleep(0.25)
-        raise ServerFailed(f"The server was not healthy after {self._start_seconds:.0f} s. {self.last_lines()}")
+        raise ServerFailed(f"The server was not healthy after {self._start_seconds:.0f} s. {last_lines(self.log)}")
 
     def _members(self) -> list[int]:
         """Processes of its group; empty where there is no /proc."""

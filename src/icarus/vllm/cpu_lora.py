@@ -14,6 +14,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.classifier import ClassificationHeadWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -44,7 +45,9 @@ class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to
         for module in modules.values():
             if module.punica_wrapper is not self:
                 continue
-            if isinstance(module, BaseLinearLayerWithLoRA):
+            if isinstance(module, ClassificationHeadWithLoRA):  # a linear layer, of the sampled rows
+                self._look(module.lora_a_stacked, module.lora_b_stacked, self._sampled, slot)
+            elif isinstance(module, BaseLinearLayerWithLoRA):
                 self._look(module.lora_a_stacked, module.lora_b_stacked, self._runs, slot)
             elif isinstance(module, LogitsProcessorWithLoRA):
                 self._look((module.lora_a_stacked,), (module.lora_b_stacked,), self._sampled, slot)
@@ -92,7 +95,7 @@ def _forget(known: dict[int, Tensor]) -> None:
 
 
 def _usable(lora_config: Any) -> bool:
-    """A and B of fully sharded layers have different ranks; without a compiler, ICaRus adapters are refused."""
+    """A and B of fully sharded layers have different ranks."""
     return lora_rows.wanted() and lora_rows.available() and not lora_config.fully_sharded_loras
 
 

@@ -10,7 +10,9 @@ import torch
 def variables(current: Mapping[str, str]) -> dict[str, str]:
     """What to set; what is set in ``current`` stays as it is."""
     wanted = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # decoder rows are in V1
-    if not torch.cuda.is_available():
+    if (
+        torch.version.cuda is None and torch.version.hip is None
+    ):  # a driver that is asked could not be used after a fork
         # On CPUs vLLM 0.32.0 saves the model that it compiled, cannot load it ("'function' object has no attribute
         # 'finalize_loading'"), and compiles again at every start; without, torch's own cache is used.
         wanted["VLLM_USE_AOT_COMPILE"] = "0"

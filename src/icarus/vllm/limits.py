@@ -38,8 +38,8 @@ _CHECKS: tuple[Check, ...] = (
     ),
     (
         lambda c: c.device_config.device_type == "cpu" and not lora_rows.available(),
-        "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and ICaRus's own are "
-        "compiled on first use: install g++ (or name your C++ compiler in CXX) and ninja",
+        "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and ICaRus's own could "
+        "not be compiled: install g++, or see the reason in the engine's log",
     ),
     (
         lambda c: c.device_config.device_type == "cpu" and c.lora_config.fully_sharded_loras,

@@ -1,7 +1,7 @@
-// LoRA of many adapters on a CPU: what each row's adapter makes of it, read where vLLM keeps the weights.
+// LoRA of many adapters on a CPU: what each row's adapter makes of it, without a copy of the weights for each row.
 //
 // vLLM's CPU operators (vllm/lora/ops/torch_ops/lora_ops.py) copy A and B of its adapter for every row of a step, rows
-// without an adapter included. Here a step comes as runs of rows with one adapter (products.py):
+// without an adapter included. Here a step comes as runs of rows with one adapter (find_runs in lora_rows.py):
 //
 //     short run    one pass per row over A and B of its slot, float sums, no copies, all cores
 //     long run     y[run] += (x[run] A^T) B^T, two products of matrices in the precision of the weights
@@ -34,7 +34,7 @@ struct Layer {
   std::vector<int64_t> columns;     // first output of each slice
   std::vector<std::vector<char>> held;  // per slice and slot: whether its adapter has weights there
   Tensor runs;                      // of the step, as find_runs in lora_rows.py writes them
-  int64_t rank;
+  int64_t rank, inputs, outputs;
 };
 
 std::unordered_map<const void*, Layer> layers;
@@ -118,6 +118,13 @@ void add_long(const Layer& layer, const Tensor& y, const Tensor& x, int64_t slot
   }
 }
 
+bool touched(const Layer& layer, const int32_t* runs) {
+  for (const auto& slots : layer.held)
+    for (int32_t i = 0; i < runs[0]; ++i)
+      if (slots[runs[3 + 3 * i]]) return true;
+  return false;
+}
+
 // y (rows, outputs of all slices) += what the adapter of each row makes of x (rows, inputs). first: names the layer.
 void add_lora(Tensor& y, const Tensor& x, const Tensor& first) {
   const auto found = layers.find(first.const_data_ptr());
@@ -125,9 +132,12 @@ void add_lora(Tensor& y, const Tensor& x, const Tensor& first) {
   const Layer& layer = found->second;
   const int32_t* runs = layer.runs.const_data_ptr<int32_t>();
   if (!runs[0]) return;
-  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && y.scalar_type() == x.scalar_type(),
-              "y and x are rows of one type");
-  const Tensor input = x.stride(1) == 1 ? x : x.contiguous();
+  if (!touched(layer, runs)) return;
+  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && x.size(0) >= y.size(0) &&
+                  x.size(1) == layer.inputs && y.size(1) >= layer.outputs,
+              "add_lora: y ", y.sizes(), " and x ", x.sizes(), " are not rows of a layer with ", layer.inputs,
+              " inputs and ", layer.outputs, " outputs");
+  const Tensor input = x.to(y.scalar_type()).contiguous();  // they differ where a head is kept in float32
   std::vector<Row> rows;
   for (int32_t i = 0; i < runs[0]; ++i) {
     const int32_t* run = runs + 1 + 3 * i;
@@ -152,12 +162,13 @@ void look(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const Tens
   const c10::InferenceMode outside(false);  // else what is made in vLLM's could not be written outside of it
   Layer& layer = layers[(a.empty() ? b : a)[0].const_data_ptr()];
   if (layer.b.empty()) {
-    layer = {a, std::vector<Tensor>(b.size()), {}, {}, runs, b[0].size(3)};
-    int64_t column = 0;
+    for (const Tensor& part : a) TORCH_CHECK(part.is_contiguous(), "look: A of a layer is read as it lies in memory");
+    const int64_t rank = b[0].size(3);
+    layer = {a, std::vector<Tensor>(b.size()), {}, {}, runs, rank, a.empty() ? rank : a[0].size(3), 0};
     for (const Tensor& part : b) {
-      layer.columns.push_back(column);
+      layer.columns.push_back(layer.outputs);
       layer.held.emplace_back(part.size(0), 0);
-      column += part.size(2);
+      layer.outputs += part.size(2);
     }
   }
   for (size_t slice = 0; slice < b.size(); ++slice) {

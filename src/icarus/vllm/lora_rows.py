@@ -6,8 +6,11 @@ The operator is compiled on first use, for the vector instructions of this machi
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import shutil
+import platform
+import shlex
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +24,8 @@ from torch.utils import cpp_extension
 
 from icarus.base_model import cache_directory
 from icarus.errors import InputError
+
+logger = logging.getLogger("vllm.icarus.lora_rows")  # below vLLM's own logger, so that it prints like one
 
 SWITCH = "ICARUS_CPU_LORA"
 
@@ -41,10 +46,19 @@ def wanted() -> bool:
     return value == "1"
 
 
+@cache
 def available() -> bool:
-    """Whether the operator is compiled, or can be."""
-    compiler = shutil.which(cpp_extension.get_cxx_compiler())  # type: ignore[no-untyped-call]
-    return _library().exists() or (compiler is not None and cpp_extension.is_ninja_available())
+    """Whether the operator could be loaded, which compiles it the first time; if not, the log says why."""
+    try:
+        load()
+    except (OSError, RuntimeError) as error:
+        logger.warning(
+            "ICaRus's LoRA operator for CPUs cannot be used (%s); it needs a C++ compiler, g++ or what CXX names, and "
+            "a cache folder to write to, ~/.cache/icarus or what ICARUS_HOME names. vLLM's own operators stay.",
+            error,
+        )
+        return False
+    return True
 
 
 def no_runs(rows: int) -> Tensor:
@@ -75,26 +89,46 @@ def find_runs(slots: Sequence[int], runs: Tensor) -> None:
 def load() -> None:
     """Define ``torch.ops.icarus.add_lora``, ``look`` and ``forget``; the first time takes some ten seconds.
 
-    Workers that compile at once do so in a folder each, and one of the equal results stays. Raises RuntimeError with
-    the compiler's words if it fails.
+    Raises OSError or RuntimeError with the reason if the operator cannot be compiled.
     """
     library = _library()
-    if library.exists():
+    if not library.exists():
+        _compile(library)
+    try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        return
+    except OSError:  # made on another system that has the same cache folder
+        _compile(library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+
+
+def _compile(library: Path) -> None:
+    """Workers that compile at once do so in a folder each, and one of the equal results stays.
+
+    Not by torch.utils.cpp_extension.load: it wants ninja on PATH, and waits for ever for the lock that a build leaves
+    when it is killed. OpenMP is not linked, so that it is the one that torch has loaded.
+    """
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())  # type: ignore[no-untyped-call]
+    headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        # Not in a folder that stays: torch waits for ever for the lock that a build leaves there when it is killed.
-        built = cpp_extension.load(
-            "lora_rows", str(SOURCE), extra_cflags=_flags(), build_directory=folder, is_python_module=False
-        )
-        os.replace(built, library)
+        compiled, linked = str(Path(folder) / "rows.o"), str(Path(folder) / library.name)
+        _run([*compiler, *_flags(), *headers, "-c", str(SOURCE), "-o", compiled])
+        _run([*compiler, "-shared", compiled, "-o", linked, *torch_libraries])
+        os.replace(linked, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def _flags() -> list[str]:
-    return ["-O3", "-fopenmp", "-fno-math-errno", *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", *vectors]
 
 
 def _library() -> Path:
-    made_of = "\n".join((SOURCE.read_text(), torch.__version__, *_flags()))
+    made_of = "\n".join((SOURCE.read_text(), torch.__version__, platform.machine(), *platform.libc_ver(), *_flags()))
     return cache_directory() / "operators" / f"lora-rows-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
