@@ -16,7 +16,7 @@ ROOT = Path(icarus.__file__).parent
 LEVELS = [
     {"errors"},
     {"fingerprint", "specialists", "atomic", "card", "undo"},
-    {"base_model", "projections"},
+    {"base_model", "projections", "vllm_environment"},
     {"verify"},
     {"hub", "lora"},
     {"streams", "adapter"},

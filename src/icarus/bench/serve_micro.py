@@ -43,7 +43,7 @@ from icarus.bench.micro_plan import (
     measurements,
 )
 from icarus.errors import InputError
-from icarus.vllm.environment import variables
+from icarus.vllm_environment import variables
 
 SEED = 0
 PROFILED_STEPS, PROFILED_ROWS = 20, 30

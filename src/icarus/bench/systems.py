@@ -19,7 +19,7 @@ from pathlib import Path
 from icarus.bench import checkpoints
 from icarus.bench.profiles import Settings
 from icarus.bench.server import Server, free_port
-from icarus.vllm.environment import variables
+from icarus.vllm_environment import variables
 
 ADAPTERS = {"stock": "conventional", "conventional": "conventional", "icarus": "icarus"}
 """The kind of adapter that a system serves; ``single`` has none."""

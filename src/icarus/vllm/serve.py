@@ -21,9 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from icarus import base_model, hub
+from icarus import base_model, hub, vllm_environment
 from icarus.errors import InputError
-from icarus.vllm import environment, folders, watch
+from icarus.vllm import folders, watch
 
 SLOTS = 8
 """Least number of adapters that can be in one step (``--max-loras``)."""
@@ -307,7 +307,7 @@ def _environment(made: Plan, more: list[Path], current: Mapping[str, str], *, lo
     within = [*map(_beside, made.adapters), *more, *filter(None, [made.watched])]
     wanted = {
         folders.ALLOWED: os.pathsep.join(dict.fromkeys(str(folder.resolve()) for folder in within)),
-        **environment.variables(current),
+        **vllm_environment.variables(current),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": current.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", str(int(loading))),
         watch.WATCHED: str(made.watched or ""),
     }
