@@ -56,6 +56,7 @@ def _caption(protocol: Mapping[str, Any]) -> str:
     s, machine, kv = protocol["settings"], protocol["machine"], protocol["KV"]
     sizes = s["sizes"]
     budgets = ", ".join(f"{name} {tokens:,}" for name, tokens in kv["budget (tokens)"].items())
+    repeats = f"medians of up to {s['repeats']} runs" if s["repeats"] > 1 else "one run each"
     engine = ", ".join(f"{name} {version}" for name, version in machine["vllm"].items())
     return (
         f"{Path(s['base']).name}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores "
@@ -64,7 +65,7 @@ def _caption(protocol: Mapping[str, Any]) -> str:
         f"{s['workflows']} workflows all at once or {s.get('arriving', s['workflows'])} arriving, "
         f"{sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt tokens first, "
         f"{sizes['output']} generated and {sizes['observation']} appended a call; "
-        f"one run, or the median of up to {s['repeats']}"
+        f"{repeats}"
     )
 
 
