@@ -131,7 +131,7 @@ def test_the_plan_alternates_and_repeats_nothing() -> None:
         ("conventional", 0), ("icarus", 0), ("icarus", 1), ("conventional", 1), ("stock", 0),
     ]  # fmt: skip
     assert units[-1].system == "stock", "what takes longest comes last"
-    assert not any(unit.budget == "roomy" and unit.models == 1 for unit in units)
+    assert {unit.models for unit in units if unit.budget == "roomy"} == {8}
     assert {unit.models for unit in units if unit.system == "single"} == {1}
     quick = list(plan.units(profiles.QUICK))
     assert {(u.system, u.models, u.rate is None) for u in quick} >= {("conventional", 8, True), ("icarus", 8, False)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
+
+_FEW_CORES = 2  # as measured; the scheduler waits actively, so it would take its share of more cores too
 
 
 def variables(current: Mapping[str, str]) -> dict[str, str]:
@@ -16,4 +19,12 @@ def variables(current: Mapping[str, str]) -> dict[str, str]:
         # On CPUs vLLM 0.32.0 saves the model that it compiled, cannot load it ("'function' object has no attribute
         # 'finalize_loading'"), and compiles again at every start; without, torch's own cache is used.
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
+        # vLLM keeps one core for its scheduler; of two, that is half of what computes (docs/log.md has figures).
+        if _cores() <= _FEW_CORES:
+            wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     return {name: current.get(name, value) for name, value in wanted.items()}
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -96,7 +96,7 @@ def units(settings: Settings) -> Iterator[Unit]:
     """All runs, in order; neighbours with the same server share it. The order of systems alternates over repeats.
 
     What matters most comes first, and ``stock``, which takes longest, last. Repeated is the headline: the most models
-    in the first budget, on the first workload.
+    in the first budget, on the first workload, all at once and at the first rate.
     """
     quick, slow = (tuple(s for s in settings.systems if (s == "stock") is last) for last in (False, True))
     for systems in (quick, slow):
@@ -111,12 +111,12 @@ def units(settings: Settings) -> Iterator[Unit]:
 
 
 def _runs(system: str, models: int, budget: str, repeat: int, settings: Settings) -> bool:
-    """``stock`` and ``single`` are points to compare with at the headline; one model's cache fits any budget."""
+    """``stock`` and ``single`` are points to compare with at the headline; other budgets are for the most models."""
     first = budget == settings.budgets[0]
     headline = first and models == settings.most_models
     if system in ("stock", "single"):
         return headline and (system == "single" or not repeat)
-    return (headline or not repeat) and (first or models > 1)
+    return (headline or not repeat) and (first or models == settings.most_models)
 
 
 def _loads(
@@ -126,7 +126,7 @@ def _loads(
     yield swept, None
     if budget != settings.budgets[0] or system == "stock" or (system == "single" and repeat):
         return
-    for rate in settings.rates:
+    for rate in settings.rates[: 1 if repeat else None]:
         yield swept, rate
     if models == settings.most_models and not repeat:
         yield from ((workload, None) for workload in others)

@@ -55,9 +55,9 @@ class Settings:
     models: tuple[int, ...] = (1, 2, 4, 8)
     workloads: tuple[str, ...] = tuple(MAKERS)  # the first is swept, the others run with the most models
     budgets: tuple[str, ...] = BUDGETS  # arrival rates are swept with the first
-    rates: tuple[float, ...] = (0.1, 0.2)  # workflows a second; all at once is always run as well
+    rates: tuple[float, ...] = (0.15, 0.25)  # workflows a second; all at once is always run as well
     workflows: int = 6  # of a run all at once, for which the KV budgets are made
-    arriving: int = 12  # of a run at an arrival rate
+    arriving: int = 16  # of a run at an arrival rate
     repeats: int = 2
     sizes: Sizes = field(default_factory=Sizes)
     trajectories: str | None = None
