@@ -162,6 +162,10 @@ def test_the_whole_command_and_what_it_goes_on_with(
 
     assert bench(base, output, "--seed", "1") == 2
     assert "another seed: give another --output" in capsys.readouterr().err
+    with monkeypatch.context() as changed:
+        changed.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+        assert bench(base, output, "--rates", "20", "40", "60") == 2
+        assert "another environment: give another --output" in capsys.readouterr().err
     before = (output / "report.json").read_text()
     assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 0
     assert (output / "report.json").read_text() == before

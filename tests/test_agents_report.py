@@ -186,3 +186,26 @@ def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     assert all(variables[system] == variables["icarus"] for system in profiles.SYSTEMS)
     assert variables["icarus"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert kinds["single"].names == ["base", "base"]
+
+
+def test_servers_get_what_the_caller_has_set_and_the_protocol_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    kind = systems.ServerKind("icarus", 2, 6400)
+    said = systems.inherited()
+    assert said["VLLM_USE_V2_MODEL_RUNNER"] == "1" == systems.environment(kind, 1)["VLLM_USE_V2_MODEL_RUNNER"]
+    assert said["OMP_NUM_THREADS"] == "3"
+    assert all(name.startswith(("VLLM_", "OMP_")) for name in said)
+
+
+def test_systems_are_compared_over_repeats_that_both_have() -> None:
+    records = [record(repeat=0, seconds=1.0), record(repeat=1, seconds=9.0), record("single", models=1, seconds=2.0)]
+    records.append(record("conventional", repeat=2, seconds=5.0))
+    (gain,) = report.build({"settings": {"workloads": ["react"]}}, records)["gains"]
+    assert (gain["over"], gain["throughput"], gain["p95"]) == ("single", 2.0, 2.0)
+
+
+def test_a_mixture_of_commits_is_said_first() -> None:
+    records = [{**record("icarus"), "commit": commit} for commit in ("aaa", "bbb")]
+    found = report.build({"settings": {"workloads": ["react"]}}, records)
+    assert "of 2 commits: aaa, bbb" in tables.markdown(found, []).splitlines()[2]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -118,7 +119,12 @@ def counted(llm: Any, adapters: dict[str, dict[str, Any]], name: str) -> float:
     return float(next(metric.value for metric in llm.get_metrics() if metric.name == name))
 
 
-ACTIONS = {"ask": ask, "written": written, "published": published, "counted": counted}
+def delete(llm: Any, adapters: dict[str, dict[str, Any]], folder: str) -> None:
+    """Take away what an adapter was loaded from."""
+    shutil.rmtree(folder)
+
+
+ACTIONS = {"ask": ask, "written": written, "published": published, "counted": counted, "delete": delete}
 
 
 def main() -> None:

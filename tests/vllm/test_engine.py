@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -145,6 +146,14 @@ def stock(shop: Shop) -> Any:
     return shop.serve([ask(*MIXED)], plugin=False, max_loras=4)[0]
 
 
+def in_turn() -> list[Step]:
+    """What both engines do alike: prompts that repeat, with each other's beginnings."""
+    models = ("plain", "base", "plain", "base", "wide", "plain")
+    lengths = (97, 64, 130, 97, 64, 97)
+    whole = tokens(130, seed=600).tolist()
+    return [ask((model, whole[:length])) for model, length in zip(models, lengths, strict=True)]
+
+
 def check(shop: Shop, stock: Any, replies: list[Reply]) -> None:
     """The mixed batch has the reference's tokens, and stock vLLM's for what stock vLLM can serve."""
     for (model, prompt), got, plain in zip(MIXED, of(replies), of(stock), strict=True):
@@ -167,6 +176,7 @@ def served(shop: Shop) -> Any:
         "scored": [ask(*SCORED, prompt_logprobs=0)],
         "sampled": [ask(*SCORED, logprobs=0)],
         "seeded": [ask((model, SHARED), n=3, seed=5, temperature=1.0) for model in ("sql", "sql", "chat")],
+        "as stock": in_turn(),
         "bad": [ask(("foreign", SHARED)), {"load": {"name": "foreign"}}, ask(("base", SHARED))],
         "reload": [
             {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
@@ -186,6 +196,13 @@ def test_alone(shop: Shop, served: Any) -> None:
 
 def test_in_a_mixed_batch(shop: Shop, served: Any, stock: Any) -> None:
     check(shop, stock, served["mixed"][0])
+
+
+def test_base_and_conventional_adapters_find_in_the_cache_what_they_find_in_stock_vllm(shop: Shop, served: Any) -> None:
+    stock = shop.serve(in_turn(), plugin=False, max_loras=4)
+    ours, theirs = ([(r["tokens"], r["cached"]) for [r] in replies] for replies in (served["as stock"], stock))
+    assert ours == theirs
+    assert [cached for _, cached in ours] == [0, 0, 96, 64, 0, 96]
 
 
 def test_the_models_differ_and_as_plain_lora_they_are_wrong(shop: Shop, stock: Any) -> None:
@@ -316,6 +333,21 @@ def test_kv_events_name_no_adapter_where_the_cache_is_shared(shop: Shop) -> None
     assert all(named == [3, "plain"] for named in plain["adapters"])
 
 
+def test_a_connector_brings_one_specialist_what_another_one_stored(shop: Shop) -> None:
+    """By way of vLLM's example connector, from one engine to the next; its keys are tokens alone."""
+    store = shop.folder / "store"
+    store.mkdir()
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    connector["kv_connector_extra_config"] = {"shared_storage_path": str(store)}
+    options = {"kv_transfer_config": connector, "disable_log_stats": False}
+    prompt, count = tokens(100, seed=700).tolist(), {"counted": "vllm:external_prefix_cache_hits"}
+    [first], none = shop.serve([ask(("sql", prompt)), count], **options)
+    [other], brought = shop.serve([ask(("chat", prompt)), count], **options)
+    assert first["tokens"] == shop.reference("sql", prompt)
+    assert other["tokens"] == shop.reference("chat", prompt)
+    assert (none, brought) == (0, 96)
+
+
 def test_conventional_adapters_of_embeddings_and_of_the_head(shop: Shop) -> None:
     asked = ask(*((model, prompt) for prompt in prompts(500) for model in ("base", "wide", "plain")))
     stock = of(shop.serve([asked], plugin=False)[0])  # one slot stays empty, as above
@@ -323,9 +355,27 @@ def test_conventional_adapters_of_embeddings_and_of_the_head(shop: Shop) -> None
     assert len({tuple(tokens) for tokens in stock[-3:]}) == 3
 
 
+def test_a_scored_prompt_has_nobodys_head(shop: Shop) -> None:
+    """Two rows are scored in a step that samples two, of which the first has an adapter there."""
+    step = ask(("wide", SHARED), ("base", SHARED[:3]))
+    step["ask"][1]["sampling"] = {"prompt_logprobs": 0, "max_tokens": 1}
+    _, scored = shop.serve([step])[0]
+    assert scored["scored"] == pytest.approx(shop.scores("base", SHARED[:3]), abs=1e-3)
+
+
 def test_more_adapters_than_slots(shop: Shop, stock: Any) -> None:
     """Two slots for three adapters: weights come and go between steps."""
     check(shop, stock, shop.serve([ask(*MIXED)], max_loras=2, max_cpu_loras=3)[0])
+
+
+def test_an_evicted_adapter_outlives_its_folder(shop: Shop) -> None:
+    """One slot, in memory too: each request here reads its adapter again, and at last the folder is gone."""
+    gone = str(shutil.copytree(shop.folder / "sql", shop.folder / "gone"))
+    steps = [{"load": {"name": "sql", "lora_path": gone}}, ask(("sql", SHARED)), ask(("chat", SHARED))]
+    steps += [{"delete": gone}, ask(("sql", SHARED)), ask(("chat", SHARED))]
+    _, [first], [other], _, [again], [last] = shop.serve(steps, max_loras=1, max_cpu_loras=1)
+    assert first["tokens"] == again["tokens"] == shop.reference("sql", SHARED)
+    assert other["tokens"] == last["tokens"] == shop.reference("chat", SHARED)
 
 
 def test_stock_operators_are_refused_on_a_cpu(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

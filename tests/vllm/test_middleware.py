@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,10 @@ pytest.importorskip("vllm.config")  # without vLLM this folder is a package of i
 
 from httpx import ASGITransport, AsyncClient
 
+from conftest import tiny
+from icarus import adapter
 from icarus.vllm.middleware import Middleware
+from icarus.vllm.policy import Policy
 
 
 async def answers(scope: Any, receive: Any, send: Any) -> None:
@@ -52,3 +56,33 @@ def test_a_key_from_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
 def test_aliases_are_seen_below_v1() -> None:
     """Where vLLM's own check, which is further in, guards them."""
     assert ask("/load_lora_adapter", "secret") == (200, "/v1/load_lora_adapter")
+
+
+def test_a_watched_folder_that_cannot_be_served_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = tmp_path / "watched"
+    adapter.save(adapter.attach(tiny(), rank=2), watched / "sql")
+    monkeypatch.setenv("ICARUS_ADAPTER_DIR", str(watched))
+    policy = Policy(lambda: pytest.fail("no base model is needed"), refusal="set --pipeline-parallel-size 1")
+    models = SimpleNamespace(input_processor=SimpleNamespace(_icarus_policy=policy))
+    sent: list[Any] = []
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        pytest.fail("vLLM's own start went on")
+
+    async def start() -> None:
+        scope = {"type": "lifespan", "app": SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))}
+
+        async def receive() -> Any:
+            return {"type": "lifespan.startup"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await Middleware(never)(scope, receive, send)
+
+    asyncio.run(start())
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert "--pipeline-parallel-size 1" in sent[0]["message"]
+    assert str(watched / "sql") in sent[0]["message"]

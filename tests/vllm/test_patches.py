@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -100,3 +101,9 @@ def test_with_vllm_the_whole_ledger_applies_and_keeps_signatures_callable() -> N
             owner = getattr(owner, part)
         shown = list(signature(owner).parameters)
         assert shown in (patch.parameters.split(), patch.before.split()), "functools.wraps shows the original's"
+
+
+def test_the_documentation_lists_the_ledger() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "inside-vllm.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{patch.target.partition(':')[2]}` | {patch.what} | {patch.until} |" for patch in LEDGER]

@@ -262,6 +262,7 @@ class Follower:
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls, self.refusal = root, list[Any](), ""
+        self.failure: Exception | None = None
         root.mkdir()
         self.said: list[str] = []
         self.watcher = watch.Watcher(root, self.load, self.unload, self.said.append)
@@ -269,6 +270,8 @@ class Follower:
     async def load(self, name: str, folder: Path, replaces: bool) -> str:
         assert folder == self.root / name
         self.calls.append(("replace" if replaces else "load", name))
+        if self.failure:
+            raise self.failure
         return self.refusal
 
     async def unload(self, name: str) -> None:
@@ -346,6 +349,16 @@ def test_a_refusal_is_said_once_for_each_state(follower: Follower) -> None:
     follower.refusal = ""
     follower.complete("a", "changed again")
     assert [follower.look() for _ in range(2)] == [[], [("replace", "a")]]
+
+
+def test_what_failed_without_a_word_on_the_adapter_is_tried_again(follower: Follower) -> None:
+    follower.complete("a")
+    follower.failure = ConnectionError("busy")
+    assert [follower.look(first=True), follower.look(), follower.look()] == [[("load", "a")]] * 3
+    assert len(follower.said) == 1
+    assert "busy" in follower.said[0]
+    follower.failure = None
+    assert [follower.look() for _ in range(2)] == [[("load", "a")], []]
 
 
 def test_what_was_never_served_is_not_unloaded(follower: Follower) -> None:

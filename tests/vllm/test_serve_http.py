@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
 
 CONTEXT, SLOTS, QUEUE = 384, 8, 20
 LETTERS = list(range(4, 128))  # tokens that are text
+GRACE = 5.0  # icarus.vllm.loading's, which imports vLLM
 
 
 class Server:
@@ -40,7 +42,8 @@ class Server:
         from openai import OpenAI
 
         self.shop, self.watched = shop, watched
-        self.log = shop.folder / "server.log"
+        self.log, self.temporary = shop.folder / "server.log", shop.folder / "temporary"
+        self.temporary.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -53,6 +56,7 @@ class Server:
         words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", *more]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
         environment.pop("VLLM_PLUGINS", None)
+        environment |= {"TMPDIR": str(self.temporary), "VLLM_RPC_BASE_PATH": tempfile.gettempdir()}  # of short sockets
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "icarus.cli", *words], env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -86,6 +90,18 @@ class Server:
 
     def load(self, name: str, folder: Path, **options: Any) -> Any:
         return self.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folder), **options)
+
+    def copies(self) -> int:
+        """Files without a name that the workers keep: two for each copy of an adapter."""
+        import psutil  # comes with vLLM
+
+        links = (
+            os.readlink(link)
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            for link in Path(f"/proc/{process.pid}/fd").iterdir()
+            if link.is_symlink()
+        )
+        return sum(link.startswith(str(self.temporary)) and link.endswith("(deleted)") for link in links)
 
     def models(self) -> dict[str, Any]:
         return {card["id"]: card for card in self.http.get("/v1/models").json()["data"]}
@@ -124,6 +140,7 @@ def serving(folder: Path, *more: str, **variables: str) -> Iterator[Server]:
         server.wait()
         yield server
         assert server.stop() == 0, server.log.read_text()[-5000:]
+        assert not list(server.temporary.glob("icarus-adapter-*")), "a server takes its copies with it"
     finally:
         server.process.kill()
 
@@ -296,6 +313,22 @@ def test_structured_output(server: Server) -> None:
         assert content.lstrip().startswith("{")
 
 
+def test_a_grammar_chooses_among_the_specialists_tokens(server: Server) -> None:
+    """The likeliest letter is another one for each model, and the reference says which."""
+    letters = [text for text in tiny_tokenizer().convert_ids_to_tokens(LETTERS) if text.isalpha()][:16]
+    differ = False
+    for _ in range(3):
+        asked, picked = prompt(40), dict[str, str]()
+        for model in ("base", "sql", "chat"):
+            wanted = body(model, asked, max_tokens=1, structured_outputs={"choice": letters})
+            picked[model] = server.post("/v1/completions", **wanted).json()["choices"][0]["text"]
+            context = server.shop.team.context().append(asked)
+            scores = {letter: context.score(letter, [model])[model][0] for letter in letters}
+            assert picked[model] == max(scores, key=lambda letter: scores[letter]), model
+        differ |= len(set(picked.values())) > 1
+    assert differ, "the models agree, so this test saw nothing"
+
+
 def test_a_tool_is_called(server: Server) -> None:
     tool: Any = {"type": "function", "function": {"name": "ask", "parameters": SCHEMA, "strict": True}}
     reply = server.openai.chat.completions.create(
@@ -407,6 +440,22 @@ def test_load_and_unload(server: Server) -> None:
         assert server.ask("late", asked) == (server.shop.reference("sql", asked, 8), 64)
         assert server.post(f"{prefix}/unload_lora_adapter", lora_name="late").status_code == 200
         assert server.post("/v1/completions", **body("late", asked)).status_code == 404
+
+
+def test_an_unloaded_adapter_leaves_the_engine_with_its_last_request(server: Server) -> None:
+    time.sleep(GRACE + 2)  # what other tests have unloaded leaves first
+    assert server.load("leaving", server.shop.folder / "sql").status_code == 200
+    copies = server.copies()
+    asked, got = prompt(40), list[int]()
+    content = body("leaving", asked, max_tokens=CONTEXT - 50, stream=True)
+    with server.http.stream("POST", "/v1/completions", json=content) as reply:
+        for line in reply.iter_lines():
+            if not got:
+                assert server.post("/v1/unload_lora_adapter", lora_name="leaving").status_code == 200
+            if line.startswith("data: {"):
+                got += [token for choice in json.loads(line[6:])["choices"] for token in choice["token_ids"] or []]
+    assert got == server.shop.reference("sql", asked, CONTEXT - 50)
+    eventually(lambda: server.copies() == copies - 2)
 
 
 def test_reloads_under_load(server: Server) -> None:

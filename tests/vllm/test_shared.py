@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ pytest.importorskip("vllm.config")  # without vLLM this folder is a package of i
 from vllm.lora.request import LoRARequest
 
 from icarus.vllm import engine, shared
-from icarus.vllm.runner import renewing
+from icarus.vllm.copies import digest
+from icarus.vllm.runner import reading, removing
 from icarus.vllm.shared import SharedLoRARequest
 
 
@@ -67,29 +69,46 @@ def test_only_a_load_reads_files_again(folder: Path) -> None:
     assert not mark(folder, "ours", load_inplace=True).load_inplace
 
 
-def test_after_a_replacement_nobody_names_the_old_files(folder: Path) -> None:
-    old, other, none = (SimpleNamespace(lora_request=r) for r in (mark(folder, "ours"), mark(folder, "plain", 2), None))
-    loaded = mark(folder, "ours", load_inplace=True, load=True)
-    loaded.lora_path = "new"
-    runner = SimpleNamespace(
-        requests={"a": old, "b": other, "c": none},
-        input_batch=SimpleNamespace(lora_id_to_lora_request={1: old.lora_request, 2: other.lora_request}),
+def test_each_verdict_has_a_generation_and_the_digest_of_what_was_verified(folder: Path) -> None:
+    policy = Policy(lambda: folder / "base")
+    request = LoRARequest(lora_name="ours", lora_int_id=1, lora_path=str(folder / "ours"), load_inplace=True)
+    first, later = shared.marked(policy, request), shared.marked(policy, request)
+    again = shared.marked(policy, request, load=True)
+    assert isinstance(first, SharedLoRARequest)
+    assert isinstance(later, SharedLoRARequest)
+    assert isinstance(again, SharedLoRARequest)
+    assert first.generation == later.generation < again.generation
+    assert first.sha256 == digest(folder / "ours")
+
+
+def test_a_conventional_adapter_that_became_another_is_refused_by_the_worker(folder: Path) -> None:
+    shared.check_conventional(folder / "plain")
+    with pytest.raises(AdapterError, match="load it again"):
+        shared.check_conventional(folder / "ours")
+
+
+def test_a_worker_reads_copies_of_what_shares(folder: Path, tmp_path: Path) -> None:
+    read: list[tuple[str, bytes]] = []
+
+    def stock(self: Any, request: Any) -> None:
+        read.append((request.lora_path, Path(request.lora_path, "adapter_model.safetensors").read_bytes()))
+
+    manager, load = SimpleNamespace(), reading(stock)
+    moved = shutil.copytree(folder / "ours", tmp_path / "moved")
+    request = shared.marked(
+        Policy(lambda: folder / "base"), LoRARequest(lora_name="a", lora_int_id=1, lora_path=str(moved))
     )
-    renewing(lambda self, request: True)(runner, loaded)
-    running = runner.input_batch.lora_id_to_lora_request[1]
-    assert [(type(r), r.lora_path, r.load_inplace) for r in (old.lora_request, running)] == [
-        (SharedLoRARequest, "new", False)
-    ] * 2
-    assert other.lora_request.lora_path == str(folder / "plain")
-
-
-def test_files_that_changed_since_are_refused_by_the_worker(folder: Path) -> None:
-    ours, plain = mark(folder, "ours"), mark(folder, "plain")
-    shared.check_files(ours, str(folder / "ours"), ["model.layers.0.self_attn.q_proj"])
-    shared.check_files(plain, str(folder / "plain"), ["model.layers.0.self_attn.k_proj"])
-    for request, name, module in ((ours, "ours", "k_proj"), (ours, "plain", "q_proj"), (plain, "ours", "q_proj")):
-        with pytest.raises(AdapterError, match="load"):
-            shared.check_files(request, str(folder / name), [f"model.layers.0.self_attn.{module}"])
+    load(manager, request)
+    shutil.rmtree(moved)
+    load(manager, request)
+    load(manager, mark(folder, "plain", 2))
+    whole = (folder / "ours" / "adapter_model.safetensors").read_bytes()
+    assert [weights for _, weights in read[:2]] == [whole, whole]
+    assert str(moved) not in {path for path, _ in read}
+    assert read[2][0] == str(folder / "plain")
+    removing(lambda self, lora_id: True)(SimpleNamespace(lora_manager=manager), 1)
+    with pytest.raises(AdapterError, match="cannot be copied"):
+        load(manager, request)
 
 
 @pytest.mark.parametrize("lora", [False, True])

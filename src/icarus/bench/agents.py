@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -42,13 +41,16 @@ def run(settings: Settings, output: Path) -> dict[str, Any]:
     Raises InputError for settings that cannot run, and IcarusError, with the report written, if a server failed.
     """
     with tempfile.TemporaryDirectory(prefix="icarus-bench-") as scratch, _interrupted_by_sigterm():
-        bench = _Bench(settings, output, Path(scratch))
+        bench, started = _Bench(settings, output, Path(scratch)), time.monotonic()
         print(tables.protocol(bench.protocol), flush=True)
+        before = len(bench.records.units)
         try:
             failures = bench.measure()
         except KeyboardInterrupt:
             write(output, bench.protocol, bench.records.units, ["The command was interrupted."])
             raise
+        took = round((time.monotonic() - started) / 60, 1)
+    bench.protocol["command"] = {"took (minutes, starts included)": took, "runs measured before it": before}
     found = write(output, bench.protocol, bench.records.units, failures)
     if failures:
         raise IcarusError(
@@ -98,7 +100,7 @@ class _Bench:
         self._check_lengths()
         self.kv_tokens = plan.budgets(self.requests)
         self.protocol = self._protocol()
-        machine = {key: self.protocol["machine"][key] for key in ("cpu", "cores", "vllm")}
+        machine = {key: self.protocol["machine"][key] for key in ("cpu", "cores", "vllm", "environment")}
         self.records = Records(output / RUNS, {**settings.as_dict(), "kv_tokens": self.kv_tokens, **machine})
 
     def measure(self) -> list[str]:
@@ -192,7 +194,7 @@ class _Bench:
                 f"working set of {s.workflows} workflows of {swept} (tokens)": needs,
                 "bytes a token": per_token,
             },
-            "machine": measure.settings() | _versions() | {"environment": _variables()},
+            "machine": measure.settings() | _versions() | {"environment": systems.inherited()},
         }
 
 
@@ -237,11 +239,6 @@ def _versions() -> dict[str, Any]:
     if not found:
         raise InputError("The servers need vLLM beside this package; run: pip install 'icarus-llm[cpu]' (or [gpu]).")
     return {"vllm": found}
-
-
-def _variables() -> dict[str, str]:
-    """What the caller has set of the variables that servers heed; systems.py sets more."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(("VLLM_", "OMP_"))}
 
 
 def _reset_prefix_cache(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from icarus.bench.workloads import MAKERS, Sizes
@@ -77,8 +78,9 @@ class Settings:
         return max(self.models)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """As JSON has it. Of the file of trajectories the name: a report is for others to read."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return plain | {"trajectories": self.trajectories and Path(self.trajectories).name}
 
 
 CPU = Settings()

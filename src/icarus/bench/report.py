@@ -22,7 +22,7 @@ def build(protocol: Mapping[str, Any], records: Iterable[Mapping[str, Any]], fai
     records = list(records)
     rows = medians(records)
     swept = protocol["settings"]["workloads"][0]
-    gains = [gain for row in rows if row["system"] == "icarus" for gain in _gains(rows, row)]
+    gains = [gain for row in rows if row["system"] == "icarus" for gain in _gains(records, rows, row)]
     return {
         "speedup": headline(gains, swept),
         "by_models": by_models(gains, swept),
@@ -48,14 +48,21 @@ def medians(records: Iterable[Mapping[str, Any]]) -> list[Row]:
     ]
 
 
-def _gains(rows: Sequence[Row], ours: Row) -> Iterable[Row]:
-    """ICaRus against every peer in the same place; single has one model whatever N is."""
-    for peer in rows:
-        same = all(peer[key] == ours[key] for key in ("budget", "workload", "rate"))
-        if peer["system"] == "icarus" or not same:
+def _gains(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], place: Row) -> Iterable[Row]:
+    """ICaRus in one place against every peer there; single has one model whatever N is.
+
+    Repeats have texts and arrivals of their own, so only those that both have are compared.
+    """
+    for other in rows:
+        same = all(other[key] == place[key] for key in ("budget", "workload", "rate"))
+        if other["system"] == "icarus" or not same:
             continue
-        if peer["models"] != ours["models"] and peer["system"] != "single":
+        if other["models"] != place["models"] and other["system"] != "single":
             continue
+        both = _repeats(records, place) & _repeats(records, other)
+        if not both:
+            continue
+        ours, peer = (medians(_of(records, row, both))[0] for row in (place, other))
         yield {key: ours[key] for key in _PLACE[1:]} | {
             "over": peer["system"],
             "throughput": round(ours["workflow_throughput"] / peer["workflow_throughput"], 3),
@@ -63,6 +70,16 @@ def _gains(rows: Sequence[Row], ours: Row) -> Iterable[Row]:
             "p50": round(peer["p50_workflow_ms"] / ours["p50_workflow_ms"], 3),
             "prefilled": round(peer["prompt_tokens_prefilled"] / max(ours["prompt_tokens_prefilled"], 1), 3),
         }
+
+
+def _of(records: Iterable[Mapping[str, Any]], place: Row, repeats: set[int]) -> list[Mapping[str, Any]]:
+    """The records of one place, of these repeats."""
+    here = (record for record in records if all(record["unit"][key] == place[key] for key in _PLACE))
+    return [record for record in here if record["unit"]["repeat"] in repeats]
+
+
+def _repeats(records: Iterable[Mapping[str, Any]], place: Row) -> set[int]:
+    return {r["unit"]["repeat"] for r in records if all(r["unit"][key] == place[key] for key in _PLACE)}
 
 
 def by_models(gains: Sequence[Row], swept: str) -> list[Row]:

@@ -11,6 +11,7 @@ Everything else is the same: model, flags, KV budget, rank, requests.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,12 +68,18 @@ def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, po
     return words
 
 
+def inherited() -> dict[str, str]:
+    """The variables of vLLM and OpenMP that all servers have alike: the caller's, and what is set beside them."""
+    own = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_"))}
+    return dict(sorted({**own, **variables(own)}.items()))
+
+
 def environment(kind: ServerKind, kv_bytes: int) -> dict[str, str]:
     """Variables that a server of this kind is started with."""
     return {
         "VLLM_PLUGINS": "" if kind.system in _WITHOUT_PLUGIN else "icarus",
         "ICARUS_CPU_LORA": "1",  # what ``conventional`` means, whatever the caller's environment says
-        **variables({}),  # all systems run the model runner that decoder rows are built for
+        **variables(os.environ),  # all systems run the model runner that decoder rows are built for
         "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(kv_bytes / 2**30)),  # GiB; the number of blocks is what counts
         "VLLM_NO_USAGE_STATS": "1",

@@ -45,6 +45,8 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "Protocol": ["```", protocol(report["protocol"]), "```"],
     }
     lines = ["# Agent workflows: ICaRus beside conventional models", ""]
+    if len(report["commits"]) > 1:
+        lines += [f"**These runs are of {len(report['commits'])} commits: {', '.join(report['commits'])}.**", ""]
     lines += [f"![{name}]({name}.png)" for name in pictures]
     for title, body in sections.items():
         if body:

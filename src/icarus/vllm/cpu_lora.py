@@ -32,6 +32,8 @@ class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to
     runs by what it was told with them, so that a graph that is compiled once asks in every step for what its rows need.
     """
 
+    scoring = False  # whether logits are of prompts, and not of sampled rows; a worker has one thread
+
     def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(max_num_batched_tokens, *args, **kwargs)
         lora_rows.load()
@@ -78,10 +80,10 @@ class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to
         """The same for ``lm_head``.
 
         Logits of a prompt (prompt_logprobs) come for one request at a time, and nothing tells which: an adapter of
-        ``lm_head`` (conventional ones only) is left out of them, unless there happen to be as many rows as are sampled;
-        on GPUs such logprobs are not right either (vllm issue 51594). Stock operators stop the engine there.
+        ``lm_head`` is left out of them. On GPUs such logprobs are not right either (vllm issue 51594). Stock operators
+        stop the engine there.
         """
-        if len(x) == self.sampler_indices.numel():
+        if not RowsWrapper.scoring:
             torch.ops.icarus.add_lora(y, x, lora_a_stacked)
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -109,6 +111,20 @@ def choosing(stock: Stock) -> Stock:
         return stock(*args, **kwargs)
 
     return get_punica_wrapper
+
+
+def scoring(stock: Stock) -> Stock:
+    """``_get_prompt_logprobs_dict``: the logits that it asks for are not those of sampled rows."""
+
+    @wraps(stock)
+    def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        RowsWrapper.scoring = True
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            RowsWrapper.scoring = False
+
+    return _get_prompt_logprobs_dict
 
 
 def adopting(stock: Stock) -> Stock:

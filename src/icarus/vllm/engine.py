@@ -21,7 +21,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from icarus.errors import InputError
 from icarus.vllm import figures, limits
 from icarus.vllm.policy import Policy
-from icarus.vllm.shared import SharedLoRARequest, marked, renew
+from icarus.vllm.shared import SharedLoRARequest, marked
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
 
@@ -129,8 +129,6 @@ def loading(stock: Stock) -> Stock:
         except Exception:
             policy.restore(name, before)
             raise
-        if shares and lora_request.load_inplace:
-            renew(self.scheduler.requests.values(), request)
         figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return done
 

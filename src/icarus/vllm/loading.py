@@ -1,13 +1,14 @@
-"""What ``/v1/load_lora_adapter`` may load: the checks of the front end, before the engine hears of it.
+"""Loading and unloading over HTTP: what the front end adds before and after the engine hears of it.
 
 vLLM answers 500 to whatever goes wrong in the engine. An adapter that is damaged, of another base model, too large or
-outside the allowed folders is the client's error, and says so here.
+outside the allowed folders is the client's error, and says so here. And vLLM's unloading takes a name away, but leaves
+the adapter in the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
@@ -25,6 +26,9 @@ from icarus.vllm.engine import policy_of
 logger = init_logger("vllm.icarus.loading")
 
 Stock = Callable[..., Any]
+
+GRACE = 5.0
+"""Seconds in which a request that has looked up its model reaches the engine's list of requests."""
 
 
 def checking(stock: Stock) -> Stock:
@@ -54,6 +58,44 @@ def checking(stock: Stock) -> Stock:
     return load_lora_adapter
 
 
+def releasing(stock: Stock) -> Stock:
+    """``OpenAIServingModels.unload_lora_adapter``: an ICaRus adapter leaves the engine with its last request."""
+
+    @wraps(stock)
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        loaded = self.lora_requests.get(request.lora_name)
+        result = await stock(self, request)
+        if loaded is not None and not isinstance(result, ErrorResponse):
+            known = policy_of(self.input_processor).known(loaded.lora_int_id)
+            if known and known.shares:
+                task = asyncio.create_task(_release(self, loaded.lora_int_id))
+                _releases.add(task)
+                task.add_done_callback(_releases.discard)
+        return result
+
+    return unload_lora_adapter
+
+
+_releases: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
+
+
+async def _release(models: Any, lora_id: int) -> None:
+    """A request that comes after all finds the adapter gone from the engine, which then decides and reads it anew."""
+    engine = models.engine_client
+    await asyncio.sleep(GRACE)
+    while _used(engine.output_processor.request_states.values(), lora_id):
+        await asyncio.sleep(1.0)
+    policy_of(models.input_processor).restore(lora_id, None)
+    try:
+        await engine.remove_lora(lora_id)
+    except Exception as error:  # the server may be on its way out
+        logger.warning("An unloaded adapter was not removed from the engine: %s", error)
+
+
+def _used(states: Iterable[Any], lora_id: int) -> bool:
+    return any(state.lora_request is not None and state.lora_request.lora_int_id == lora_id for state in states)
+
+
 def _check(models: Any, request: Any) -> None:
     """Raise InputError for an adapter that the engine would refuse."""
     config = models.engine_client.vllm_config.lora_config
@@ -72,7 +114,8 @@ def _check(models: Any, request: Any) -> None:
 
 def _note(models: Any, name: str) -> None:
     """The front end's verdict on what the engine has just loaded, which must not fail the answer."""
-    loaded = models.lora_requests[name]
+    if (loaded := models.lora_requests.get(name)) is None:  # unloaded in the meantime
+        return
     try:
         policy_of(models.input_processor).decide(loaded.lora_int_id, loaded.lora_path, again=True)
     except InputError as error:  # the folder changed in the meantime

@@ -22,7 +22,10 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.logger import init_logger
 
 from icarus import adapter
+from icarus.errors import InputError
+from icarus.vllm.engine import policy_of
 from icarus.vllm.metrics import Scraper
+from icarus.vllm.policy import Policy
 from icarus.vllm.watch import WATCHED, State, Watcher, scan
 
 logger = init_logger("vllm.icarus.middleware")
@@ -95,7 +98,12 @@ class Middleware:
         """The server's life. What the watched folder holds at its start is served from the first request on."""
         task = None
         if folder := os.environ.get(WATCHED):
-            watcher = _watcher(Path(folder), scope["app"].state.openai_serving_models)
+            models = scope["app"].state.openai_serving_models
+            if why := await asyncio.to_thread(_refusal, Path(folder), policy_of(models.input_processor)):
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": why})
+                return
+            watcher = _watcher(Path(folder), models)
             await watcher.look(first=True)
             task = asyncio.create_task(watcher.run(SECONDS))
         try:
@@ -108,6 +116,17 @@ class Middleware:
 def _keys(arguments: Any) -> list[str]:
     """The API keys of a server, as vLLM collects them (vllm/entrypoints/serve/middleware/register.py)."""
     return [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
+
+
+def _refusal(root: Path, policy: Policy) -> str:
+    """Why the server must not start: it cannot serve the ICaRus adapters that are there. Empty if it can."""
+    try:
+        ours = [name for name in sorted(scan(root)) if adapter.is_icarus(root / name)]
+    except (OSError, InputError):  # the watcher tells
+        return ""
+    if not ours or not policy.refusal:
+        return ""
+    return f"{root / ours[0]} is an ICaRus adapter, which cannot be served here: {policy.refusal}."
 
 
 def _watcher(root: Path, models: Any) -> Watcher:

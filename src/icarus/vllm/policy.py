@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from icarus import adapter
 from icarus.errors import AdapterError
+from icarus.vllm.copies import digest
 
 Locate = Callable[[str], str]
 
@@ -27,7 +29,9 @@ class Verdict:
     """What was decided about one adapter."""
 
     path: str  # as the request names it
-    base_fingerprint: str  # of the base model whose cache it shares; empty for a conventional adapter
+    base_fingerprint: str = ""  # of the base model whose cache it shares; empty for a conventional adapter
+    sha256: str = ""  # of the files that were verified (copies.py)
+    generation: int = 0  # later verdicts have higher ones
 
     @property
     def shares(self) -> bool:
@@ -47,9 +51,14 @@ class Policy:
             locate: from the path in a request to a local folder, as the engine resolves it.
         """
         self._base, self._refusal, self._locate = base, refusal, locate
-        self._verdicts: dict[
-            int, Verdict
-        ] = {}  # from two threads of vLLM (v1/engine/core.py:1903): no compound changes
+        # From two threads of vLLM (v1/engine/core.py:1903): no compound changes.
+        self._verdicts: dict[int, Verdict] = {}
+        self._generations = count(1)
+
+    @property
+    def refusal(self) -> str:
+        """Why this engine cannot run ICaRus adapters at all; empty if it can."""
+        return self._refusal
 
     def decide(self, adapter_id: int, path: str, *, again: bool = False) -> Verdict:
         """The verdict on an adapter that the engine knows as ``adapter_id``.
@@ -88,9 +97,10 @@ class Policy:
         return verdict
 
     def _judge(self, path: str) -> Verdict:
-        folder = self._locate(path)
+        folder = Path(self._locate(path))
         if not adapter.is_icarus(folder):
-            return Verdict(path, "")
+            return Verdict(path)
         if self._refusal:
             raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self._refusal}.")
-        return Verdict(path, adapter.verify(folder, self._base()).base_fingerprint)
+        sha256 = digest(folder)  # before it is verified: what is written in between does not pass for it
+        return Verdict(path, adapter.verify(folder, self._base()).base_fingerprint, sha256, next(self._generations))

@@ -14,7 +14,8 @@ Each function below takes a method of vLLM and gives the one that stands in for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from icarus.vllm import rows as arithmetic
+from icarus.vllm.copies import Copies
 from icarus.vllm.figures import count_rows
 from icarus.vllm.rows import Batch, Ints, Rows
-from icarus.vllm.shared import SharedLoRARequest, check_files, decoded_ids, renew
+from icarus.vllm.shared import SharedLoRARequest, check_conventional, decoded_ids
 
 Stock = Callable[..., Any]
 
@@ -241,28 +243,41 @@ def masking(stock: Stock) -> Stock:
 
 
 def reading(stock: Stock) -> Stock:
-    """``WorkerLoRAManager._load_adapter``: the files are still those that the engine core decided upon."""
+    """``WorkerLoRAManager._load_adapter``: reads a copy of what the engine core verified."""
 
     @wraps(stock)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        lora = stock(self, lora_request)
-        check_files(lora_request, get_adapter_absolute_path(lora_request.lora_path), list(lora.loras))
-        return lora
+        locate = partial(_folder, lora_request)
+        if not isinstance(lora_request, SharedLoRARequest):
+            lora = stock(self, lora_request)
+            check_conventional(locate())
+            return lora
+        copies, adapter_id = _copies(self), lora_request.lora_int_id
+        with copies.reading(adapter_id, lora_request.generation, lora_request.sha256, locate) as folder:
+            return stock(self, replace(lora_request, lora_path=str(folder)))
 
     return _load_adapter
 
 
-def renewing(stock: Stock) -> Stock:
-    """``add_lora``: after a replacement no request names the old files."""
+def removing(stock: Stock) -> Stock:
+    """``remove_lora``: the copy goes with the adapter."""
 
     @wraps(stock)
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        done = stock(self, lora_request)
-        if isinstance(lora_request, SharedLoRARequest) and lora_request.load_inplace:
-            renew(self.requests.values(), lora_request)
-            held = self.input_batch.lora_id_to_lora_request
-            if lora_request.lora_int_id in held:
-                held[lora_request.lora_int_id] = replace(lora_request, load_inplace=False)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        done = stock(self, lora_id)
+        _copies(self.lora_manager).drop(lora_id)
         return done
 
-    return add_lora
+    return remove_lora
+
+
+def _folder(lora_request: Any) -> Path:
+    return Path(get_adapter_absolute_path(lora_request.lora_path))
+
+
+def _copies(manager: Any) -> Copies:
+    """Of one worker."""
+    if not hasattr(manager, "_icarus_copies"):
+        manager._icarus_copies = Copies()
+    copies: Copies = manager._icarus_copies
+    return copies

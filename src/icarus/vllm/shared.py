@@ -6,10 +6,9 @@ the request: to the cache key, to KV events, and by pickle to every worker. So a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
 from vllm.lora.request import LoRARequest
 
 from icarus import adapter
@@ -21,6 +20,8 @@ class SharedLoRARequest(LoRARequest):  # type: ignore[misc]  # vLLM is untyped t
     """A LoRA request of a verified ICaRus adapter."""
 
     base_fingerprint: str = ""
+    sha256: str = ""
+    generation: int = 0
 
     @property
     def adapter_id(self) -> None:
@@ -45,32 +46,20 @@ def marked(policy: Policy, request: LoRARequest | None, *, load: bool = False) -
     fields: dict[str, Any] = {name: getattr(request, name) for name in LoRARequest.__struct_fields__}
     fields["load_inplace"] = load and request.load_inplace
     fields["lora_path"] = verdict.path
-    return SharedLoRARequest(**fields, base_fingerprint=verdict.base_fingerprint)
+    return SharedLoRARequest(
+        **fields,
+        base_fingerprint=verdict.base_fingerprint,
+        sha256=verdict.sha256,
+        generation=verdict.generation,
+    )
 
 
-def renew(holders: Iterable[Any], loaded: LoRARequest) -> None:
-    """Let requests that wait or run name the adapter that has just replaced theirs.
-
-    One that named the old folder would have it read again, for everybody, once the adapter was evicted from memory.
-    """
-    current = replace(loaded, load_inplace=False)
-    for holder in holders:
-        if holder.lora_request is not None and holder.lora_request.lora_int_id == loaded.lora_int_id:
-            holder.lora_request = current
-
-
-def check_files(request: LoRARequest, folder: str, modules: list[str]) -> None:
-    """Raise AdapterError where files that a worker has just read are not what the engine core decided upon.
+def check_conventional(folder: Path) -> None:
+    """Raise AdapterError where a worker has just read an ICaRus adapter for a conventional one.
 
     The folder may have changed since, for example while the adapter was evicted from memory.
     """
-    config = adapter.is_icarus(folder)
-    if isinstance(request, SharedLoRARequest):
-        bad = [module for module in modules if adapter.feeds_kv(module)]
-        if not config or bad:
-            what = f"adapts {bad[0]}, which feeds K or V" if bad else "has lost its ICaRus marker"
-            raise AdapterError(f"{folder} has changed since it was verified: it {what}; load the adapter again.")
-    elif config:
+    if adapter.is_icarus(folder):
         raise AdapterError(f"{folder} became an ICaRus adapter after it was loaded as another; load it again.")
 
 

@@ -58,6 +58,7 @@ class Watcher:
         self._before: dict[str, State] = {}  # what the last look found
         self._tried: dict[str, State] = {}  # what was last loaded or refused
         self._served: set[str] = set()
+        self._failed: dict[str, str] = {}  # what was last said of one that will be tried again
         self._lost = False  # whether the folder itself cannot be read
 
     async def run(self, seconds: float) -> None:
@@ -87,9 +88,18 @@ class Watcher:
         self._before = found
 
     async def _take(self, name: str, state: State) -> None:
+        still = "; what was loaded before stays" if name in self._served else ""
+        try:
+            refusal = await self._load(name, self._root / name, name in self._served)
+        except Exception as error:  # no word on the adapter: the next look tries again, and says no more of the same
+            said = f"{type(error).__name__}: {error}"
+            if self._failed.get(name) != said:
+                self._report(f"Not loaded yet from {self._root / name}: {said}{still}")
+            self._failed[name] = said
+            return
+        self._failed.pop(name, None)
         self._tried[name] = state
-        if refusal := await self._load(name, self._root / name, name in self._served):
-            still = "; what was loaded before stays" if name in self._served else ""
+        if refusal:
             self._report(f"Not loaded from {self._root / name}: {refusal}{still}")
         else:
             self._served.add(name)
