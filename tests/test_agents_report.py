@@ -66,7 +66,7 @@ def test_report_takes_medians_and_the_largest_gap_at_one_rate() -> None:
     assert (two["models"], two["throughput"], two["p95"]) == (2, 2.0, None)
     assert (eight["p95_at_rate"], eight["p95_all_at_once"]) == (0.2, 4.0)
     peers = {(gain["over"], gain["models"], gain["rate"]): gain["throughput"] for gain in found["gains"]}
-    assert peers["single", 8, None] == 0.5
+    assert peers["single", 8, None] == 1.0  # it has the first repeat alone
     assert ("stock", 8, None) not in peers  # measured with four models only
     text = tables.markdown(found, ["speedup"])
     assert "| tight | 8 | 4.00x | 3.80x | 5.00x | 0.2 | 11.10x |" in text
