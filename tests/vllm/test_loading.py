@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
 
+from icarus.errors import AdapterError
 from icarus.vllm import loading
 from icarus.vllm.policy import Policy, Verdict
 
@@ -60,7 +61,8 @@ def test_it_waits_for_the_last_request() -> None:
         for _ in range(5):
             await asyncio.sleep(0)
         assert models.removed == [7]
-        assert loading.policy_of(models.input_processor).known(7) is None
+        with pytest.raises(AdapterError, match="unloaded"):
+            loading.policy_of(models.input_processor).decide(7, "/nowhere")
 
     asyncio.run(story())
 

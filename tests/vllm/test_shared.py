@@ -36,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mark(folder: Path, name: str, number: int = 1, *, load: bool = False, **fields: Any) -> Any:
     request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(folder / name), **fields)
-    return shared.marked(Policy(lambda: folder / "base"), request, load=load)
+    policy = Policy(lambda: folder / "base")
+    return shared.to_load(policy, request)[0] if load else shared.marked(policy, request)
 
 
 def test_only_a_verified_adapter_is_marked(folder: Path) -> None:
@@ -73,11 +74,12 @@ def test_each_verdict_has_a_generation_and_the_digest_of_what_was_verified(folde
     policy = Policy(lambda: folder / "base")
     request = LoRARequest(lora_name="ours", lora_int_id=1, lora_path=str(folder / "ours"), load_inplace=True)
     first, later = shared.marked(policy, request), shared.marked(policy, request)
-    again = shared.marked(policy, request, load=True)
+    again, verdict = shared.to_load(policy, request)
     assert isinstance(first, SharedLoRARequest)
     assert isinstance(later, SharedLoRARequest)
     assert isinstance(again, SharedLoRARequest)
-    assert first.generation == later.generation < again.generation
+    assert first.generation == later.generation < again.generation == verdict.generation
+    assert shared.marked(policy, request).generation == first.generation, "until the load has succeeded"
     assert first.sha256 == digest(folder / "ours")
 
 

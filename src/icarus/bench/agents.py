@@ -6,6 +6,7 @@ once, so that a broken-off command goes on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import signal
@@ -101,7 +102,8 @@ class _Bench:
         self.kv_tokens = plan.budgets(self.requests)
         self.protocol = self._protocol()
         machine = {key: self.protocol["machine"][key] for key in ("cpu", "cores", "vllm", "environment")}
-        self.records = Records(output / RUNS, {**settings.as_dict(), "kv_tokens": self.kv_tokens, **machine})
+        texts = {"trajectories_sha256": _sha256(settings.trajectories)}
+        self.records = Records(output / RUNS, {**settings.as_dict(), "kv_tokens": self.kv_tokens, **texts, **machine})
 
     def measure(self) -> list[str]:
         """Run all units that are not finished; gives a message for each server that failed."""
@@ -228,6 +230,10 @@ def _trajectories(settings: Settings, base: Path) -> list[Trajectory]:
         limit=max(settings.workflows, settings.arriving) * settings.repeats,
         longest=settings.max_model_len - settings.sizes.output,
     )
+
+
+def _sha256(file: str | None) -> str | None:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
 def _versions() -> dict[str, Any]:

@@ -68,9 +68,14 @@ def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, po
     return words
 
 
+_OF_EACH = {"VLLM_PLUGINS", "VLLM_SERVER_DEV_MODE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS"}
+"""What ``environment`` sets, whatever the caller has set."""
+
+
 def inherited() -> dict[str, str]:
     """The variables of vLLM and OpenMP that all servers have alike: the caller's, and what is set beside them."""
     own = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_"))}
+    own = {name: value for name, value in own.items() if name not in _OF_EACH and "KEY" not in name}  # no secrets
     return dict(sorted({**own, **variables(own)}.items()))
 
 

@@ -21,7 +21,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from icarus.errors import InputError
 from icarus.vllm import figures, limits
 from icarus.vllm.policy import Policy
-from icarus.vllm.shared import SharedLoRARequest, marked
+from icarus.vllm.shared import SharedLoRARequest, marked, to_load
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
 
@@ -119,16 +119,12 @@ def loading(stock: Stock) -> Stock:
     @wraps(stock)
     def add_lora(self: Any, lora_request: Any) -> Any:
         started, policy, name = time.perf_counter(), policy_of(self), lora_request.lora_int_id
-        before = policy.known(name)
-        request = marked(policy, lora_request, load=True)
+        request, verdict = to_load(policy, lora_request)
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
-        try:
-            done = stock(self, request)
-        except Exception:
-            policy.restore(name, before)
-            raise
+        done = stock(self, request)
+        policy.restore(name, verdict)
         figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return done
 

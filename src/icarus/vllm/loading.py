@@ -80,12 +80,12 @@ _releases: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
 
 async def _release(models: Any, lora_id: int) -> None:
-    """A request that comes after all finds the adapter gone from the engine, which then decides and reads it anew."""
+    """A request that comes after all is refused here: the engine would have to read the adapter anew, in a step."""
     engine = models.engine_client
     await asyncio.sleep(GRACE)
     while _used(engine.output_processor.request_states.values(), lora_id):
         await asyncio.sleep(1.0)
-    policy_of(models.input_processor).restore(lora_id, None)
+    policy_of(models.input_processor).retire(lora_id)  # vLLM's front end gives each load a new id
     try:
         await engine.remove_lora(lora_id)
     except Exception as error:  # the server may be on its way out

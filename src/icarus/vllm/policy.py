@@ -54,6 +54,7 @@ class Policy:
         # From two threads of vLLM (v1/engine/core.py:1903): no compound changes.
         self._verdicts: dict[int, Verdict] = {}
         self._generations = count(1)
+        self._retired: set[int] = set()
 
     @property
     def refusal(self) -> str:
@@ -71,6 +72,8 @@ class Policy:
         known = self._verdicts.get(adapter_id)
         if known and not again:
             return known
+        if adapter_id in self._retired:
+            raise AdapterError(f"{path} was unloaded; load it again.")
         verdict = self._verdicts[adapter_id] = self.judge(path, adapter_id)
         return verdict
 
@@ -84,6 +87,11 @@ class Policy:
             self._verdicts.pop(adapter_id, None)
         else:
             self._verdicts[adapter_id] = verdict
+
+    def retire(self, adapter_id: int) -> None:
+        """An adapter whose id never comes again was unloaded: ``decide`` raises AdapterError from now on."""
+        self._verdicts.pop(adapter_id, None)
+        self._retired.add(adapter_id)
 
     def judge(self, path: str, adapter_id: int) -> Verdict:
         """What ``decide`` would find now, and raise; nothing is noted."""

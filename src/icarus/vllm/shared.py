@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from icarus import adapter
 from icarus.errors import AdapterError
-from icarus.vllm.policy import Policy
+from icarus.vllm.policy import Policy, Verdict
 
 
 class SharedLoRARequest(LoRARequest):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
@@ -32,20 +32,33 @@ class SharedLoRARequest(LoRARequest):  # type: ignore[misc]  # vLLM is untyped t
         """No adapter either, for the same readers; ``lora_name`` is what the client asked for."""
 
 
-def marked(policy: Policy, request: LoRARequest | None, *, load: bool = False) -> LoRARequest | None:
-    """The request as it goes on: marked if its adapter shares. ``load``: it comes from an explicit (re)load.
+def marked(policy: Policy, request: LoRARequest | None) -> LoRARequest | None:
+    """The request as it goes on: marked if its adapter shares.
 
-    Only that call keeps ``load_inplace``: vLLM's front end leaves the flag on every later request of a reloaded adapter
-    (entrypoints/openai/models/serving.py), and the worker would read the files in each step (lora/worker_manager.py).
+    vLLM's front end leaves ``load_inplace`` on every request of an adapter that was reloaded
+    (entrypoints/openai/models/serving.py), and the worker would read the files in each step (lora/worker_manager.py);
+    only a load keeps it.
     """
     if request is None:
         return None
-    verdict = policy.decide(request.lora_int_id, request.lora_path, again=load and request.load_inplace)
+    return _mark(request, policy.decide(request.lora_int_id, request.lora_path), load_inplace=False)
+
+
+def to_load(policy: Policy, request: LoRARequest) -> tuple[LoRARequest, Verdict]:
+    """The request of an explicit load, or reload, and the verdict that is to stand when it has succeeded.
+
+    Until then requests go by the last verdict, and workers read what they have a copy of.
+    """
+    known = None if request.load_inplace else policy.known(request.lora_int_id)
+    verdict = known or policy.judge(request.lora_path, request.lora_int_id)
+    return _mark(request, verdict, load_inplace=request.load_inplace), verdict
+
+
+def _mark(request: LoRARequest, verdict: Verdict, *, load_inplace: bool) -> LoRARequest:
     if not verdict.shares:
         return request
     fields: dict[str, Any] = {name: getattr(request, name) for name in LoRARequest.__struct_fields__}
-    fields["load_inplace"] = load and request.load_inplace
-    fields["lora_path"] = verdict.path
+    fields |= {"load_inplace": load_inplace, "lora_path": verdict.path}
     return SharedLoRARequest(
         **fields,
         base_fingerprint=verdict.base_fingerprint,

@@ -85,6 +85,7 @@ class Watcher:
                 await self._take(name, state)
         for name in sorted(self._tried.keys() - found.keys() - self._before.keys()):
             await self._drop(name)
+        self._failed = {name: said for name, said in self._failed.items() if name in found}
         self._before = found
 
     async def _take(self, name: str, state: State) -> None:
