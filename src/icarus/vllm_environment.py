@@ -13,9 +13,8 @@ _FEW_CORES = 2  # as measured; the scheduler waits actively, so it would take it
 def variables(current: Mapping[str, str]) -> dict[str, str]:
     """What to set; what is set in ``current`` stays as it is."""
     wanted = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # decoder rows are in V1
-    if (
-        torch.version.cuda is None and torch.version.hip is None
-    ):  # a driver that is asked could not be used after a fork
+    # Not torch.cuda.is_available(): a driver that is asked could not be used after a fork.
+    if torch.version.cuda is None and torch.version.hip is None:
         # On CPUs vLLM 0.32.0 saves the model that it compiled, cannot load it ("'function' object has no attribute
         # 'finalize_loading'"), and compiles again at every start; without, torch's own cache is used.
         wanted["VLLM_USE_AOT_COMPILE"] = "0"

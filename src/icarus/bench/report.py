@@ -59,10 +59,11 @@ def _gains(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], place: Row
             continue
         if other["models"] != place["models"] and other["system"] != "single":
             continue
-        both = _repeats(records, place) & _repeats(records, other)
+        at_ours, at_peer = _by_repeat(records, place), _by_repeat(records, other)
+        both = at_ours.keys() & at_peer.keys()
         if not both:
             continue
-        ours, peer = (medians(_of(records, row, both))[0] for row in (place, other))
+        ours, peer = (medians(found[repeat] for repeat in both)[0] for found in (at_ours, at_peer))
         yield {key: ours[key] for key in _PLACE[1:]} | {
             "over": peer["system"],
             "throughput": round(ours["workflow_throughput"] / peer["workflow_throughput"], 3),
@@ -72,14 +73,10 @@ def _gains(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], place: Row
         }
 
 
-def _of(records: Iterable[Mapping[str, Any]], place: Row, repeats: set[int]) -> list[Mapping[str, Any]]:
-    """The records of one place, of these repeats."""
+def _by_repeat(records: Iterable[Mapping[str, Any]], place: Row) -> dict[int, Mapping[str, Any]]:
+    """The records of one place."""
     here = (record for record in records if all(record["unit"][key] == place[key] for key in _PLACE))
-    return [record for record in here if record["unit"]["repeat"] in repeats]
-
-
-def _repeats(records: Iterable[Mapping[str, Any]], place: Row) -> set[int]:
-    return {r["unit"]["repeat"] for r in records if all(r["unit"][key] == place[key] for key in _PLACE)}
+    return {record["unit"]["repeat"]: record for record in here}
 
 
 def by_models(gains: Sequence[Row], swept: str) -> list[Row]:

@@ -84,7 +84,7 @@ def environment(kind: ServerKind, kv_bytes: int) -> dict[str, str]:
     return {
         "VLLM_PLUGINS": "" if kind.system in _WITHOUT_PLUGIN else "icarus",
         "ICARUS_CPU_LORA": "1",  # what ``conventional`` means, whatever the caller's environment says
-        **variables(os.environ),  # all systems run the model runner that decoder rows are built for
+        **variables(os.environ),  # for all systems alike, as ``inherited`` says them
         "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(kv_bytes / 2**30)),  # GiB; the number of blocks is what counts
         "VLLM_NO_USAGE_STATS": "1",

@@ -50,16 +50,11 @@ class Policy:
             refusal: why this engine cannot run ICaRus adapters at all; empty if it can.
             locate: from the path in a request to a local folder, as the engine resolves it.
         """
-        self._base, self._refusal, self._locate = base, refusal, locate
+        self._base, self.refusal, self._locate = base, refusal, locate
         # From two threads of vLLM (v1/engine/core.py:1903): no compound changes.
         self._verdicts: dict[int, Verdict] = {}
         self._generations = count(1)
         self._retired: set[int] = set()
-
-    @property
-    def refusal(self) -> str:
-        """Why this engine cannot run ICaRus adapters at all; empty if it can."""
-        return self._refusal
 
     def decide(self, adapter_id: int, path: str, *, again: bool = False) -> Verdict:
         """The verdict on an adapter that the engine knows as ``adapter_id``.
@@ -108,7 +103,7 @@ class Policy:
         folder = Path(self._locate(path))
         if not adapter.is_icarus(folder):
             return Verdict(path)
-        if self._refusal:
-            raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self._refusal}.")
+        if self.refusal:
+            raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self.refusal}.")
         sha256 = digest(folder)  # before it is verified: what is written in between does not pass for it
         return Verdict(path, adapter.verify(folder, self._base()).base_fingerprint, sha256, next(self._generations))

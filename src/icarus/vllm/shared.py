@@ -19,7 +19,6 @@ from icarus.vllm.policy import Policy, Verdict
 class SharedLoRARequest(LoRARequest):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
     """A LoRA request of a verified ICaRus adapter."""
 
-    base_fingerprint: str = ""
     sha256: str = ""
     generation: int = 0
 
@@ -59,12 +58,7 @@ def _mark(request: LoRARequest, verdict: Verdict, *, load_inplace: bool) -> LoRA
         return request
     fields: dict[str, Any] = {name: getattr(request, name) for name in LoRARequest.__struct_fields__}
     fields |= {"load_inplace": load_inplace, "lora_path": verdict.path}
-    return SharedLoRARequest(
-        **fields,
-        base_fingerprint=verdict.base_fingerprint,
-        sha256=verdict.sha256,
-        generation=verdict.generation,
-    )
+    return SharedLoRARequest(**fields, sha256=verdict.sha256, generation=verdict.generation)
 
 
 def check_conventional(folder: Path) -> None:
