@@ -28,9 +28,9 @@ from icarus.errors import InputError
 
 JOB = Path(agents_job.__file__)
 SMALL = (
-    "--models 2 --workflows 2 --rates 20 --repeats 1 --workloads react --budgets tight --systems conventional icarus "
-    "--turns 4 --task-tokens 24 --system-tokens 8 --output-tokens 3 --observation-tokens 6 --max-model-len 80 "
-    "--block-size 4 --rank 2"
+    "--models 2 --workflows 2 --rates 20 --window 0.1 --repeats 1 --workloads react --budgets tight "
+    "--systems conventional icarus --turns 4 --task-tokens 24 --system-tokens 8 --output-tokens 3 "
+    "--observation-tokens 6 --max-model-len 80 --block-size 4 --rank 2"
 ).split()
 
 
@@ -195,7 +195,8 @@ def test_a_server_that_dies_is_reported_and_the_others_are_measured(
 def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
     base: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    words = ["bench", "agents", "--base", str(base), "--output", str(tmp_path), *SMALL, "--rates", "0.01"]
+    words = ["bench", "agents", "--base", str(base), "--output", str(tmp_path), *SMALL]
+    words += ["--rates", "0.01", "--window", "600"]
     command = subprocess.Popen(
         [sys.executable, str(JOB), *words],
         stdout=subprocess.PIPE,

@@ -140,7 +140,8 @@ def test_the_plan_alternates_and_repeats_nothing() -> None:
 def test_budgets_are_what_they_are_called() -> None:
     requests = plan.Requests(profiles.CPU, 49152)
     assert len(requests.workflows("react", None, 0)) == len(requests.arrivals(None, 0)) == profiles.CPU.workflows
-    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == profiles.CPU.arriving
+    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == profiles.CPU.arriving(0.1)
+    assert profiles.CPU.arriving(0.1) == 12
     tight, roomy = plan.budgets(requests).values()
     sets = [requests.working_set("react", n, shared=False) for n in (1, 2, 8)]
     assert requests.working_set("react", 8, shared=True) == sets[0] < tight < sets[1]

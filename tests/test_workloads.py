@@ -68,10 +68,9 @@ def test_fan_out_waits_for_nobody_and_control_shares_nothing() -> None:
 
 
 def test_arrivals_are_poisson_and_seeded() -> None:
-    times = workloads.arrivals(4000, 2.0, "0")
-    assert times == workloads.arrivals(4000, 2.0, "0") == sorted(times)
-    assert times[0] == 0
-    assert times[-1] == pytest.approx(2000, rel=0.05)
+    times = workloads.arrivals(4000, 2000.0, "0")
+    assert times == workloads.arrivals(4000, 2000.0, "0") == sorted(times)
+    assert 0 <= times[0] < times[-1] <= 2000
     gaps = [b - a for a, b in pairwise(times)]
     assert sum(gap > 0.5 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.03)  # exp(-1) beyond the mean
     assert workloads.arrivals(3, None, "0") == [0, 0, 0]

@@ -132,6 +132,9 @@ def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM
 
+    from icarus.vllm import cpu_attention
+
+    cpu_attention.WORTH = job["worth"]
     llm = LLM(**job["engine"])
     results = []
     for step in job["steps"]:

@@ -74,8 +74,11 @@ class Shop:
         text = "".join(self.team.tokenizer.convert_ids_to_tokens(prompt[1:]))
         return self.team.context().append(prompt[:1]).score(text, [model])[model]
 
-    def serve(self, steps: list[Step], *, plugin: bool = True, threads: str = "", **engine: Any) -> Any:
-        """What one engine answers to steps, taken one after another."""
+    def serve(self, steps: list[Step], *, plugin: bool = True, threads: str = "", worth: int = 0, **engine: Any) -> Any:
+        """What one engine answers to steps, taken one after another.
+
+        ``worth`` stands in for the number of keys from which on decodes are computed together with their decoder rows.
+        """
         options = {
             "model": str(self.base),
             "dtype": "float32",
@@ -97,7 +100,7 @@ class Shop:
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
         if threads:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
-        return self._run({"engine": options, "adapters": adapters, "steps": steps}, environment)
+        return self._run({"engine": options, "adapters": adapters, "steps": steps, "worth": worth}, environment)
 
     def _run(self, job: dict[str, Any], environment: dict[str, str]) -> Any:
         result = self.folder / "result.json"

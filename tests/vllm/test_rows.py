@@ -148,3 +148,15 @@ def test_a_uniform_decode_stays_uniform(step: list[Request]) -> None:
 def test_more_samples_than_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="samples more rows"):
         rows.plan(batch_of([Request(0, (1,), 2, 1, True)]))
+
+
+@given(BATCHES, st.integers(0, 3))
+def test_pairs_are_decodes_and_their_decoder_rows(step: list[Request], padding: int) -> None:
+    batch = batch_of(step)
+    planned = rows.plan(batch)
+    starts = np.concatenate([batch.starts, planned.ends, [batch.scheduled + len(planned)] * padding]).astype(np.int32)
+    first, second = rows.pairs(starts, planned)
+    wanted = [i for i, request in enumerate(step) if request.shares and len(request.tokens) == request.sampled == 1]
+    assert first.tolist() == wanted
+    assert planned.sources[starts[second] - planned.scheduled].tolist() == starts[first].tolist()
+    assert (np.diff(starts)[second] == 1).all()

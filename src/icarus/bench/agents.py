@@ -227,7 +227,7 @@ def _trajectories(settings: Settings, base: Path) -> list[Trajectory]:
     return trajectories.read(
         Path(settings.trajectories),
         lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
-        limit=max(settings.workflows, settings.arriving) * settings.repeats,
+        limit=max(settings.workflows, *map(settings.arriving, settings.rates)) * settings.repeats,
         longest=settings.max_model_len - settings.sizes.output,
     )
 

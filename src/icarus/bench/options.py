@@ -34,11 +34,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", type=_from_one, metavar="N", help="numbers of models")
     parser.add_argument("--workloads", nargs="+", choices=list(MAKERS), help="the first is swept over the rates")
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, help="KV budgets; rates are swept with the first")
-    parser.add_argument("--rates", nargs="+", type=_rate, metavar="R", help="arriving workflows a second")
+    parser.add_argument("--rates", nargs="+", type=_positive, metavar="R", help="arriving workflows a second")
+    parser.add_argument("--window", type=_positive, metavar="S", help="seconds for which they arrive")
     parser.add_argument("--trajectories", metavar="FILE", help="recorded runs for plan-act-reflect (JSON lines)")
     for name, help in (
         ("workflows", "workflows of a run all at once"),
-        ("arriving", "workflows of a run at an arrival rate"),
         ("repeats", "runs of each kind; the order of systems alternates"),
         ("rank", "rank of all adapters"),
         ("tight-tokens", "KV budget in tokens"),
@@ -104,11 +104,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _rate(text: str) -> float:
+def _positive(text: str) -> float:
     try:
-        rate = float(text)
+        number = float(text)
     except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of workflows a second")
-    return rate
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number

@@ -53,7 +53,7 @@ class Requests:
 
     def arrivals(self, rate: float | None, repeat: int) -> list[float]:
         """Seconds at which they start."""
-        return workloads.arrivals(self._count(rate), rate, self._seed(repeat))
+        return workloads.arrivals(self._count(rate), rate and self.settings.window, self._seed(repeat))
 
     def working_set(self, workload: str, models: int, *, shared: bool) -> int:
         """Tokens of K/V that all workflows at once hold if nothing is evicted."""
@@ -61,7 +61,7 @@ class Requests:
         return workloads.working_set(own, models, self.settings.block_size, shared=shared)
 
     def _count(self, rate: float | None) -> int:
-        return self.settings.workflows if rate is None else self.settings.arriving
+        return self.settings.workflows if rate is None else self.settings.arriving(rate)
 
     def _seed(self, repeat: int) -> str:
         return f"{self.settings.seed}/{repeat}"

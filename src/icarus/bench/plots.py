@@ -62,7 +62,7 @@ def _caption(protocol: Mapping[str, Any]) -> str:
         f"{Path(s['base']).name}, {s['dtype']}, rank {s['rank']}, {machine['cores']} cores "
         f"({machine['cpu']}), {engine}; "
         f"KV budget in tokens: {budgets}; seed {s['seed']}; "
-        f"{s['workflows']} workflows all at once or {s['arriving']} arriving, "
+        f"{s['workflows']} workflows all at once, or arriving for {s['window']:g} s, "
         f"{sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt tokens first, "
         f"{sizes['output']} generated and {sizes['observation']} appended a call; "
         f"{repeats}"

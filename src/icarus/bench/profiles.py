@@ -56,9 +56,9 @@ class Settings:
     models: tuple[int, ...] = (1, 2, 4, 8)
     workloads: tuple[str, ...] = tuple(MAKERS)  # the first is swept, the others run with the most models
     budgets: tuple[str, ...] = BUDGETS  # arrival rates are swept with the first
-    rates: tuple[float, ...] = (0.15, 0.25)  # workflows a second; all at once is always run as well
+    rates: tuple[float, ...] = (0.05, 0.2)  # workflows a second; all at once is always run as well
     workflows: int = 6  # of a run all at once, for which the KV budgets are made
-    arriving: int = 16  # of a run at an arrival rate
+    window: float = 120.0  # seconds for which workflows arrive in a run at an arrival rate
     repeats: int = 2
     sizes: Sizes = field(default_factory=Sizes)
     trajectories: str | None = None
@@ -77,6 +77,10 @@ class Settings:
         """The largest number of models."""
         return max(self.models)
 
+    def arriving(self, rate: float) -> int:
+        """Workflows of a run at an arrival rate."""
+        return max(1, round(rate * self.window))
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it. Of the file of trajectories the name: a report is for others to read."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -90,9 +94,9 @@ QUICK = replace(
     models=(8,),
     workloads=("react",),
     budgets=(TIGHT,),
-    rates=(0.15,),
+    rates=(0.2,),
     workflows=5,
-    arriving=5,
+    window=30.0,
     repeats=1,
 )
 GPU = replace(
@@ -101,7 +105,7 @@ GPU = replace(
     sizes=Sizes(system=256, task=1792, turns=16, output=32, observation=96, writing=512),
     rates=(0.25, 0.5, 1.0, 2.0),
     workflows=12,
-    arriving=48,
+    window=60.0,
     repeats=3,
     max_model_len=8192,
     max_num_seqs=64,

@@ -18,7 +18,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 Tokens = tuple[int, ...]
 
@@ -212,12 +211,16 @@ def make(
     return [MAKERS[name](text, system, sizes) for _ in range(count)]
 
 
-def arrivals(count: int, rate: float | None, seed: str) -> list[float]:
-    """Seconds at which workflows start: a Poisson process of ``rate`` a second, or all at once."""
-    if rate is None:
+def arrivals(count: int, window: float | None, seed: str) -> list[float]:
+    """Seconds at which workflows start: a Poisson process of ``count`` arrivals in ``window`` seconds, or all at once.
+
+    Given their number, arrivals of a Poisson process are uniform. With the number drawn as well a run could have a rate
+    that is far from the one that it is said to have.
+    """
+    if window is None:
         return [0.0] * count
     draw = random.Random(f"arrivals {seed}")
-    return [0.0, *accumulate(draw.expovariate(rate) for _ in range(count - 1))][:count]
+    return sorted(draw.uniform(0, window) for _ in range(count))
 
 
 def working_set(workflows: Iterable[Workflow], models: int, block: int, *, shared: bool) -> int:

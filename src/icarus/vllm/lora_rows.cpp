@@ -114,7 +114,11 @@ void add_long(const Layer& layer, const Tensor& y, const Tensor& x, int64_t slot
     const Tensor& b = layer.b[slice];
     const Tensor own = x.to(b.scalar_type());
     const Tensor shrunk = layer.a.empty() ? own : at::matmul(own, layer.a[slice][slot][0].t());
-    y.narrow(1, layer.columns[slice], b.size(2)).add_(at::matmul(shrunk, b[slot]));
+    Tensor part = y.narrow(1, layer.columns[slice], b.size(2));
+    if (part.scalar_type() == b.scalar_type())
+      part.addmm_(shrunk, b[slot]);  // a sum afterwards would write and read the product once more
+    else
+      part.add_(at::matmul(shrunk, b[slot]));
   }
 }
 

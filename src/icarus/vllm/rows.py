@@ -90,6 +90,19 @@ def readers(rows: Rows) -> Ints:
     return table
 
 
+def pairs(starts: Ints, rows: Rows) -> tuple[Ints, Ints]:
+    """Requests that have one scheduled row and one decoder row, and the decoder requests with these.
+
+    Args:
+        starts: of the whole step, decoder requests included, and perhaps padding behind.
+        rows: of the step.
+    """
+    lengths = np.diff(starts)
+    decoders = np.searchsorted(starts, rows.ends) - 1
+    single = (lengths[rows.requests] == 1) & (lengths[decoders] == 1)
+    return rows.requests[single], decoders[single]
+
+
 def extend_starts(starts: Ints, requests: int, rows: Rows) -> None:
     """Continue a buffer of ``starts`` behind ``requests`` requests; what follows is padded with the last end.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from icarus.vllm import cpu_attention
 from icarus.vllm import rows as arithmetic
 from icarus.vllm.copies import Copies
 from icarus.vllm.figures import count_rows
@@ -223,7 +224,8 @@ def building_metadata(stock: Stock) -> Stock:
     def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
         if rows := _rows(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
-        return stock(self, num_tokens, num_reqs, *args, **kwargs)
+        with cpu_attention.step(rows):
+            return stock(self, num_tokens, num_reqs, *args, **kwargs)
 
     return _build_attention_metadata
 

@@ -1,0 +1,178 @@
+"""On CPUs a decode and its decoder row read the cache together, as the paper's decoder does (section 3.3).
+
+Both are one query over the same blocks and the same length. As two requests they are two passes over these keys and
+values; here they become one request with twice the query heads: the heads that share a head of the cache lie side by
+side, those of the scheduled row first.
+
+    rows    x: heads 0 1 | 2 3      x': heads 0' 1' | 2' 3'     two heads of the cache, two query heads for each
+    pair    0 1 0' 1' | 2 3 2' 3'
+
+vLLM's kernel computes a query head without looking at its neighbours, and divides the keys among threads by requests
+and heads of the cache. So a scheduled row gets the very bits that it gets in a step without decoder rows, which two
+requests in its place do not promise.
+
+Each function below takes a method of vLLM (vllm/v1/attention/backends/cpu_attn.py) and gives the one that stands in for
+it; see patches.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+
+from icarus.vllm.rows import Ints, Rows, pairs
+
+Stock = Callable[..., Any]
+
+WORTH = 2048
+"""Keys of all pairs of a step from which on one pass costs less than two: bringing heads together costs some 15 us a
+layer, and a second pass over 1,000 keys 10 us (SmolLM2-135M, bfloat16, two cores)."""
+
+_PAIRS = "_icarus_pairs"  # attribute of a step's attention metadata
+
+_step: ContextVar[Rows | None] = ContextVar("icarus_step", default=None)
+
+
+@contextmanager
+def step(rows: Rows | None) -> Iterator[None]:
+    """Attention metadata that is built within is of a step with these decoder rows."""
+    token = _step.set(rows)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The decodes of a step with a decoder row each."""
+
+    rows: Tensor  # (2 pairs,): scheduled row and decoder row of each
+    starts: Tensor  # (pairs + 1,)
+    lengths: Tensor  # (pairs,): keys of each
+    blocks: Tensor  # (pairs, blocks)
+    schedule: Tensor  # of the kernel
+    all: bool  # whether the step has no other row
+
+
+def building(stock: Stock) -> Stock:
+    """``CPUAttentionMetadataBuilder.build``: finds the pairs; for stock's pass they are requests of one key."""
+
+    @wraps(stock)
+    def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        rows, common = _step.get(), common_attn_metadata
+        if rows is None or not _is_plain(self):
+            return stock(self, common_prefix_len, common, *args, **kwargs)
+        first, second = pairs(common.query_start_loc.numpy(), rows)
+        lengths = common.seq_lens[first]
+        if int(lengths.sum()) < WORTH:
+            return stock(self, common_prefix_len, common, *args, **kwargs)
+        rest = common.seq_lens.clone()
+        rest[first] = rest[second] = 1
+        metadata = stock(self, common_prefix_len, replace(common, seq_lens=rest), *args, **kwargs)
+        setattr(metadata, _PAIRS, _bring_together(self, common, first, second, lengths))
+        return metadata
+
+    return build
+
+
+def _is_plain(builder: Any) -> bool:
+    """Whether query heads differ in nothing but their values, and requests in nothing but their keys."""
+    if not hasattr(builder, "_icarus_plain"):
+        context = builder.vllm_config.compilation_config.static_forward_context
+        layers = [context[name].impl for name in builder.layer_names]
+        builder._icarus_plain = not (builder.is_cross_attention or builder.is_encoder_only_attention) and all(
+            layer.alibi_slopes is None and layer.sinks is None for layer in layers
+        )
+    return bool(builder._icarus_plain)
+
+
+def _bring_together(builder: Any, common: Any, first: Ints, second: Ints, lengths: Tensor) -> Pairs:
+    starts = torch.arange(len(first) + 1, dtype=torch.int32)
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(first),
+        num_heads=2 * builder.num_heads,
+        num_kv_heads=builder.num_kv_heads,
+        head_dim=builder.head_dim,
+        seq_lens=lengths,
+        dtype=builder.dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=builder.window_size,
+        isa=builder.isa,
+        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        dynamic_causal=None,
+        kv_cache_dtype=builder.kv_cache_dtype,
+    )
+    here = common.query_start_loc
+    rows = torch.stack((here[first], here[second]), dim=1).flatten().long()
+    everything = len(rows) == common.num_actual_tokens
+    return Pairs(rows, starts, lengths, common.block_table_tensor[first], schedule, everything)
+
+
+def attending(stock: Stock) -> Stock:
+    """``CPUAttentionBackendImpl.forward``: stock's pass for the other rows, then one for the pairs."""
+
+    @wraps(stock)
+    def forward(
+        self: Any,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        found: Pairs | None = getattr(attn_metadata, _PAIRS, None)
+        if found is None or not found.all:
+            stock(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        if found is not None:
+            _attend(self, layer, query, kv_cache, found, output)
+        return output
+
+    return forward
+
+
+def _attend(impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, found: Pairs, output: Tensor) -> None:
+    """query, output: (rows, heads, head size); kv_cache: (blocks, heads of it, block size, 2 head size)."""
+    count, kv_heads = len(found.lengths), impl.num_kv_heads
+    group, size = impl.num_heads // kv_heads, impl.head_size
+    apart = query.index_select(0, found.rows).view(count, 2, kv_heads, group, size)
+    together = apart.transpose(1, 2).reshape(count, 2 * impl.num_heads, size)
+    attended = torch.empty_like(together)
+    blocks, _, block_size, _ = kv_cache.size()
+    keys, values = kv_cache.view((blocks, kv_heads, block_size * 2, -1)).chunk(2, dim=2)
+    ops.cpu_attention_with_kv_cache(
+        query=together,
+        key_cache=keys,
+        value_cache=values,
+        output=attended,
+        query_start_loc=found.starts,
+        seq_lens=found.lengths,
+        scale=impl.scale,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=impl.sliding_window,
+        block_table=found.blocks,
+        softcap=impl.logits_soft_cap,
+        scheduler_metadata=found.schedule,
+        s_aux=None,
+        dynamic_causal=None,
+        k_scale=layer._k_scale_float,
+        v_scale=layer._v_scale_float,
+        kv_cache_dtype=impl.kv_cache_dtype,
+    )
+    apart = attended.view(count, kv_heads, 2, group, size).transpose(1, 2)
+    output.index_copy_(0, found.rows, apart.reshape(2 * count, impl.num_heads, size))
