@@ -22,7 +22,7 @@ from icarus.vllm.rows import Batch, Rows
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="CPU attention")
 
-HEADS, KV_HEADS, SIZE, BLOCK, BLOCKS = 6, 2, 64, 32, 40
+KV_HEADS, SIZE, BLOCK, BLOCKS = 2, 64, 32, 160
 
 BUILD, FORWARD = CPUAttentionMetadataBuilder.build, CPUAttentionBackendImpl.forward
 if hasattr(BUILD, "__wrapped__"):  # the plugin is loaded
@@ -37,19 +37,20 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 class Layer:
     """One attention layer with a filled cache."""
 
-    def __init__(self, dtype: torch.dtype, **changes: Any) -> None:
+    def __init__(self, dtype: torch.dtype, group: int = 3, **changes: Any) -> None:
+        heads = group * KV_HEADS
         if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
         isa = _get_attn_isa(dtype, BLOCK, SIZE)
         self.impl = SimpleNamespace(
-            num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=SIZE, scale=SIZE**-0.5, alibi_slopes=None, sinks=None,
+            num_heads=heads, num_kv_heads=KV_HEADS, head_size=SIZE, scale=SIZE**-0.5, alibi_slopes=None, sinks=None,
             sliding_window=-1, logits_soft_cap=0.0, kv_cache_dtype="auto", attn_type=AttentionType.DECODER,
             use_zentorch_sdpa=False,
         )  # fmt: skip
         vars(self.impl).update(changes)
         compilation = SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=self.impl)})
         self.builder = SimpleNamespace(
-            vllm_config=SimpleNamespace(compilation_config=compilation), layer_names=["layer"], num_heads=HEADS,
+            vllm_config=SimpleNamespace(compilation_config=compilation), layer_names=["layer"], num_heads=heads,
             num_kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype, window_size=self.impl.sliding_window, isa=isa,
             kv_cache_dtype="auto", block_size=BLOCK, is_cross_attention=False, is_encoder_only_attention=False,
         )  # fmt: skip
@@ -82,7 +83,7 @@ class Step:
         self.rows: Rows = arithmetic.plan(Batch(starts, np.ones_like(scheduled), ids, shares))
         whole = np.concatenate([starts, self.rows.ends]).astype(np.int32)
         lengths = np.concatenate([lengths, lengths[self.rows.requests]])
-        table = torch.randperm(BLOCKS, dtype=torch.int32).repeat(len(requests), 1)
+        table = torch.stack([torch.randperm(BLOCKS, dtype=torch.int32)[:40] for _ in requests])
         self.common = CommonAttentionMetadata(
             query_start_loc=torch.from_numpy(whole), query_start_loc_cpu=torch.from_numpy(whole),
             seq_lens=torch.from_numpy(lengths).int(), num_reqs=len(whole) - 1, num_actual_tokens=int(whole[-1]),
@@ -90,7 +91,9 @@ class Step:
             block_table_tensor=torch.cat([table, table[torch.from_numpy(self.rows.requests)]]),
             slot_mapping=torch.full((int(whole[-1]),), -1),
         )  # fmt: skip
-        self.query = torch.randn(int(whole[-1]), HEADS, SIZE)
+
+    def query(self, dtype: torch.dtype, group: int = 3) -> torch.Tensor:
+        return torch.randn(self.common.num_actual_tokens, group * KV_HEADS, SIZE).to(dtype)
 
 
 DECODES = Step((1, 1, True), (1, 700, True), (1, 1200, True))
@@ -99,9 +102,11 @@ MIXED = Step((1, 900, True), (40, 333, True), (1, 64, False), (1, 65, True), (3,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("step", [DECODES, MIXED], ids=["decodes", "mixed"])
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 99}, {"logits_soft_cap": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"group": 1}, {"group": 4}, {"sliding_window": 99}, {"logits_soft_cap": 5.0}], ids=str
+)
 def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes: dict[str, Any]) -> None:
-    layer, query = Layer(dtype, **changes), step.query.to(dtype)
+    layer, query = Layer(dtype, **changes), step.query(dtype, changes.get("group", 3))
     wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
     assert layer.found is not None
     assert len(layer.found.lengths) == 3
@@ -113,17 +118,19 @@ def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scheduled_row_has_the_bits_of_a_step_without_decoder_rows(dtype: torch.dtype) -> None:
     layer, lengths = Layer(dtype), (1, 700, 1200)
-    query = DECODES.query.to(dtype)
+    query = DECODES.query(dtype)
     got = layer.run(DECODES, query, paired=True)
     plain = Step(*((1, length, False) for length in lengths))
     plain.common.block_table_tensor = DECODES.common.block_table_tensor[:3]
     assert torch.equal(got[:3], layer.run(plain, query[:3], paired=False))
 
 
-@pytest.mark.parametrize("changes", [{"alibi_slopes": torch.ones(HEADS)}, {"sinks": torch.ones(HEADS)}], ids=str)
-def test_heads_that_differ_stay_apart(changes: dict[str, Any]) -> None:
-    layer = Layer(torch.float32, **changes)
-    wanted, got = (layer.run(DECODES, DECODES.query, paired=paired) for paired in (False, True))
+@pytest.mark.parametrize("changes", [{"alibi_slopes": torch.ones(6)}, {"sinks": torch.ones(6)}, {"group": 16}], ids=str)
+def test_heads_that_differ_or_are_too_many_stay_apart(changes: dict[str, Any]) -> None:
+    """The kernel stops where it divides keys among threads and a head of the cache has more than 16 query heads."""
+    dtype = torch.bfloat16 if "group" in changes else torch.float32
+    layer, query = Layer(dtype, **changes), DECODES.query(dtype, changes.get("group", 3))
+    wanted, got = (layer.run(DECODES, query, paired=paired) for paired in (False, True))
     assert layer.found is None
     assert torch.equal(got, wanted)
 
@@ -131,5 +138,25 @@ def test_heads_that_differ_stay_apart(changes: dict[str, Any]) -> None:
 def test_short_contexts_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "WORTH", 1902)
     layer = Layer(torch.float32)
-    layer.run(DECODES, DECODES.query, paired=True)
+    layer.run(DECODES, DECODES.query(torch.float32), paired=True)
+    assert layer.found is None
+
+
+def test_keys_beyond_a_window_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "WORTH", 202)  # of 1, 700 and 1,200 keys 201 are within 100
+    layer = Layer(torch.float32, sliding_window=100)
+    layer.run(DECODES, DECODES.query(torch.float32), paired=True)
+    assert layer.found is None
+
+
+def test_requests_that_a_backend_counts_anew_stay_apart() -> None:
+    """As ChunkedLocalAttentionBuilder does: a request becomes two, and numbers of those behind it are others'."""
+    step = Step((2, 40, False), (1, 64, True), (1, 65, True))
+    step.common.query_start_loc = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
+    step.common.num_reqs = 6
+    for name in ("seq_lens", "block_table_tensor"):
+        values = getattr(step.common, name)
+        setattr(step.common, name, torch.cat([values[:1], values]))
+    layer = Layer(torch.float32)
+    layer.run(step, step.query(torch.float32), paired=True)
     assert layer.found is None

@@ -1,15 +1,16 @@
 """On CPUs a decode and its decoder row read the cache together, as the paper's decoder does (section 3.3).
 
-Both are one query over the same blocks and the same length. As two requests they are two passes over these keys and
-values; here they become one request with twice the query heads: the heads that share a head of the cache lie side by
-side, those of the scheduled row first.
+Both are one query over the same blocks and the same length. As two requests they are computed far apart; here they
+become one request with twice the query heads: the heads that share a head of the cache lie side by side, those of the
+scheduled row first. Where the kernel takes such heads together (their number divides what it takes at once) keys and
+values are read once for both rows, else from a core's cache the second time.
 
     rows    x: heads 0 1 | 2 3      x': heads 0' 1' | 2' 3'     two heads of the cache, two query heads for each
     pair    0 1 0' 1' | 2 3 2' 3'
 
-vLLM's kernel computes a query head without looking at its neighbours, and divides the keys among threads by requests
-and heads of the cache. So a scheduled row gets the very bits that it gets in a step without decoder rows, which two
-requests in its place do not promise.
+The kernel computes a query head without looking at its neighbours. So a scheduled row has the very bits that it has in
+a step without decoder rows, as long as the kernel divides the keys of a request alike, or not at all: it divides them
+where threads would have nothing to do.
 
 Each function below takes a method of vLLM (vllm/v1/attention/backends/cpu_attn.py) and gives the one that stands in for
 it; see patches.py.
@@ -36,6 +37,11 @@ Stock = Callable[..., Any]
 WORTH = 2048
 """Keys of all pairs of a step from which on one pass costs less than two: bringing heads together costs some 15 us a
 layer, and a second pass over 1,000 keys 10 us (SmolLM2-135M, bfloat16, two cores)."""
+
+_TOGETHER = {"amx": 16}
+"""Query heads of one head of the cache that vLLM's csrc/cpu/cpu_attn_impl.hpp takes at most where it divides keys.
+
+Others take 8 (``vec``): twice as many would be computed one by one."""
 
 _PAIRS = "_icarus_pairs"  # attribute of a step's attention metadata
 
@@ -74,7 +80,8 @@ def building(stock: Stock) -> Stock:
             return stock(self, common_prefix_len, common, *args, **kwargs)
         first, second = pairs(common.query_start_loc.numpy(), rows)
         lengths = common.seq_lens[first]
-        if int(lengths.sum()) < WORTH:
+        read = lengths if self.window_size < 0 else lengths.clamp(max=self.window_size)
+        if not len(first) or int(read.sum()) < WORTH:
             return stock(self, common_prefix_len, common, *args, **kwargs)
         rest = common.seq_lens.clone()
         rest[first] = rest[second] = 1
@@ -86,12 +93,14 @@ def building(stock: Stock) -> Stock:
 
 
 def _is_plain(builder: Any) -> bool:
-    """Whether query heads differ in nothing but their values, and requests in nothing but their keys."""
+    """Whether query heads differ in nothing but their values, and the kernel takes twice as many."""
     if not hasattr(builder, "_icarus_plain"):
         context = builder.vllm_config.compilation_config.static_forward_context
         layers = [context[name].impl for name in builder.layer_names]
-        builder._icarus_plain = not (builder.is_cross_attention or builder.is_encoder_only_attention) and all(
-            layer.alibi_slopes is None and layer.sinks is None for layer in layers
+        builder._icarus_plain = (
+            2 * builder.num_heads // builder.num_kv_heads <= _TOGETHER.get(builder.isa, 8)
+            and not (builder.is_cross_attention or builder.is_encoder_only_attention)
+            and all(layer.alibi_slopes is None and layer.sinks is None for layer in layers)
         )
     return bool(builder._icarus_plain)
 

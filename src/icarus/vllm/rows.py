@@ -100,6 +100,8 @@ def pairs(starts: Ints, rows: Rows) -> tuple[Ints, Ints]:
     lengths = np.diff(starts)
     decoders = np.searchsorted(starts, rows.ends) - 1
     single = (lengths[rows.requests] == 1) & (lengths[decoders] == 1)
+    # Attention by chunks of positions (Llama 4) makes several requests of one and counts them anew: such are left out.
+    single &= starts[rows.requests] == rows.sources[rows.ends - rows.scheduled - 1]
     return rows.requests[single], decoders[single]
 
 
