@@ -88,6 +88,11 @@ def redraw(output: Path) -> dict[str, Any]:
         _, *units = [json.loads(line) for line in (output / RUNS).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{output} holds no report to draw again ({error}); name the --output of a run.") from error
+    if missing := Settings().as_dict().keys() - protocol["settings"].keys():
+        raise InputError(
+            f"{output} was measured by another version of icarus, whose runs had no {', '.join(sorted(missing))}; "
+            "draw it with that version, or measure it again."
+        )
     return write(output, protocol, units, failures)
 
 
