@@ -1,4 +1,4 @@
-"""On CPUs a decode and its decoder row read the cache together, as the paper's decoder does (arXiv 2603.13281, section 3).
+"""On CPUs a decode and its decoder row read the cache together, as the decoder in the paper does (section 3).
 
 Both are one query over the same blocks and the same length. As two requests they are computed far apart; here they
 become one request with twice the query heads: the heads that share a head of the cache lie side by side, those of the
