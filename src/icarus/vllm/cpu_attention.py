@@ -63,10 +63,7 @@ class Pairs:
     """The decodes of a step with a decoder row each."""
 
     rows: Tensor  # (2 pairs,): scheduled row and decoder row of each
-    starts: Tensor  # (pairs + 1,)
-    lengths: Tensor  # (pairs,): keys of each
-    blocks: Tensor  # (pairs, blocks)
-    schedule: Tensor  # of the kernel
+    metadata: Any  # vLLM's, of a step with one request for each pair
     all: bool  # whether the step has no other row
 
 
@@ -86,7 +83,7 @@ def building(stock: Stock) -> Stock:
         rest = common.seq_lens.clone()
         rest[first] = rest[second] = 1
         metadata = stock(self, common_prefix_len, replace(common, seq_lens=rest), *args, **kwargs)
-        setattr(metadata, _PAIRS, _bring_together(self, common, first, second, lengths))
+        setattr(metadata, _PAIRS, _bring_together(self, common, metadata, first, second))
         return metadata
 
     return build
@@ -105,7 +102,8 @@ def _is_plain(builder: Any) -> bool:
     return bool(builder._icarus_plain)
 
 
-def _bring_together(builder: Any, common: Any, first: Ints, second: Ints, lengths: Tensor) -> Pairs:
+def _bring_together(builder: Any, common: Any, metadata: Any, first: Ints, second: Ints) -> Pairs:
+    lengths = common.seq_lens[first]
     starts = torch.arange(len(first) + 1, dtype=torch.int32)
     schedule = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(first),
@@ -124,8 +122,15 @@ def _bring_together(builder: Any, common: Any, first: Ints, second: Ints, length
     )
     here = common.query_start_loc
     rows = torch.stack((here[first], here[second]), dim=1).flatten().long()
-    everything = len(rows) == common.num_actual_tokens
-    return Pairs(rows, starts, lengths, common.block_table_tensor[first], schedule, everything)
+    together = replace(
+        metadata,
+        num_actual_tokens=len(first),
+        query_start_loc=starts,
+        seq_lens=lengths,
+        block_table=common.block_table_tensor[first],
+        scheduler_metadata=schedule,
+    )
+    return Pairs(rows, together, len(rows) == common.num_actual_tokens)
 
 
 def attending(stock: Stock) -> Stock:
@@ -148,40 +153,24 @@ def attending(stock: Stock) -> Stock:
         if found is None or not found.all:
             stock(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if found is not None:
-            _attend(self, layer, query, kv_cache, found, output)
+            together = _together(query, found.rows, self.num_kv_heads)
+            attended = torch.empty_like(together)
+            stock(self, layer, together, key, value, kv_cache, found.metadata, attended, *args, **kwargs)
+            _apart(attended, found.rows, self.num_kv_heads, output)
         return output
 
     return forward
 
 
-def _attend(impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, found: Pairs, output: Tensor) -> None:
-    """query, output: (rows, heads, head size); kv_cache: (blocks, heads of it, block size, 2 head size)."""
-    count, kv_heads = len(found.lengths), impl.num_kv_heads
-    group, size = impl.num_heads // kv_heads, impl.head_size
-    apart = query.index_select(0, found.rows).view(count, 2, kv_heads, group, size)
-    together = apart.transpose(1, 2).reshape(count, 2 * impl.num_heads, size)
-    attended = torch.empty_like(together)
-    blocks, _, block_size, _ = kv_cache.size()
-    keys, values = kv_cache.view((blocks, kv_heads, block_size * 2, -1)).chunk(2, dim=2)
-    ops.cpu_attention_with_kv_cache(
-        query=together,
-        key_cache=keys,
-        value_cache=values,
-        output=attended,
-        query_start_loc=found.starts,
-        seq_lens=found.lengths,
-        scale=impl.scale,
-        causal=True,
-        alibi_slopes=None,
-        sliding_window=impl.sliding_window,
-        block_table=found.blocks,
-        softcap=impl.logits_soft_cap,
-        scheduler_metadata=found.schedule,
-        s_aux=None,
-        dynamic_causal=None,
-        k_scale=layer._k_scale_float,
-        v_scale=layer._v_scale_float,
-        kv_cache_dtype=impl.kv_cache_dtype,
-    )
-    apart = attended.view(count, kv_heads, 2, group, size).transpose(1, 2)
-    output.index_copy_(0, found.rows, apart.reshape(2 * count, impl.num_heads, size))
+def _together(query: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
+    """(rows, heads, head size) to (pairs, 2 heads, head size)."""
+    _, heads, size = query.shape
+    apart = query.index_select(0, rows).view(-1, 2, kv_heads, heads // kv_heads, size)
+    return apart.transpose(1, 2).reshape(-1, 2 * heads, size)
+
+
+def _apart(attended: Tensor, rows: Tensor, kv_heads: int, output: Tensor) -> None:
+    """The way back, into (rows, heads, head size)."""
+    _, heads, size = output.shape
+    apart = attended.view(-1, kv_heads, 2, heads // kv_heads, size).transpose(1, 2)
+    output.index_copy_(0, rows, apart.reshape(-1, heads, size))
