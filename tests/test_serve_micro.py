@@ -73,6 +73,9 @@ def test_requests_of_a_batch_take_the_adapters_in_turn() -> None:
     assert [request["adapter"] for request in requests] == [f"specialist{(1 + i) % 8}" for i in range(16)]
     lent = PLAN["decode, batch 8"].command(LENT, 1, SIZES)["requests"]
     assert {request["adapter"] for request in lent} == {None}
+    prefill = PLAN["prefill"].command(OURS, 1, SIZES)["requests"]
+    assert [request["adapter"] for request in prefill] == ["specialist1", "specialist2", "specialist3"]
+    assert len({tuple(request["prompt"]) for request in prefill}) == len(prefill)
     chain = PLAN["chain"].command(OURS, 2, SIZES)["requests"]
     assert [request["adapter"] for request in chain] == [f"specialist{i}" for i in range(8)]
 
@@ -81,7 +84,8 @@ def test_what_a_figure_is() -> None:
     decode, prefill, chain = PLAN["decode, batch 8"], PLAN["prefill"], PLAN["chain"]
     assert decode.seconds({"step_seconds": [0.5, 0.1, 0.2]}) == 0.2
     assert decode.figure(0.2, SIZES) == pytest.approx(40)
-    assert prefill.figure(prefill.seconds({"turns": [{"seconds": 0.5}]}), SIZES) == pytest.approx(200)
+    prefills = {"turns": [{"seconds": 2}, {"seconds": 0.5}, {"seconds": 0.1}]}
+    assert prefill.figure(prefill.seconds(prefills), SIZES) == pytest.approx(200)
     assert chain.figure(chain.seconds({"turns": [{"seconds": 0.5}, {"seconds": 1}]}), SIZES) == 1.5
 
 

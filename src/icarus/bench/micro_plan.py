@@ -19,6 +19,8 @@ BATCHES = (1, 8, 16)
 ADAPTERS, RANK = 8, 16
 DECODED_PROMPT = 128
 CHAIN_TOKENS = 16
+PREFILLED = 3
+"""Prompts that a side is asked in a row, of which the median counts: the first finds cores that another engine left."""
 BLOCK = 32
 """Tokens of a KV cache block: what a prefix is shared in."""
 
@@ -89,16 +91,20 @@ class Measurement:
                 for i in range(self.batch)
             ]
             return {"do": "decode", "requests": requests, "steps": sizes.steps}
-        one = prompt(sizes.prompt)
-        first = 0 if self.turns > 1 else max(round_, 0)
-        requests = [{"prompt": one, "adapter": adapter(first + i)} for i in range(self.turns)]
+        if self.turns > 1:
+            one = prompt(sizes.prompt)
+            requests = [{"prompt": one, "adapter": adapter(i)} for i in range(self.turns)]
+        else:
+            first = max(round_, 0)
+            requests = [{"prompt": prompt(sizes.prompt), "adapter": adapter(first + i)} for i in range(PREFILLED)]
         return {"do": "turns", "requests": requests, "tokens": self.tokens}
 
     def seconds(self, answer: Message) -> float:
-        """What one answer took: the median decode step, or all turns together."""
+        """What one answer took: the median decode step, the median prefill, or all turns together."""
         if self.batch:
             return float(statistics.median(answer["step_seconds"]))
-        return float(sum(turn["seconds"] for turn in answer["turns"]))
+        taken = [float(turn["seconds"]) for turn in answer["turns"]]
+        return sum(taken) if self.turns > 1 else statistics.median(taken)
 
     def figure(self, seconds: float, sizes: Sizes) -> float:
         """Seconds in the measurement's unit."""

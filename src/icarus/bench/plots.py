@@ -179,19 +179,23 @@ def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
     figure, axes = plt.subplots(
         len(present), 1, figsize=(9, 1.2 + 1.1 * len(present)), layout="constrained", sharex=True, squeeze=False
     )
+    # Stock operators take so long that on their scale the others would be lines.
+    end = 1.15 * max(u["duration"] for u in shown if u["unit"]["system"] != "stock" or present == ["stock"])
     for axis, system in zip(axes[:, 0], present, strict=True):
         label, color, _ = STYLES[system]
         for unit in (unit for unit in shown if unit["unit"]["system"] == system):
             times, shares = zip(*unit["kv_usage"], strict=True)
             axis.fill_between(times, [100 * share for share in shares], color=color, alpha=0.6, linewidth=0)
-            axis.axvline(unit["duration"], color=color, linewidth=1)
-            axis.annotate(f"ends at {unit['duration']:.0f} s", (unit["duration"], 80), (3, 0), **_BESIDE)
+            if unit["duration"] <= end:
+                axis.axvline(unit["duration"], color=color, linewidth=1)
+                axis.annotate(f"ends at {unit['duration']:.0f} s", (unit["duration"], 80), (3, 0), **_BESIDE)
+            else:
+                axis.annotate(f"goes on to {unit['duration']:.0f} s", (end, 80), (-3, 0), ha="right", **_BESIDE)
         axis.set_ylim(0, 100)
         axis.set_yticks([0, 50, 100])
         axis.set_title(label, fontsize=8, loc="left", color=color)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].margins(x=0.08)
-    axes[-1, 0].set_xlim(left=0)
+    axes[-1, 0].set_xlim(0, end)
     axes[-1, 0].set_xlabel("seconds since all workflows arrived")
     figure.supylabel("KV blocks held by requests (%)", fontsize=9)
     figure.suptitle(f"{swept}, N = {most}, {budget} KV budget, all at once", fontsize=10, x=0.01, ha="left")

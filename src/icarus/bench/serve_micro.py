@@ -34,6 +34,7 @@ from icarus.bench.engine_process import EngineProcess
 from icarus.bench.micro_plan import (
     ADAPTERS,
     BLOCK,
+    PREFILLED,
     RANK,
     SYSTEMS,
     Measurement,
@@ -270,7 +271,7 @@ def _profile(
             # A round that no measurement had, so that no prompt is in the cache.
             command = measurement.command(side, sizes.repeats, sizes)
             answer = engines[side.system].ask({"do": "profile", "measure": command, "rows": PROFILED_ROWS})
-            what = f"{PROFILED_STEPS} steps" if measurement.batch else f"{sizes.prompt} tokens"
+            what = f"{PROFILED_STEPS} steps" if measurement.batch else f"{PREFILLED} prompts of {sizes.prompt} tokens"
             texts[side.system].append(f"{measurement.name}, {what}\n\n{answer['table']}")
             _say(f"profile of {side.name}: {measurement.name}")
     for system, parts in texts.items():
