@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # The CPU build of torch is on PyTorch's own index. A pip that is configured with a source of its own is believed.
-TORCH_INDEX ?= $(shell $(PYTHON) -m pip config list | grep -qE "find-links|index-url" || echo https://download.pytorch.org/whl/cpu)
+TORCH_INDEX ?= $(shell $(PYTHON) -m pip config list | grep -E "find-links|index-url" > /dev/null || echo https://download.pytorch.org/whl/cpu)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps
 # vLLM has an environment of its own: it holds back versions of packages that the rest uses, and pins torch.
 SERVE := .venv-serve/bin

@@ -339,7 +339,7 @@ def announcement(made: Plan, rest: Sequence[str]) -> str:
     body = json.dumps({"model": asked, "messages": [{"role": "user", "content": "Hello"}]})
     lines += [
         f"metrics  {address}/metrics (icarus:* beside vllm:*)",
-        'ready at "Application startup complete"; the first start compiles for a minute or two',
+        'ready    when "startup complete" is said below; the first start compiles for a minute or two',
         f"ask      curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
     ]
     return "\n".join(lines)
