@@ -165,6 +165,17 @@ def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("speedup", "rates", "tokens", "kv"))
 
 
+@pytest.mark.parametrize(("seconds", "edge"), [(3.0, 6.9), (40.0, 2.3)])
+def test_a_run_that_takes_long_goes_beyond_the_edge(seconds: float, edge: float) -> None:
+    pytest.importorskip("matplotlib")
+    from icarus.bench import plots
+
+    figure = plots._kv([record(), record("stock", seconds=seconds)], "react", "tight")
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert figure.axes[0].get_xlim() == (0, pytest.approx(edge))
+    assert texts == ["ends at 2 s", f"{'ends at' if edge > 2 * seconds else 'goes on to'} {2 * seconds:.0f} s"]
+
+
 def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     kinds = {system: systems.ServerKind(system, 2, 6400) for system in profiles.SYSTEMS}
     lines = {

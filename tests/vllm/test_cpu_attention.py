@@ -115,6 +115,16 @@ def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes
     torch.testing.assert_close(got, wanted, **close)
 
 
+def test_pairs_have_no_mask_of_the_step() -> None:
+    """A mask for each request (``causal`` as a tensor) is for all requests of the step, and there are fewer pairs."""
+    step = Step((1, 700, True), (5, 40, False), (1, 900, True))
+    step.common.causal = torch.tensor([1, 0, 1, 1, 1], dtype=torch.int32)
+    layer, query = Layer(torch.float32), step.query(torch.float32)
+    wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
+    assert layer.found.metadata.dynamic_causal is None
+    torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scheduled_row_has_the_bits_of_a_step_without_decoder_rows(dtype: torch.dtype) -> None:
     layer, lengths = Layer(dtype), (1, 700, 1200)

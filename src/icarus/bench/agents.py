@@ -85,10 +85,11 @@ def redraw(output: Path) -> dict[str, Any]:
     try:
         before = json.loads((output / "report.json").read_text(encoding="utf-8"))
         protocol, failures = before["protocol"], before["failures"]
+        missing = Settings().as_dict().keys() - protocol["settings"].keys()
         _, *units = [json.loads(line) for line in (output / RUNS).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{output} holds no report to draw again ({error}); name the --output of a run.") from error
-    if missing := Settings().as_dict().keys() - protocol["settings"].keys():
+    if missing:
         raise InputError(
             f"{output} was measured by another version of icarus, whose runs had no {', '.join(sorted(missing))}; "
             "draw it with that version, or measure it again."

@@ -27,6 +27,7 @@ STYLES = {
 """Label, colour and marker of each system, in the order of the legends."""
 
 _PATCH: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+_LONG = 10  # times the shortest run: what takes longer goes beyond the edge of a plot over time
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 
 
@@ -179,8 +180,9 @@ def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
     figure, axes = plt.subplots(
         len(present), 1, figsize=(9, 1.2 + 1.1 * len(present)), layout="constrained", sharex=True, squeeze=False
     )
-    # Stock operators take so long that on their scale the others would be lines.
-    end = 1.15 * max(u["duration"] for u in shown if u["unit"]["system"] != "stock" or present == ["stock"])
+    # On CPUs stock operators take so long that on their scale the others would be lines.
+    durations = sorted(u["duration"] for u in shown)
+    end = 1.15 * max(d for d in durations if d <= _LONG * durations[0])
     for axis, system in zip(axes[:, 0], present, strict=True):
         label, color, _ = STYLES[system]
         for unit in (unit for unit in shown if unit["unit"]["system"] == system):

@@ -125,6 +125,9 @@ def _bring_together(builder: Any, common: Any, metadata: Any, first: Ints, secon
     together = replace(
         metadata,
         num_actual_tokens=len(first),
+        max_query_len=1,
+        causal=True,  # as in the schedule: each of them is the last of its request
+        dynamic_causal=None,
         query_start_loc=starts,
         seq_lens=lengths,
         block_table=common.block_table_tensor[first],
