@@ -20,7 +20,7 @@ ADAPTERS, RANK = 8, 16
 DECODED_PROMPT = 128
 CHAIN_TOKENS = 16
 PREFILLED = 3
-"""Prompts that a side is asked in a row, of which the median counts: the first finds cores that another engine left."""
+"""Prompts that a side is asked in a row, of which the median counts; the first is a few per cent slower."""
 BLOCK = 32
 """Tokens of a KV cache block: what a prefix is shared in."""
 
