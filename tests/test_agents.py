@@ -172,6 +172,9 @@ def test_the_whole_command_and_what_it_goes_on_with(
     (output / "report.json").write_text(before.replace('"window"', '"arriving"'))
     assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 2
     assert "runs had no window; draw it with that version" in " ".join(capsys.readouterr().err.split())
+    (output / "report.json").write_text('{"protocol": {}, "failures": []}')
+    assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 2
+    assert "holds no report to draw again" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_server_that_dies_is_reported_and_the_others_are_measured(
