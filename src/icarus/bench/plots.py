@@ -181,8 +181,8 @@ def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
         len(present), 1, figsize=(9, 1.2 + 1.1 * len(present)), layout="constrained", sharex=True, squeeze=False
     )
     # On CPUs stock operators take so long that on their scale the others would be lines.
-    durations = sorted(u["duration"] for u in shown)
-    end = 1.15 * max(d for d in durations if d <= _LONG * durations[0])
+    durations = [u["duration"] for u in shown]
+    end = 1.15 * max(d for d in durations if d <= _LONG * min(durations))
     for axis, system in zip(axes[:, 0], present, strict=True):
         label, color, _ = STYLES[system]
         for unit in (unit for unit in shown if unit["unit"]["system"] == system):

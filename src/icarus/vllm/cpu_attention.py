@@ -83,7 +83,7 @@ def building(stock: Stock) -> Stock:
         rest = common.seq_lens.clone()
         rest[first] = rest[second] = 1
         metadata = stock(self, common_prefix_len, replace(common, seq_lens=rest), *args, **kwargs)
-        setattr(metadata, _PAIRS, _bring_together(self, common, metadata, first, second))
+        setattr(metadata, _PAIRS, _bring_together(self, common, metadata, lengths, first, second))
         return metadata
 
     return build
@@ -102,8 +102,7 @@ def _is_plain(builder: Any) -> bool:
     return bool(builder._icarus_plain)
 
 
-def _bring_together(builder: Any, common: Any, metadata: Any, first: Ints, second: Ints) -> Pairs:
-    lengths = common.seq_lens[first]
+def _bring_together(builder: Any, common: Any, metadata: Any, lengths: Tensor, first: Ints, second: Ints) -> Pairs:
     starts = torch.arange(len(first) + 1, dtype=torch.int32)
     schedule = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(first),
