@@ -137,6 +137,18 @@ def test_unknown_and_forgotten_layers_add_nothing(layer: Layer) -> None:
     assert not layer.add(x, [0, 1]).any()
 
 
+def test_one_with_runs_is_enough_among_layers_with_others(layer: Layer) -> None:
+    """Sampled rows have runs of their own; a call looks at no layer where all are empty."""
+    other = Layer(torch.float32)
+    other.look()
+    x = some(2)
+    assert not layer.add(x, [-1, -1]).any()
+    assert other.add(x, [0, 1]).any()
+    assert not layer.add(x, [-1, -1]).any()
+    torch.ops.icarus.forget(other.a[0])
+    assert layer.add(x, [0, 1]).any()
+
+
 def test_a_step_with_fewer_rows_than_runs_stays_within_them(layer: Layer) -> None:
     lora_rows.find_runs([0] * 50, layer.runs)
     y = torch.zeros(3, sum(OUTPUTS))

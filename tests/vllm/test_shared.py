@@ -45,7 +45,7 @@ def test_only_a_verified_adapter_is_marked(folder: Path) -> None:
     assert isinstance(ours, SharedLoRARequest)
     assert ours.sha256 == digest(folder / "ours")
     assert type(plain) is LoRARequest
-    assert shared.decoded_ids({1: ours, 2: plain}) == [1]
+    assert shared.decoded_ids({1: ours, 2: plain}) == {1}
 
 
 def test_the_mark_survives_the_way_to_the_workers(folder: Path) -> None:

@@ -38,6 +38,12 @@ struct Layer {
 };
 
 std::unordered_map<const void*, Layer> layers;
+std::vector<Tensor> steps;  // the runs of all layers, each once
+
+// Whether no row of the step has an adapter; said without a look at the layer, whose memory is cold by then.
+bool idle() {
+  return std::all_of(steps.begin(), steps.end(), [](const Tensor& runs) { return !*runs.const_data_ptr<int32_t>(); });
+}
 
 struct Row {
   int64_t row, slot;
@@ -131,11 +137,11 @@ bool touched(const Layer& layer, const int32_t* runs) {
 
 // y (rows, outputs of all slices) += what the adapter of each row makes of x (rows, inputs). first: names the layer.
 void add_lora(Tensor& y, const Tensor& x, const Tensor& first) {
+  if (idle()) return;
   const auto found = layers.find(first.const_data_ptr());
   if (found == layers.end()) return;
   const Layer& layer = found->second;
   const int32_t* runs = layer.runs.const_data_ptr<int32_t>();
-  if (!runs[0]) return;
   if (!touched(layer, runs)) return;
   TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && x.size(0) >= y.size(0) &&
                   x.size(1) == layer.inputs && y.size(1) >= layer.outputs,
@@ -174,6 +180,8 @@ void look(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const Tens
       layer.held.emplace_back(part.size(0), 0);
       layer.outputs += part.size(2);
     }
+    if (std::none_of(steps.begin(), steps.end(), [&](const Tensor& known) { return known.is_same(runs); }))
+      steps.push_back(runs);
   }
   for (size_t slice = 0; slice < b.size(); ++slice) {
     const Tensor own = b[slice][slot][0];
@@ -184,7 +192,12 @@ void look(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const Tens
   }
 }
 
-void forget(const Tensor& first) { layers.erase(first.const_data_ptr()); }
+void forget(const Tensor& first) {
+  layers.erase(first.const_data_ptr());
+  std::erase_if(steps, [](const Tensor& runs) {
+    return std::none_of(layers.begin(), layers.end(), [&](const auto& layer) { return layer.second.runs.is_same(runs); });
+  });
+}
 
 }  // namespace
 

@@ -60,11 +60,12 @@ def mapping_loras(stock: Stock) -> Stock:
         count = input_batch.num_reqs
         sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
         lora_ids = input_batch.request_lora_mapping[:count]
+        shares = np.fromiter(map(shared.__contains__, lora_ids), dtype=np.bool_, count=count)
         starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
         needed = np.where(self.discard_request_mask.np[:count], 0, sampled)
         if scored := self.num_prompt_logprobs:
             needed = np.where([name in scored for name in input_batch.req_ids], num_scheduled_tokens, needed)
-        rows = arithmetic.plan(Batch(starts, needed, lora_ids, np.isin(lora_ids, shared)))
+        rows = arithmetic.plan(Batch(starts, needed, lora_ids, shares))
         count_rows(self, rows.scheduled, len(rows))
         if len(rows):
             _check_room(self, starts, rows)

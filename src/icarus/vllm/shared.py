@@ -70,6 +70,6 @@ def check_conventional(folder: Path) -> None:
         raise AdapterError(f"{folder} became an ICaRus adapter after it was loaded as another; load it again.")
 
 
-def decoded_ids(requests: dict[int, LoRARequest]) -> list[int]:
+def decoded_ids(requests: dict[int, LoRARequest]) -> set[int]:
     """LoRA ids whose requests need decoder rows."""
-    return [lora_id for lora_id, request in requests.items() if isinstance(request, SharedLoRARequest)]
+    return {lora_id for lora_id, request in requests.items() if isinstance(request, SharedLoRARequest)}
