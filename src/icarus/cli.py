@@ -123,6 +123,7 @@ def _add_bench(bench: argparse.ArgumentParser, words: Sequence[str]) -> None:
         default=["base", "stock", "conventional", "icarus"],
         help="engines to compare (default: base,stock,conventional,icarus)",
     )
+    micro.add_argument("--starts", type=_count, default=1, help="starts of all engines, as two differ (default: 1)")
     micro.add_argument("--prompt-tokens", type=_count, default=1000, help="of prefill and chain (default: 1000)")
     micro.add_argument("--steps", type=_count, default=32, help="decode steps of each sample (default: 32)")
     micro.add_argument("--profile", type=Path, metavar="DIR", help="also profile each engine, a text file each")
@@ -272,6 +273,7 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
         options.base,
         options.dtype,
         options.repeats,
+        starts=options.starts,
         systems=options.systems,
         prompt=options.prompt_tokens,
         steps=options.steps,

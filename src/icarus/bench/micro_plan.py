@@ -29,10 +29,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: tokens of the long prompt, decode steps, rounds, and the range of token ids."""
+    """How much is measured: tokens of the long prompt, decode steps, starts of engines, rounds in each, token ids."""
 
     prompt: int
     steps: int
+    starts: int
     repeats: int
     vocabulary: int
     seed: int

@@ -67,43 +67,58 @@ ENVIRONMENT = {
 _WITH_PLUGIN = {"conventional", "icarus"}
 
 Answers = dict[str, dict[str, list[Message]]]
-"""By measurement and side, in the order of rounds."""
+"""Of one start of the engines, by measurement and side, in the order of rounds."""
 
 
 def run(
-    base: str, dtype: str, repeats: int, *, systems: Sequence[str], prompt: int, steps: int, profile: Path | None
+    base: str,
+    dtype: str,
+    repeats: int,
+    *,
+    starts: int,
+    systems: Sequence[str],
+    prompt: int,
+    steps: int,
+    profile: Path | None,
 ) -> dict[str, Any]:
     """Measure, print tables, and return the report. Raises InputError, and EngineFailed if an engine ends."""
     _check(systems, prompt, steps)
     if profile is not None:
         _make(profile)
     model, _ = base_model.load(base, dtype=dtype, device="cpu")
-    sizes = Sizes(prompt, steps, repeats, vocabulary=model.config.get_text_config().vocab_size, seed=SEED)
+    sizes = Sizes(prompt, steps, starts, repeats, vocabulary=model.config.get_text_config().vocab_size, seed=SEED)
     shape = bounds.Shape.of(model)
     del model
     planned = measurements([system for system in SYSTEMS if system in systems])
-    with tempfile.TemporaryDirectory(prefix="icarus-serve-micro-") as folder, ExitStack() as stack:
+    settings = measure.settings(base=base, dtype=dtype, rank=RANK, adapters=ADAPTERS, **vars(sizes))
+    answers: list[Answers] = []
+    idle: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="icarus-serve-micro-") as folder:
         adapters = _adapters(base, Path(folder), systems)
         weights = {system: _weights(folders) for system, folders in adapters.items()}
         machine = bounds.Machine.measured(dtype)
-        engines, about = _start(base, dtype, systems, adapters, Path(folder), stack)
-        answers, idle = _measure(engines, planned, sizes)
-        settings = measure.settings(base=base, dtype=dtype, rank=RANK, adapters=ADAPTERS, **vars(sizes))
-        report = {
-            "settings": {
-                **settings,
-                "engine": ENGINE,
-                "lora": LORA,
-                "environment": ENVIRONMENT,
-                "engines": about,
-                "cores_used_by_idle_engines": idle,
-            },
-            "machine": {name: round(value) for name, value in vars(machine).items()},
-            **_evaluated(planned, answers, sizes, machine, shape, weights),
-        }
-        _show(report)
-        if profile is not None:
-            _profile(engines, planned, sizes, profile, settings)
+        for start in range(starts):
+            _say(f"start {start + 1} of {starts}")
+            with ExitStack() as stack:
+                engines, about = _start(base, dtype, systems, adapters, Path(folder), stack)
+                answered, used = _measure(engines, planned, sizes)
+                answers.append(answered)
+                idle.append(used)
+                if profile is not None and start == starts - 1:
+                    _profile(engines, planned, sizes, profile, settings)
+    report = {
+        "settings": {
+            **settings,
+            "engine": ENGINE,
+            "lora": LORA,
+            "environment": ENVIRONMENT,
+            "engines": about,
+            "cores_used_by_idle_engines": max(idle),
+        },
+        "machine": {name: round(value) for name, value in vars(machine).items()},
+        **_evaluated(planned, answers, sizes, machine, shape, weights),
+    }
+    _show(report)
     return report
 
 
@@ -210,7 +225,7 @@ def _measure(
 
 def _evaluated(
     planned: Iterable[Measurement],
-    answers: Answers,
+    starts: Sequence[Answers],
     sizes: Sizes,
     machine: bounds.Machine,
     shape: bounds.Shape,
@@ -218,29 +233,35 @@ def _evaluated(
 ) -> dict[str, Any]:
     """The report's figures, ratios and goals, with the raw answers that they are made of."""
     tables: dict[str, Any] = {}
-    seconds: dict[str, dict[str, list[float]]] = {}
     for measurement in planned:
-        name = measurement.name
-        seconds[name] = {
-            side: [measurement.seconds(answer) for answer in given] for side, given in answers[name].items()
-        }
         sides = {}
         for side in measurement.sides:
-            taken = seconds[name][side.name]
+            given = [answer for answers in starts for answer in answers[measurement.name][side.name]]
+            taken = [measurement.seconds(answer) for answer in given]
             least = bounds.bound(machine, shape, measurement.works(side, sizes, adapter_weights[side.system]))
             sides[side.name] = {
                 "median": round(measurement.figure(statistics.median(taken), sizes), 2),
                 **measure.summary(taken),
                 "bound": least | {"share": round(least["bound_ms"] / 1e3 / statistics.median(taken), 3)},
-                "samples": [_rounded(answer) for answer in answers[name][side.name]],
+                "samples": [_rounded(answer) for answer in given],
             }
             if measurement.turns > 1:
-                sides[side.name]["prefilled_tokens"] = max(map(micro_goals.prefilled, answers[name][side.name]))
-        tables[name] = {"unit": measurement.unit, "sides": sides}
-    goals = micro_goals.results(seconds)
-    if chains := answers.get("chain", {}).get("icarus"):
+                sides[side.name]["prefilled_tokens"] = max(map(micro_goals.prefilled, given))
+        tables[measurement.name] = {"unit": measurement.unit, "sides": sides}
+    goals = micro_goals.results([_seconds(planned, answers) for answers in starts])
+    if chains := [chain for answers in starts for chain in answers.get("chain", {}).get("icarus", [])]:
         goals.append(micro_goals.prefilled_once(chains, sizes.prompt))
     return {"goals": goals, "measurements": tables}
+
+
+def _seconds(planned: Iterable[Measurement], answers: Answers) -> dict[str, dict[str, list[float]]]:
+    """What each sample of a start took, by measurement and side."""
+    return {
+        measurement.name: {
+            side: [measurement.seconds(answer) for answer in given] for side, given in answers[measurement.name].items()
+        }
+        for measurement in planned
+    }
 
 
 def _rounded(answer: Any) -> Any:
@@ -324,7 +345,7 @@ def _table(title: str, unit: str, sides: Mapping[str, Mapping[str, Any]]) -> Tab
 
 
 def _show_goals(console: Console, goals: Iterable[Mapping[str, Any]]) -> None:
-    table = Table(title="Ratios of speed, of medians (lowest and highest of a round), and goals")
+    table = Table(title="Ratios of speed (lowest and highest of a round), and goals")
     for column in ("", "measured", "goal", ""):
         table.add_column(column, justify="right" if column in ("measured", "goal") else "left")
     for goal in goals:

@@ -72,7 +72,8 @@ def mapping_loras(stock: Stock) -> Stock:
             setattr(self, _ROWS, rows)
         # No set, as in stock: requests are equal by name, and one that was unloaded and loaded again has two ids.
         requests = list(input_batch.lora_id_to_lora_request.values())
-        return self._set_active_loras(tuple(np.repeat(lora_ids, sampled)), tuple(rows.lora_ids), requests, *args, **kw)
+        per_sample, per_row = tuple(np.repeat(lora_ids, sampled).tolist()), tuple(rows.lora_ids.tolist())
+        return self._set_active_loras(per_sample, per_row, requests, *args, **kw)
 
     return set_active_loras
 
