@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,43 @@ def counted(llm: Any, adapters: dict[str, dict[str, Any]], name: str) -> float:
     return float(next(metric.value for metric in llm.get_metrics() if metric.name == name))
 
 
+def set_worth(worker: Any, keys: int) -> None:
+    """In a worker, which may be a process of its own."""
+    from icarus.vllm import cpu_attention
+
+    cpu_attention.WORTH = keys
+
+
+def set_temporary(worker: Any, folder: str | None, rank: int) -> None:
+    """In one of the workers, or in the main process where that is the worker."""
+    if worker.rank == rank:
+        tempfile.tempdir = folder
+
+
+def spoil(llm: Any, adapters: dict[str, dict[str, Any]], rank: int) -> None:
+    """One worker cannot write temporary files from now on."""
+    llm.collective_rpc(set_temporary, args=("/nowhere", rank))
+
+
+def mend(llm: Any, adapters: dict[str, dict[str, Any]], rank: int) -> None:
+    """It can again."""
+    llm.collective_rpc(set_temporary, args=(None, rank))
+
+
 def delete(llm: Any, adapters: dict[str, dict[str, Any]], folder: str) -> None:
     """Take away what an adapter was loaded from."""
     shutil.rmtree(folder)
 
 
-ACTIONS = {"ask": ask, "written": written, "published": published, "counted": counted, "delete": delete}
+ACTIONS = {
+    "ask": ask,
+    "written": written,
+    "published": published,
+    "counted": counted,
+    "delete": delete,
+    "spoil": spoil,
+    "mend": mend,
+}
 
 
 def main() -> None:
@@ -132,10 +164,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM
 
-    from icarus.vllm import cpu_attention
-
-    cpu_attention.WORTH = job["worth"]
     llm = LLM(**job["engine"])
+    llm.collective_rpc(set_worth, args=(job["worth"],))
     results = []
     for step in job["steps"]:
         try:

@@ -63,6 +63,31 @@ def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:
     assert read(copies, 1, old) == "old"
 
 
+def test_what_was_staged_is_read_whatever_becomes_of_the_folder(tmp_path: Path) -> None:
+    copies, old, new = Copies(), adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
+    read(copies, 1, old)
+    sha256, before = digest(new), open_files()
+    copies.stage(1, 2, sha256, lambda: new)
+    assert read(copies, 1, old) == "old", "until it is asked for"
+    shutil.rmtree(new)
+    assert read(copies, 2, new, sha256) == "new"
+    assert open_files() == before, "one copy"
+
+
+def test_a_staged_copy_that_nobody_read_goes_with_the_next(tmp_path: Path) -> None:
+    copies, folder, before = Copies(), adapter(tmp_path / "a", "old"), open_files()
+    copies.stage(1, 1, digest(folder), lambda: folder)
+    copies.stage(1, 2, digest(adapter(folder, "new")), lambda: folder)
+    assert open_files() == before + 2, "one copy"
+    with pytest.raises(AdapterError, match="changed since it was verified"):
+        copies.stage(1, 3, "other", lambda: folder)
+    assert read(copies, 3, adapter(folder, "newer")) == "newer"
+    assert open_files() == before + 2, "that of another generation is gone"
+    copies.stage(1, 3, "", lambda: pytest.fail("it is served"))
+    copies.drop(1)
+    assert open_files() == before
+
+
 def open_files() -> int:
     return len(os.listdir("/dev/fd"))
 

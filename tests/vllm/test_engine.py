@@ -315,6 +315,26 @@ def test_two_tensor_parallel_ranks(shop: Shop, stock: Any) -> None:
     check(shop, stock, shop.serve([ask(*MIXED)], threads="0|1", **ranks)[0])
 
 
+def test_ranks_replace_an_adapter_together_or_not_at_all(shop: Shop) -> None:
+    """One that cannot copy it would go on with the old weights, beside others with the new ones."""
+    reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
+    steps = [
+        ask(("sql", SHARED)),
+        {"spoil": 1},
+        reload,
+        ask(("sql", SHARED)),
+        {"mend": 1},
+        reload,
+        ask(("sql", SHARED)),
+    ]
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    before, _, refused, still, _, loaded, after = shop.serve(steps, threads="0|1", **ranks)
+    assert of(before) == of(still) == [shop.reference("sql", SHARED)]
+    assert "cannot be copied" in refused["error"]
+    assert loaded is True
+    assert of(after) == [shop.reference("chat", SHARED)]
+
+
 def test_embeddings_as_prompts(shop: Shop) -> None:
     step = ask(*((model, prompt) for prompt in prompts(0)[2:5] for model in ("base", "sql", "chat")))
     for request in step["ask"][::2]:  # beside prompts of tokens

@@ -69,6 +69,19 @@ class Copies:
 
     def __init__(self) -> None:
         self._kept: dict[int, _Copy] = {}
+        self._staged: dict[int, _Copy] = {}
+
+    def stage(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> None:
+        """Copy what ``reading`` will read with the same arguments; until then the last generation is served.
+
+        All workers do this before the first of them replaces an adapter, since a copy is what one may fail at alone:
+        then none replaces it. Raises AdapterError as ``reading`` does.
+        """
+        if (kept := self._kept.get(adapter_id)) and generation <= kept.generation:
+            return
+        fresh = _copy(locate(), generation, sha256)
+        self._discard(adapter_id)
+        self._staged[adapter_id] = fresh
 
     @contextmanager
     def reading(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> Iterator[Path]:
@@ -88,7 +101,11 @@ class Copies:
             with kept.folder() as folder:
                 yield folder
             return
-        fresh = _copy(locate(), generation, sha256)
+        staged = self._staged.get(adapter_id)
+        if staged and staged.generation == generation:
+            fresh = self._staged.pop(adapter_id)
+        else:
+            fresh = _copy(locate(), generation, sha256)
         try:
             with fresh.folder() as folder:
                 yield folder
@@ -100,8 +117,14 @@ class Copies:
 
     def drop(self, adapter_id: int) -> None:
         """Forget an adapter that is not served any more."""
+        self._discard(adapter_id)
         if kept := self._kept.pop(adapter_id, None):
             kept.close()
+
+    def _discard(self, adapter_id: int) -> None:
+        """Forget a copy that was not read."""
+        if staged := self._staged.pop(adapter_id, None):
+            staged.close()
 
 
 def _copy(folder: Path, generation: int, sha256: str) -> _Copy:

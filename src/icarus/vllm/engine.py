@@ -21,6 +21,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from icarus.errors import InputError
 from icarus.vllm import figures, limits
 from icarus.vllm.policy import Policy
+from icarus.vllm.runner import stage
 from icarus.vllm.shared import SharedLoRARequest, marked, to_load
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
@@ -123,6 +124,7 @@ def loading(stock: Stock) -> Stock:
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
+            self.model_executor.collective_rpc(stage, args=(request,))
         done = stock(self, request)
         policy.restore(name, verdict)
         figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)

@@ -246,6 +246,13 @@ def masking(stock: Stock) -> Stock:
 # ------------------------------------------------------------------------------------------------- adapters
 
 
+def stage(worker: Any, lora_request: SharedLoRARequest) -> None:
+    """Sent to all workers before any of them reads an adapter that shares, as one may fail to copy it (copies.py)."""
+    worker.model_runner._ensure_lora_enabled()
+    found = lora_request.lora_int_id, lora_request.generation, lora_request.sha256
+    _copies(worker.model_runner.lora_manager).stage(*found, partial(_folder, lora_request))
+
+
 def reading(stock: Stock) -> Stock:
     """``WorkerLoRAManager._load_adapter``: reads a copy of what the engine core verified."""
 
