@@ -127,20 +127,25 @@ def set_worth(worker: Any, keys: int) -> None:
     cpu_attention.WORTH = keys
 
 
-def set_temporary(worker: Any, folder: str | None, rank: int) -> None:
-    """In one of the workers, or in the main process where that is the worker."""
-    if worker.rank == rank:
-        tempfile.tempdir = folder
+def set_temporary(worker: Any, spoiled: list[int]) -> None:
+    """In a worker, which may be a process of its own."""
+    tempfile.tempdir = "/nowhere" if worker.rank in spoiled else None
 
 
-def spoil(llm: Any, adapters: dict[str, dict[str, Any]], rank: int) -> None:
-    """One worker cannot write temporary files from now on."""
-    llm.collective_rpc(set_temporary, args=("/nowhere", rank))
+def spoil(llm: Any, adapters: dict[str, dict[str, Any]], ranks: list[int]) -> None:
+    """These workers, and no others, cannot write temporary files from now on."""
+    llm.collective_rpc(set_temporary, args=(ranks,))
 
 
-def mend(llm: Any, adapters: dict[str, dict[str, Any]], rank: int) -> None:
-    """It can again."""
-    llm.collective_rpc(set_temporary, args=(None, rank))
+def open_files(worker: Any) -> int:
+    """Of a worker."""
+    return len(os.listdir("/dev/fd"))
+
+
+def count_files(llm: Any, adapters: dict[str, dict[str, Any]], given: None) -> list[int]:
+    """Files that each worker has open."""
+    counts: list[int] = llm.collective_rpc(open_files)
+    return counts
 
 
 def delete(llm: Any, adapters: dict[str, dict[str, Any]], folder: str) -> None:
@@ -155,7 +160,7 @@ ACTIONS = {
     "counted": counted,
     "delete": delete,
     "spoil": spoil,
-    "mend": mend,
+    "files": count_files,
 }
 
 

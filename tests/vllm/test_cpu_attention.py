@@ -67,8 +67,11 @@ class Layer:
             build, forward = cpu_attention.building(BUILD), cpu_attention.attending(FORWARD)
         with cpu_attention.step(step.rows):
             metadata = build(self.builder, 0, step.common)
-        padded = torch.cat([query, query[:2]])
-        output = torch.full_like(padded, torch.nan)
+        padded = query.new_zeros(len(query) + 2, query.stride(0)).as_strided(
+            (len(query) + 2, *query.shape[1:]), query.stride()
+        )
+        padded[:-2] = query
+        output = padded.new_full(padded.shape, torch.nan)
         forward(self.impl, self.scales, padded, padded, padded, self.cache, metadata, output)
         assert output[-2:].isnan().all(), "padding is not written"
         self.found = getattr(metadata, "_icarus_pairs", None)
@@ -115,6 +118,15 @@ def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes
     assert (layer.found.back is not None) is (step is DECODES)
     close = {"atol": 2e-3, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(got, wanted, **close)
+
+
+@pytest.mark.parametrize("step", [DECODES, MIXED], ids=["decodes", "mixed"])
+def test_queries_may_be_a_part_of_a_projection(step: Step) -> None:
+    layer, query = Layer(torch.bfloat16), step.query(torch.bfloat16)
+    projection = torch.cat([query, query[:, :KV_HEADS]], dim=1)
+    part = projection[:, : query.shape[1]]
+    assert not part.is_contiguous()
+    assert torch.equal(layer.run(step, part, paired=True), layer.run(step, query, paired=True))
 
 
 def test_pairs_have_no_mask_of_the_step() -> None:

@@ -318,21 +318,19 @@ def test_two_tensor_parallel_ranks(shop: Shop, stock: Any) -> None:
 def test_ranks_replace_an_adapter_together_or_not_at_all(shop: Shop) -> None:
     """One that cannot copy it would go on with the old weights, beside others with the new ones."""
     reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
-    steps = [
-        ask(("sql", SHARED)),
-        {"spoil": 1},
-        reload,
-        ask(("sql", SHARED)),
-        {"mend": 1},
-        reload,
-        ask(("sql", SHARED)),
-    ]
+    asked, files = ask(("sql", SHARED)), {"files": None}
+    refusals = [step for ranks in ([1], [0], [0, 1], [1]) for step in ({"spoil": ranks}, reload, asked, files)]
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    before, _, refused, still, _, loaded, after = shop.serve(steps, threads="0|1", **ranks)
-    assert of(before) == of(still) == [shop.reference("sql", SHARED)]
-    assert "cannot be copied" in refused["error"]
+    steps = [asked, files, *refusals, {"spoil": []}, reload, asked, files]
+    before, opened, *between, _, loaded, after, kept = shop.serve(steps, threads="0|1", **ranks)
+    assert of(before) == [shop.reference("sql", SHARED)]
+    for refused, still, left in zip(between[1::4], between[2::4], between[3::4], strict=True):
+        assert "cannot be copied" in refused["error"]
+        assert of(still) == of(before)
+        assert left == opened
     assert loaded is True
     assert of(after) == [shop.reference("chat", SHARED)]
+    assert kept == opened
 
 
 def test_embeddings_as_prompts(shop: Shop) -> None:

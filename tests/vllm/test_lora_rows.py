@@ -138,7 +138,7 @@ def test_unknown_and_forgotten_layers_add_nothing(layer: Layer) -> None:
 
 
 def test_one_with_runs_is_enough_among_layers_with_others(layer: Layer) -> None:
-    """Sampled rows have runs of their own; a call looks at no layer where all are empty."""
+    """Sampled rows have runs of their own."""
     other = Layer(torch.float32)
     other.look()
     x = some(2)

@@ -74,13 +74,13 @@ class Copies:
     def stage(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> None:
         """Copy what ``reading`` will read with the same arguments; until then the last generation is served.
 
-        All workers do this before the first of them replaces an adapter, since a copy is what one may fail at alone:
-        then none replaces it. Raises AdapterError as ``reading`` does.
+        All workers do this before the first of them replaces an adapter, since copying is what one is likely to fail
+        at alone: then none replaces it. Raises AdapterError as ``reading`` does.
         """
         if (kept := self._kept.get(adapter_id)) and generation <= kept.generation:
             return
         fresh = _copy(locate(), generation, sha256)
-        self._discard(adapter_id)
+        self.discard(adapter_id)
         self._staged[adapter_id] = fresh
 
     @contextmanager
@@ -117,12 +117,12 @@ class Copies:
 
     def drop(self, adapter_id: int) -> None:
         """Forget an adapter that is not served any more."""
-        self._discard(adapter_id)
+        self.discard(adapter_id)
         if kept := self._kept.pop(adapter_id, None):
             kept.close()
 
-    def _discard(self, adapter_id: int) -> None:
-        """Forget a copy that was not read."""
+    def discard(self, adapter_id: int) -> None:
+        """Forget a copy that was staged and not read."""
         if staged := self._staged.pop(adapter_id, None):
             staged.close()
 

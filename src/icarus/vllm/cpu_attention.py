@@ -36,8 +36,8 @@ from icarus.vllm.rows import Ints, Rows, pairs
 Stock = Callable[..., Any]
 
 WORTH = 1536
-"""Keys of all pairs of a step from which on one pass costs less than two: bringing heads together costs some 15 us a
-layer, and a second pass over 1,000 keys 10 us (SmolLM2-135M, bfloat16, two cores)."""
+"""Keys of all pairs of a step from which on one pass costs less than two, which read them twice but move no heads:
+some 1,500, where sides alternated in one engine (SmolLM2-135M, bfloat16, two cores; docs/log.md)."""
 
 _TOGETHER = {"amx": 16}
 """Query heads of one head of the cache that vLLM's csrc/cpu/cpu_attn_impl.hpp takes at most where it divides keys.
@@ -174,8 +174,13 @@ def attending(stock: Stock) -> Stock:
 
 def _together(query: Tensor, found: Pairs, kv_heads: int) -> Tensor:
     """(rows, heads, head size) to (pairs, 2 heads, head size)."""
-    _, heads, size = query.shape
-    return query.reshape(-1, heads // kv_heads * size).index_select(0, found.order).view(-1, 2 * heads, size)
+    rows, heads, size = query.shape
+    groups = query.view(rows, kv_heads, -1)
+    if query.is_contiguous():
+        picked = groups.flatten(0, 1).index_select(0, found.order)
+    else:  # part of a projection: flattening would copy all rows
+        picked = groups[found.order // kv_heads, found.order % kv_heads]
+    return picked.view(-1, 2 * heads, size)
 
 
 def _apart(attended: Tensor, found: Pairs, output: Tensor) -> None:

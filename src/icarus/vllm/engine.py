@@ -18,10 +18,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
-from icarus.errors import InputError
+from icarus.errors import AdapterError, InputError
 from icarus.vllm import figures, limits
 from icarus.vllm.policy import Policy
-from icarus.vllm.runner import stage
+from icarus.vllm.runner import stage, unstage
 from icarus.vllm.shared import SharedLoRARequest, marked, to_load
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
@@ -124,13 +124,20 @@ def loading(stock: Stock) -> Stock:
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
-            self.model_executor.collective_rpc(stage, args=(request,))
+            _stage(self.model_executor, request)
         done = stock(self, request)
         policy.restore(name, verdict)
         figures.count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return done
 
     return add_lora
+
+
+def _stage(executor: Any, request: SharedLoRARequest) -> None:
+    """All workers of this engine have a copy afterwards, or none has and AdapterError is raised."""
+    if refused := [said for said in executor.collective_rpc(stage, args=(request,)) if said]:
+        executor.collective_rpc(unstage, args=(request.lora_int_id,))
+        raise AdapterError(refused[0])
 
 
 def unloading(stock: Stock) -> Stock:

@@ -246,11 +246,25 @@ def masking(stock: Stock) -> Stock:
 # ------------------------------------------------------------------------------------------------- adapters
 
 
-def stage(worker: Any, lora_request: SharedLoRARequest) -> None:
-    """Sent to all workers before any of them reads an adapter that shares, as one may fail to copy it (copies.py)."""
-    worker.model_runner._ensure_lora_enabled()
+def stage(worker: Any, lora_request: SharedLoRARequest) -> str:
+    """Sent to all workers before any of them reads an adapter that shares, as one may fail to copy it (copies.py).
+
+    Returns why it cannot be read, or nothing. An exception would leave the answers of the workers behind this one in
+    their queues, for the next question (vllm/v1/executor/abstract.py:299).
+    """
     found = lora_request.lora_int_id, lora_request.generation, lora_request.sha256
-    _copies(worker.model_runner.lora_manager).stage(*found, partial(_folder, lora_request))
+    try:
+        worker.model_runner._ensure_lora_enabled()
+        _copies(worker.model_runner.lora_manager).stage(*found, partial(_folder, lora_request))
+    except Exception as error:  # whatever it is, it is the answer
+        return str(error) or type(error).__name__
+    return ""
+
+
+def unstage(worker: Any, lora_id: int) -> None:
+    """Sent to all workers when one of them could not copy an adapter: the others need their copies no more."""
+    if manager := getattr(worker.model_runner, "lora_manager", None):
+        _copies(manager).discard(lora_id)
 
 
 def reading(stock: Stock) -> Stock:
