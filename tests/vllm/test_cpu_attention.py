@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
 
+import vllm
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -132,7 +133,8 @@ def test_queries_may_be_a_part_of_a_projection(step: Step) -> None:
 def test_pairs_have_no_mask_of_the_step() -> None:
     """A mask for each request (``causal`` as a tensor) is for all requests of the step, and there are fewer pairs."""
     step = Step((1, 700, True), (5, 40, False), (1, 900, True))
-    step.common.causal = torch.tensor([1, 0, 1, 1, 1], dtype=torch.int32)
+    kind = torch.bool if vllm.__version__.startswith("0.31.") else torch.int32
+    step.common.causal = torch.tensor([1, 0, 1, 1, 1], dtype=kind)
     layer, query = Layer(torch.float32), step.query(torch.float32)
     wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
     assert layer.found.metadata.dynamic_causal is None
