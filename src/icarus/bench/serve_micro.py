@@ -233,11 +233,12 @@ def _evaluated(
 ) -> dict[str, Any]:
     """The report's figures, ratios and goals, with the raw answers that they are made of."""
     tables: dict[str, Any] = {}
+    seconds = [_seconds(planned, answers) for answers in starts]
     for measurement in planned:
         sides = {}
         for side in measurement.sides:
             given = [answer for answers in starts for answer in answers[measurement.name][side.name]]
-            taken = [measurement.seconds(answer) for answer in given]
+            taken = [sample for start in seconds for sample in start[measurement.name][side.name]]
             least = bounds.bound(machine, shape, measurement.works(side, sizes, adapter_weights[side.system]))
             sides[side.name] = {
                 "median": round(measurement.figure(statistics.median(taken), sizes), 2),
@@ -248,7 +249,7 @@ def _evaluated(
             if measurement.turns > 1:
                 sides[side.name]["prefilled_tokens"] = max(map(micro_goals.prefilled, given))
         tables[measurement.name] = {"unit": measurement.unit, "sides": sides}
-    goals = micro_goals.results([_seconds(planned, answers) for answers in starts])
+    goals = micro_goals.results(seconds)
     if chains := [chain for answers in starts for chain in answers.get("chain", {}).get("icarus", [])]:
         goals.append(micro_goals.prefilled_once(chains, sizes.prompt))
     return {"goals": goals, "measurements": tables}
