@@ -1,8 +1,8 @@
 """Three models take turns in one conversation, and none of them prefills what the others said.
 
-Against a running server (make serve); needs the openai package, which .venv-serve has:
+Against a running server (make serve); needs the openai package, which comes with vLLM:
 
-    .venv-serve/bin/python examples/handover.py http://localhost:8000/v1 smollm2-135m-instruct planner sql
+    .venv/bin/python examples/handover.py http://localhost:8000/v1 smollm2-135m-instruct planner sql
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+"""The lock, which make installs without resolving, holds what pyproject.toml asks for."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# make installs neither the harness nor vLLM's build for GPUs.
+ASKED = [*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["cpu"], *EXTRAS["bench"]]
+
+
+def locked() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_requirement_is_locked_within_its_range(asked: str) -> None:
+    requirement = Requirement(asked)
+    (pin,) = locked()[canonicalize_name(requirement.name)].specifier
+    assert pin.operator == "=="
+    assert requirement.specifier.contains(pin.version)
+
+
+def test_both_builds_of_vllm_have_one_range() -> None:
+    cpu, gpu = (Requirement(EXTRAS[extra][0]).specifier for extra in ("cpu", "gpu"))
+    assert cpu == gpu
