@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from reference import Shape
 
+pytest_plugins = ["pytester", "strict_skips"]
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 VOCAB = 128

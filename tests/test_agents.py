@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("aiohttp")
-
 import agents_job
 import specimens
 from icarus import adapter, cli

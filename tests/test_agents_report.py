@@ -150,7 +150,6 @@ def test_budgets_are_what_they_are_called() -> None:
 
 
 def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     from icarus.bench import plots
 
     records = [record(s, rate=r, models=n) for s in ("icarus", "conventional") for r in (None, 0.1) for n in (2, 8)]
@@ -167,7 +166,6 @@ def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "edge"), [(3.0, 6.9), (40.0, 2.3)])
 def test_a_run_that_takes_long_goes_beyond_the_edge(seconds: float, edge: float) -> None:
-    pytest.importorskip("matplotlib")
     from icarus.bench import plots
 
     figure = plots._kv([record(), record("stock", seconds=seconds)], "react", "tight")

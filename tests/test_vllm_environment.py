@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from icarus.vllm_environment import variables
+from strict_skips import NO_CPU_TORCH
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="about CPU builds of torch")
+@pytest.mark.skipif(torch.version.cuda is not None, reason=NO_CPU_TORCH)
 @pytest.mark.parametrize(("cores", "reserved"), [(1, "0"), (2, "0"), (3, None), (16, None)])
 def test_of_few_cores_none_is_kept_from_computing(
     cores: int, reserved: str | None, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
+from strict_skips import NO_CPU_VLLM, WITHOUT_VLLM
+
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 import vllm
 from vllm import _custom_ops as ops
@@ -21,7 +23,7 @@ from icarus.vllm import cpu_attention
 from icarus.vllm import rows as arithmetic
 from icarus.vllm.rows import Batch, Rows
 
-pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="CPU attention")
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason=NO_CPU_VLLM)
 
 KV_HEADS, SIZE, BLOCK, BLOCKS = 2, 64, 32, 160
 

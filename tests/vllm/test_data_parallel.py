@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from test_engine import NEW, Asked, prompts
-from test_serve_http import INSTALLED, Server, serving
+from test_serve_http import Server, serving
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
+from strict_skips import needs_vllm
+
+pytestmark = [pytest.mark.engine, needs_vllm]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,10 +18,9 @@ from conftest import tiny, tiny_tokenizer, tokens
 from icarus import adapter
 from icarus.context import Specialists
 from icarus.vllm import limits
+from strict_skips import needs_vllm
 
-# This folder is a namespace package of the same name where vLLM is missing; it has no origin.
-INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
+pytestmark = [pytest.mark.engine, needs_vllm]
 
 NEW = 12
 BLOCK = 32  # the smallest that vLLM's CPU attention takes

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
+from strict_skips import WITHOUT_VLLM
+
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from icarus.errors import AdapterError
 from icarus.vllm import loading

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm.config")
+from strict_skips import WITHOUT_VLLM
+
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from test_engine import BLOCK, Shop
 
 from conftest import tokens
 from icarus.bench.engine_process import EngineFailed, EngineProcess
+
+pytestmark = pytest.mark.engine
 
 PROMPT = tokens(BLOCK + 5, seed=1).tolist()
 ENGINE = {

