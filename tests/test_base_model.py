@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from icarus import base_model
+from icarus.adapter.fingerprints import fingerprint
 from icarus.errors import InputError
-from icarus.fingerprint import fingerprint
 from saved import save_base
 
 
@@ -198,7 +198,7 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyt
 
 def test_two_processes_unpack_the_real_one_and_agree(tmp_path: Path) -> None:
     """The one test here that unpacks 97 MB: folder, loading, and a fingerprint that is the same in every process."""
-    code = "from icarus import base_model, fingerprint; print(fingerprint.fingerprint(base_model.folder()))"
+    code = "from icarus import base_model, adapter; print(adapter.fingerprint(base_model.folder()))"
     environment = {**os.environ, "ICARUS_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

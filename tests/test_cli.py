@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from icarus import Specialists, adapter, base_model, chat, cli, specialists, turns
+from icarus import Specialists, adapter, base_model, chat, cli, shipped_specialists, turns
 from icarus.errors import InputError
 from saved import save_adapter, save_base, save_rows
 
@@ -192,7 +192,7 @@ def test_specialists_are_printed_as_arguments_for_adapter(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
 ) -> None:
     (tmp_path / "figures.json").write_text(json.dumps({"sql": {}, "poet": {}}))
-    monkeypatch.setattr(specialists, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(shipped_specialists, "_SHIPPED", tmp_path)
     assert cli.main(["specialists"]) == 0
     assert capsys.readouterr().out == f"sql={tmp_path / 'sql'}\npoet={tmp_path / 'poet'}\n"
 

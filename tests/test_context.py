@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 import reference
 import saved
 from conftest import CHATML, SPECIAL, STRIPPING, VOCAB, lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
-from icarus import adapter, fingerprint, verify
+from icarus import adapter
+from icarus.adapter import checks, fingerprints
 from icarus.context import BASE, Context, Specialists
 from icarus.errors import AdapterError, IcarusError, InputError
 from icarus.lora import LoraLayers
@@ -574,10 +575,10 @@ def test_the_base_is_hashed_once_for_all_adapters(tmp_path: Path, monkeypatch: p
 
     def hashing(model: Any) -> str:
         hashed.append(model)
-        return fingerprint.fingerprint(model)
+        return fingerprints.fingerprint(model)
 
     monkeypatch.setattr(adapter, "fingerprint", hashing)
-    monkeypatch.setattr(verify, "fingerprint", hashing)
+    monkeypatch.setattr(checks, "fingerprint", hashing)
     team = Specialists(tiny(), tiny_tokenizer())
     assert not hashed
     for folder in folders:

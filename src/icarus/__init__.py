@@ -11,7 +11,7 @@ from icarus import errors
 if TYPE_CHECKING:
     from icarus.base_model import PACKAGED
     from icarus.context import BASE, Context, Specialists, Turn
-    from icarus.specialists import shipped
+    from icarus.shipped_specialists import shipped
     from icarus.streams import Batch, EncoderCache, TwoStreams
 
 _HOMES = {
@@ -20,7 +20,7 @@ _HOMES = {
     "Context": "context",
     "Specialists": "context",
     "Turn": "context",
-    "shipped": "specialists",
+    "shipped": "shipped_specialists",
     "Batch": "streams",
     "EncoderCache": "streams",
     "TwoStreams": "streams",

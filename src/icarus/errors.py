@@ -35,3 +35,8 @@ class UnsupportedModelError(InputError):
 
 class CheckFailed(IcarusError):
     """A requested check ran to its end and failed."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, as part of a sentence: its first line, without the full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(".")

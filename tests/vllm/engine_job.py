@@ -122,7 +122,7 @@ def counted(llm: Any, adapters: dict[str, dict[str, Any]], name: str) -> float:
 
 def set_worth(worker: Any, keys: int) -> None:
     """In a worker, which may be a process of its own."""
-    from icarus.vllm import cpu_attention
+    from icarus.vllm.cpu import attention as cpu_attention
 
     cpu_attention.WORTH = keys
 

@@ -17,7 +17,7 @@ import torch
 from conftest import tiny, tiny_tokenizer, tokens
 from icarus import adapter
 from icarus.context import Specialists
-from icarus.vllm import limits
+from icarus.vllm.engine import limits
 from strict_skips import needs_vllm
 
 pytestmark = [pytest.mark.engine, needs_vllm]

@@ -7,6 +7,6 @@ def register() -> None:
     """Apply the ledger; calling it again changes nothing. Raises PatchError where vLLM is another than was tested."""
     import vllm
 
-    from icarus.vllm import patches
+    from icarus.vllm import ledger
 
-    patches.apply(patches.LEDGER, vllm.__version__)
+    ledger.apply(ledger.LEDGER, vllm.__version__)

@@ -1,0 +1,71 @@
+"""The adapters of specialists: PEFT directories that may share a KV cache, on disk and on a loaded model.
+
+    checks         reading a directory: may this adapter share a cache?
+    fingerprints   the identity of a base model: one hash of its weights
+    projections    the linear projections of a base model, by name
+    location       from a path or a Hub repository to a local directory
+    attachment     adapters on a loaded model; imports PEFT
+    storage        directories written from a model and loaded into one; imports PEFT
+    model_card     the README.md of a directory
+    undo           a model as it was, after an exception
+
+The names below are imported when first used: whoever only verifies a directory loads neither PEFT nor Transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icarus.adapter.attachment import attach, attach_conventional, check_attached, decoder_targets, names
+    from icarus.adapter.checks import MARKER_VERSION, AdapterInfo, feeds_kv, is_icarus, problems, verify
+    from icarus.adapter.fingerprints import fingerprint
+    from icarus.adapter.location import locate
+    from icarus.adapter.storage import from_pretrained, load, push_to_hub, save, save_conventional
+
+_HOMES = {
+    "MARKER_VERSION": "checks",
+    "AdapterInfo": "checks",
+    "attach": "attachment",
+    "attach_conventional": "attachment",
+    "check_attached": "attachment",
+    "decoder_targets": "attachment",
+    "feeds_kv": "checks",
+    "fingerprint": "fingerprints",
+    "from_pretrained": "storage",
+    "is_icarus": "checks",
+    "load": "storage",
+    "locate": "location",
+    "names": "attachment",
+    "problems": "checks",
+    "push_to_hub": "storage",
+    "save": "storage",
+    "save_conventional": "storage",
+    "verify": "checks",
+}
+
+__all__ = [
+    "MARKER_VERSION",
+    "AdapterInfo",
+    "attach",
+    "attach_conventional",
+    "check_attached",
+    "decoder_targets",
+    "feeds_kv",
+    "fingerprint",
+    "from_pretrained",
+    "is_icarus",
+    "load",
+    "locate",
+    "names",
+    "problems",
+    "push_to_hub",
+    "save",
+    "save_conventional",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'icarus.adapter' has no attribute {name!r}")
+    return getattr(import_module(f"icarus.adapter.{_HOMES[name]}"), name)

@@ -1,0 +1,30 @@
+"""The specialists that this project ships: small adapters for the packaged base model, with their figures.
+
+They live in ``icarus/shipped/NAME``, each an adapter directory, and were trained by ``icarus train`` with the recipes
+in ``recipes/``; ``icarus/shipped/figures.json`` holds what they reached on unseen data.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
+def shipped() -> dict[str, Path]:
+    """Name and folder of each shipped specialist, in the order in which they work together."""
+    return {name: _SHIPPED / name for name in figures()}
+
+
+def conversation() -> list[dict[str, Any]]:
+    """The turns of ``icarus demo``: ``{"model", "messages", "reference"}`` each."""
+    turns: list[dict[str, Any]] = json.loads((_SHIPPED / "demo.json").read_text(encoding="utf-8"))
+    return turns
+
+
+def figures() -> dict[str, Any]:
+    """What each shipped specialist was trained on and scored: ``{name: {"task", "metric", "base", ...}}``."""
+    found: dict[str, Any] = json.loads((_SHIPPED / "figures.json").read_text(encoding="utf-8"))
+    return found

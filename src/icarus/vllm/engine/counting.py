@@ -1,0 +1,141 @@
+"""Counting in the engine core: prefix hits by writer and reader, loads, and reading all counters out.
+
+A block pays for one entry of a dictionary. ``read`` gives all counters as plain data, which vLLM can send to the front
+end (server/metrics.py).
+
+Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from icarus.vllm.counters import BASE, QUESTION, SECONDS, Hits, Loads, rows_of
+
+Stock = Callable[..., Any]
+
+
+# ------------------------------------------------------------------------------------------------- prefix cache
+
+
+def model_of(request: Any) -> str:
+    """The model that a scheduled request is for."""
+    return request.lora_request.lora_name if request.lora_request else BASE
+
+
+def writing(stock: Stock) -> Stock:
+    """``BlockPool.cache_full_blocks``: remembers who wrote a block."""
+
+    @wraps(stock)
+    def cache_full_blocks(
+        self: Any, request: Any, blocks: Any, num_cached_blocks: int, num_full_blocks: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = stock(self, request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
+        if num_cached_blocks < num_full_blocks:
+            if (writers := getattr(self, "_icarus_writers", None)) is None:
+                writers = self._icarus_writers = {}
+            model = model_of(request)
+            for block in blocks[num_cached_blocks:num_full_blocks]:
+                writers[block.block_id] = model
+        return result
+
+    return cache_full_blocks
+
+
+def hitting(stock: Stock) -> Stock:
+    """``KVCacheManager.record_prefix_cache_stats``: counts hits by writer and reader, where vLLM counts hits.
+
+    Called once for each request that is scheduled, when its blocks are allocated. As in vLLM's own counter, what a
+    preempted request finds again of its own is no hit.
+    """
+
+    @wraps(stock)
+    def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> Any:
+        if num_hits and not request.num_preemptions and self.prefix_cache_lookup_enabled(request):
+            if not hasattr(self, "_icarus_hits"):
+                self._icarus_hits = Counter()
+            writers: dict[int, str] = getattr(self.block_pool, "_icarus_writers", {})
+            groups = self.coordinator.get_blocks(request.request_id)
+            sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
+            found = _hits(groups, sizes, writers, model_of(request), num_hits)
+            self._icarus_hits.update(found)
+        return stock(self, request, num_hits)
+
+    return record_prefix_cache_stats
+
+
+def _hits(groups: Any, sizes: list[int], writers: dict[int, str], reader: str, tokens: int) -> Hits:
+    """Tokens by writer and reader.
+
+    A model with sliding windows keeps null blocks where nobody looks; so the group of layers that has most blocks tells
+    who wrote.
+    """
+    found: Hits = Counter()
+    for blocks, size in zip(groups, sizes, strict=True):
+        here = [block.block_id for block in blocks[: tokens // size] if not block.is_null]
+        if len(here) * size > found.total():
+            found = Counter()
+            for block in here:
+                found[writers.get(block, BASE), reader] += size
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- loads
+
+
+def count_load(core: Any, request: Any, seconds: float, *, shares: bool) -> None:
+    """Note that an adapter was loaded, verification included; under an id that is known it replaced another."""
+    loads = _loads(core)
+    swapped = request.lora_int_id in loads.ids
+    loads.ids.add(request.lora_int_id)
+    loads.loads[request.lora_name] += 1
+    loads.buckets[bisect_left(SECONDS, seconds)] += 1
+    loads.seconds += seconds
+    if swapped:
+        loads.swaps[request.lora_name] += 1
+        if shares:
+            loads.kept += len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+
+
+def _loads(core: Any) -> Loads:
+    if (found := getattr(core, "_icarus_loads", None)) is None:
+        found = core._icarus_loads = Loads()
+    loads: Loads = found
+    return loads
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def answering(stock: Stock) -> Stock:
+    """``EngineCore.collective_rpc``: answers ``QUESTION`` itself."""
+
+    @wraps(stock)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return read(self) if method == QUESTION else stock(self, method, *args, **kwargs)
+
+    return collective_rpc
+
+
+def read(core: Any) -> dict[str, Any]:
+    """All counters of one engine, in types that vLLM sends between processes without further ado."""
+    config, loads = core.vllm_config, _loads(core)
+    base: str = config.model_config.served_model_name
+    hits: Hits = getattr(core.scheduler.kv_cache_manager, "_icarus_hits", None) or Counter()
+    scheduled, decoder = core.model_executor.collective_rpc(rows_of)[0]
+    return {
+        "engine": config.parallel_config.data_parallel_index,
+        "model": base,
+        "hits": [[writer or base, reader or base, tokens] for (writer, reader), tokens in hits.items()],
+        "scheduled_rows": scheduled,
+        "decoder_rows": decoder,
+        "loads": dict(loads.loads),
+        "swaps": dict(loads.swaps),
+        "blocks_kept": loads.kept,
+        "load_buckets": loads.buckets,
+        "load_seconds": loads.seconds,
+    }

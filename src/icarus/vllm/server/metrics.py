@@ -1,0 +1,103 @@
+"""The counters of all engines as Prometheus metrics, beside vLLM's own.
+
+The front end asks the engines when it is scraped, over the sockets that it has. Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+from icarus.vllm.counters import QUESTION, SECONDS
+
+PATIENCE = 2.0
+"""Seconds that a scrape waits for engines in a long step; after them it gets what they said last."""
+
+Figures = list[dict[str, Any]]
+
+
+class Scraper:
+    """Asks the engines; one question at a time."""
+
+    def __init__(self) -> None:
+        self._last: Figures = []
+        self._asking: asyncio.Task[Figures] | None = None
+
+    async def text(self, client: Any) -> bytes:
+        """What all engines counted, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(_ask(client.engine_core))
+        done, _ = await asyncio.wait([self._asking], timeout=PATIENCE)
+        if done:
+            asked, self._asking = self._asking, None
+            if not asked.cancelled() and asked.exception() is None:
+                self._last = asked.result()
+        return exposition(self._last)
+
+
+async def _ask(core: Any) -> Figures:
+    if hasattr(core, "call_utility_all_async"):
+        found: Figures = await core.call_utility_all_async("collective_rpc", QUESTION)
+        return found
+    return [await core.call_utility_async("collective_rpc", QUESTION)]  # vLLM 0.31 tells of the first engine only
+
+
+def exposition(engines: Figures) -> bytes:
+    """Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(engines))
+    text: bytes = generate_latest(registry)
+    return text
+
+
+class _Snapshot:
+    """A collector of ``prometheus_client``."""
+
+    def __init__(self, engines: Figures) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Any]:
+        labels = ["model_name", "engine"]
+        hits = CounterMetricFamily(
+            "icarus:prefix_hits_tokens",
+            "Prompt tokens found in the prefix cache, by the model whose request wrote them and the model that read.",
+            labels=[*labels, "writer", "reader"],
+        )
+        scheduled = CounterMetricFamily(
+            "icarus:scheduled_rows", "Rows that vLLM scheduled, of all models.", labels=labels
+        )
+        decoder = CounterMetricFamily(
+            "icarus:decoder_rows", "Decoder rows that were added to steps for ICaRus adapters.", labels=labels
+        )
+        loads = CounterMetricFamily("icarus:adapter_loads", "Adapters loaded.", labels=[*labels, "adapter"])
+        swaps = CounterMetricFamily(
+            "icarus:adapter_swaps", "Loads that replaced an adapter under its name.", labels=[*labels, "adapter"]
+        )
+        kept = CounterMetricFamily(
+            "icarus:cache_blocks_kept_on_swap",
+            "Blocks that were in the prefix cache when an ICaRus adapter was replaced, and stayed valid.",
+            labels=labels,
+        )
+        seconds = HistogramMetricFamily(
+            "icarus:adapter_load_seconds", "Time to verify and load an adapter.", labels=labels
+        )
+        for engine in self._engines:
+            of = [engine["model"], str(engine["engine"])]
+            for writer, reader, tokens in engine["hits"]:
+                hits.add_metric([*of, writer, reader], tokens)
+            scheduled.add_metric(of, engine["scheduled_rows"])
+            decoder.add_metric(of, engine["decoder_rows"])
+            for name, count in engine["loads"].items():
+                loads.add_metric([*of, name], count)
+            for name, count in engine["swaps"].items():
+                swaps.add_metric([*of, name], count)
+            kept.add_metric(of, engine["blocks_kept"])
+            bounds = [*map(str, SECONDS), "+Inf"]
+            buckets = list(zip(bounds, accumulate(engine["load_buckets"]), strict=True))
+            seconds.add_metric(of, buckets, engine["load_seconds"])
+        yield from (hits, scheduled, decoder, loads, swaps, kept, seconds)

@@ -1,0 +1,1 @@
+"""The workers: decoder rows in the model runner, and copies of adapters."""

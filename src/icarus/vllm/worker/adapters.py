@@ -1,0 +1,89 @@
+"""Adapters in a worker: what it reads is a copy of what the engine core verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+from vllm.lora.utils import get_adapter_absolute_path
+
+from icarus import adapter
+from icarus.errors import AdapterError
+from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.worker.copies import Copies
+
+Stock = Callable[..., Any]
+
+
+def stage(worker: Any, lora_request: SharedLoRARequest) -> str:
+    """Sent to all workers before any of them reads an adapter that shares, as one may fail to copy it (copies.py).
+
+    Returns why it cannot be read, or nothing. An exception would leave the answers of the workers behind this one in
+    their queues, for the next question (vllm/v1/executor/abstract.py:299).
+    """
+    found = lora_request.lora_int_id, lora_request.generation, lora_request.sha256
+    try:
+        worker.model_runner._ensure_lora_enabled()
+        _copies(worker.model_runner.lora_manager).stage(*found, partial(_folder, lora_request))
+    except Exception as error:  # whatever it is, it is the answer
+        return str(error) or type(error).__name__
+    return ""
+
+
+def unstage(worker: Any, lora_id: int) -> None:
+    """Sent to all workers when one of them could not copy an adapter: the others need their copies no more."""
+    if manager := getattr(worker.model_runner, "lora_manager", None):
+        _copies(manager).discard(lora_id)
+
+
+def reading(stock: Stock) -> Stock:
+    """``WorkerLoRAManager._load_adapter``: reads a copy of what the engine core verified."""
+
+    @wraps(stock)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        locate = partial(_folder, lora_request)
+        if not isinstance(lora_request, SharedLoRARequest):
+            lora = stock(self, lora_request)
+            _check_conventional(locate())
+            return lora
+        copies, adapter_id = _copies(self), lora_request.lora_int_id
+        with copies.reading(adapter_id, lora_request.generation, lora_request.sha256, locate) as folder:
+            return stock(self, replace(lora_request, lora_path=str(folder)))
+
+    return _load_adapter
+
+
+def removing(stock: Stock) -> Stock:
+    """``remove_lora``: the copy goes with the adapter."""
+
+    @wraps(stock)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        done = stock(self, lora_id)
+        _copies(self.lora_manager).drop(lora_id)
+        return done
+
+    return remove_lora
+
+
+def _folder(lora_request: Any) -> Path:
+    return Path(get_adapter_absolute_path(lora_request.lora_path))
+
+
+def _copies(manager: Any) -> Copies:
+    """Of one worker."""
+    if not hasattr(manager, "_icarus_copies"):
+        manager._icarus_copies = Copies()
+    copies: Copies = manager._icarus_copies
+    return copies
+
+
+def _check_conventional(folder: Path) -> None:
+    """Raise AdapterError where a worker has just read an ICaRus adapter for a conventional one.
+
+    The folder may have changed since, for example while the adapter was evicted from memory.
+    """
+    if adapter.is_icarus(folder):
+        raise AdapterError(f"{folder} became an ICaRus adapter after it was loaded as another; load it again.")

@@ -1,0 +1,240 @@
+"""Decoder rows in vLLM's model runner (V1, ``vllm/v1/worker/gpu_model_runner.py``), on any device.
+
+A step is planned where vLLM maps rows to LoRA ids, because all that the plan needs is known there and nothing has been
+sized yet. From there on every function that lays out the step is told of more rows and more requests, and the rows are
+written into the runner's persistent buffers behind the scheduled ones. So padding, CUDA graphs and data-parallel
+coordination see one ordinary batch; a batch that only decodes stays uniform. Nothing is copied back (but for prompt
+logprobs): the indices of the rows to sample from point at the decoder rows.
+
+Without a request that shares, each function is stock vLLM's and a look at one attribute.
+
+Each function below takes a method of vLLM and gives the one that stands in for it; see ledger.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from icarus.vllm import step_layout
+from icarus.vllm.counters import count_rows
+from icarus.vllm.cpu import attention as cpu_attention
+from icarus.vllm.marks import decoded_ids
+from icarus.vllm.step_layout import Batch, Ints, Rows
+
+Stock = Callable[..., Any]
+
+_ROWS = "_icarus_rows"  # attribute of the runner: the decoder rows of the step it is in
+
+
+def _rows(runner: Any) -> Rows | None:
+    """The decoder rows of this step; None in warm-up, in idle steps, and where no request needs any."""
+    rows: Rows | None = getattr(runner, _ROWS, None)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- plan
+
+
+def mapping_loras(stock: Stock) -> Stock:
+    """``set_active_loras``: plans the step, and maps its rows to LoRA ids."""
+
+    @wraps(stock)
+    def set_active_loras(
+        self: Any, input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        shared = decoded_ids(input_batch.lora_id_to_lora_request)
+        if not shared:
+            count_rows(self, int(num_scheduled_tokens.sum()), 0)
+            return stock(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
+        count = input_batch.num_reqs
+        sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
+        lora_ids = input_batch.request_lora_mapping[:count]
+        # Not np.isin, which takes six times as long for 16 requests, in every step.
+        shares = np.fromiter(map(shared.__contains__, lora_ids), dtype=np.bool_, count=count)
+        starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
+        needed = np.where(self.discard_request_mask.np[:count], 0, sampled)
+        if scored := self.num_prompt_logprobs:
+            needed = np.where([name in scored for name in input_batch.req_ids], num_scheduled_tokens, needed)
+        rows = step_layout.plan(Batch(starts, needed, lora_ids, shares))
+        count_rows(self, rows.scheduled, len(rows))
+        if len(rows):
+            _check_room(self, starts, rows)
+            setattr(self, _ROWS, rows)
+        # No set, as in stock: requests are equal by name, and one that was unloaded and loaded again has two ids.
+        requests = list(input_batch.lora_id_to_lora_request.values())
+        per_sample, per_row = tuple(np.repeat(lora_ids, sampled).tolist()), tuple(rows.lora_ids.tolist())
+        return self._set_active_loras(per_sample, per_row, requests, *args, **kw)
+
+    return set_active_loras
+
+
+def _check_room(runner: Any, starts: Ints, rows: Rows) -> None:
+    """limits.reserve_room sees to it; a buffer that was sized before it would be written beyond its end."""
+    tokens, requests = int(starts[-1]) + len(rows), len(starts) - 1 + len(rows.requests)
+    if tokens > runner.max_num_tokens or requests > runner.max_num_reqs:
+        raise RuntimeError(
+            f"No room for decoder rows: {tokens} rows of {requests} requests in buffers for {runner.max_num_tokens} "
+            f"and {runner.max_num_reqs}; raise --max-num-batched-tokens and --max-num-seqs."
+        )
+
+
+def forgetting(stock: Stock) -> Stock:
+    """``execute_model``: a plan ends with its step, so that warm-up and idle steps have none."""
+
+    @wraps(stock)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            setattr(self, _ROWS, None)
+
+    return execute_model
+
+
+# ------------------------------------------------------------------------------------------------- write
+
+
+def preparing(stock: Stock) -> Stock:
+    """``_prepare_inputs``: per-request buffers get the decoder requests, and sampling reads the decoder rows."""
+
+    @wraps(stock)
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        logits_indices, *others = stock(self, scheduler_output, num_scheduled_tokens)
+        if rows := _rows(self):
+            _write_requests(self, rows)
+            logits_indices = _on_device(self, step_layout.readers(rows))[logits_indices]
+        return logits_indices, *others
+
+    return _prepare_inputs
+
+
+def _write_requests(runner: Any, rows: Rows) -> None:
+    batch, count = runner.input_batch, runner.input_batch.num_reqs
+    step_layout.extend_starts(runner.query_start_loc.np, count, rows)
+    runner.query_start_loc.copy_to_gpu()
+    here = torch.from_numpy(rows.requests)
+    # Host copies of the same lengths: attention backends plan by them (max_seq_len, is_prefilling).
+    for values in (
+        runner.optimistic_seq_lens_cpu,
+        batch.num_computed_tokens_cpu_tensor,
+        batch.num_prompt_tokens_cpu_tensor,
+    ):
+        step_layout.double(values, count, here)
+    there = _on_device(runner, rows.requests)
+    step_layout.double(runner.seq_lens, count, there)
+    for table in batch.block_table.block_tables:
+        longest = int(table.num_blocks_per_row[rows.requests].max())
+        step_layout.double(table.block_table.gpu[:, :longest], count, there)
+
+
+def embedding(stock: Stock) -> Stock:
+    """``_preprocess``: token ids, positions and embeddings of the decoder rows.
+
+    After stock, which clears positions behind the scheduled rows. What it returns are views of the same buffers.
+    """
+
+    @wraps(stock)
+    def _preprocess(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, scheduler_output, *args, **kwargs)
+        if rows := _rows(self):
+            _write_rows(self, rows.scheduled, _on_device(self, rows.sources))
+        return result
+
+    return _preprocess
+
+
+def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
+    step_layout.double(runner.input_ids.gpu, count, sources)
+    if runner.uses_mrope:
+        step_layout.double(runner.mrope_positions.gpu.T, count, sources)
+    else:
+        step_layout.double(runner.positions, count, sources)
+    if runner.supports_mm_inputs or runner.enable_prompt_embeds:
+        step_layout.double(runner.inputs_embeds.gpu, count, sources)
+
+
+def scoring(stock: Stock) -> Stock:
+    """``_model_forward``: prompt logprobs are computed from scheduled rows, so there the decoder rows take their place.
+
+    Only in steps with such a request: sampling needs no copy.
+    """
+
+    @wraps(stock)
+    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = stock(self, *args, **kwargs)
+        if (rows := _rows(self)) and self.num_prompt_logprobs:
+            decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # of the memory that is written
+            hidden[_on_device(self, rows.sources)] = decoded
+        return hidden
+
+    return _model_forward
+
+
+def _on_device(runner: Any, values: Ints) -> Tensor:
+    tensor: Tensor = async_tensor_h2d(values.astype(np.int64, copy=False), device=runner.device)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------- size
+
+
+def padding(stock: Stock) -> Stock:
+    """``_determine_batch_execution_and_padding``: CUDA graphs and data-parallel ranks count the decoder rows.
+
+    Scheduled rows without LoRA beside decoder rows with it are one more case for LoRA kernels (no LoRA counts as one).
+    """
+
+    @wraps(stock)
+    def _determine_batch_execution_and_padding(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kw: Any) -> Any:
+        if rows := _rows(self):
+            num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
+            kw["force_num_active_loras"] = len(self.input_batch.lora_id_to_lora_request) + 1
+        return stock(self, num_tokens, num_reqs, *args, **kw)
+
+    return _determine_batch_execution_and_padding
+
+
+def mapping_slots(stock: Stock) -> Stock:
+    """``_get_slot_mappings``: stock fills all behind the scheduled rows with -1, as decoder rows need it."""
+
+    @wraps(stock)
+    def _get_slot_mappings(
+        self: Any, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, *args: Any, **kw: Any
+    ) -> Any:
+        if rows := _rows(self):
+            num_tokens_padded = max(num_tokens_padded, num_tokens_unpadded + len(rows))
+            num_reqs_padded = max(num_reqs_padded, self.input_batch.num_reqs + len(rows.requests))
+        return stock(self, num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kw)
+
+    return _get_slot_mappings
+
+
+def building_metadata(stock: Stock) -> Stock:
+    """``_build_attention_metadata``: attention sees the decoder requests."""
+
+    @wraps(stock)
+    def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
+        if rows := _rows(self):
+            num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
+        with cpu_attention.step(rows):
+            return stock(self, num_tokens, num_reqs, *args, **kwargs)
+
+    return _build_attention_metadata
+
+
+def masking(stock: Stock) -> Stock:
+    """``_prepare_padding_mask``: decoder rows are no padding."""
+
+    @wraps(stock)
+    def _prepare_padding_mask(self: Any, num_tokens_unpadded: int, num_tokens_padded: int) -> Any:
+        rows = _rows(self)
+        return stock(self, num_tokens_unpadded + (len(rows) if rows else 0), num_tokens_padded)
+
+    return _prepare_padding_mask

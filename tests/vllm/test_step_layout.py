@@ -1,0 +1,162 @@
+"""Decoder rows against a loop over requests that follows the definition and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icarus.vllm import step_layout as rows
+from icarus.vllm.step_layout import Batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request in one step, as the scheduler sees it."""
+
+    cached: int  # positions in the cache before this step
+    tokens: tuple[int, ...]  # scheduled now
+    sampled: int  # of the last ones; 0 in the middle of a prefill
+    lora_id: int
+    shares: bool
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    kind = draw(st.sampled_from(["base", "icarus", "conventional"]))
+    tokens = draw(st.lists(st.integers(0, 999), min_size=1, max_size=draw(st.sampled_from([1, 1, 3, 9]))))
+    sampled = draw(st.sampled_from([0, 1, 1, 1, len(tokens), draw(st.integers(1, len(tokens)))]))
+    # An id tells the kind, as an id of an engine does: odd ones share.
+    lora_id = {"base": 0, "icarus": 1 + 2 * draw(st.integers(0, 3)), "conventional": 2 + 2 * draw(st.integers(0, 3))}
+    return Request(draw(st.integers(0, 50)), tuple(tokens), sampled, lora_id[kind], kind == "icarus")
+
+
+BATCHES = st.lists(requests(), min_size=1, max_size=8)
+
+
+def batch_of(requests: list[Request]) -> Batch:
+    return Batch(
+        starts=np.cumsum([0, *(len(request.tokens) for request in requests)]),
+        sampled=np.array([request.sampled for request in requests]),
+        lora_ids=np.array([request.lora_id for request in requests]),
+        shares=np.array([request.shares for request in requests]),
+    )
+
+
+@dataclass
+class Row:
+    token: int
+    position: int
+    request: int
+    lora_id: int
+    writes: bool
+    predicts: bool
+
+
+def naive(requests: list[Request]) -> list[Row]:
+    """Every row of the step, by the definition: encoder rows write, decoder rows predict, others do both."""
+    found = []
+    for decoder in (False, True):
+        for index, request in enumerate(requests):
+            for offset, token in enumerate(request.tokens):
+                sampled = offset >= len(request.tokens) - request.sampled
+                if decoder and not (request.shares and sampled):
+                    continue
+                lora_id = 0 if request.shares and not decoder else request.lora_id
+                predicts = sampled and (decoder or not request.shares)
+                found.append(Row(token, request.cached + offset, index, lora_id, not decoder, predicts))
+    return found
+
+
+@given(BATCHES)
+def test_rows_are_those_of_the_definition(step: list[Request]) -> None:
+    batch, wanted = batch_of(step), naive(step)
+    planned = rows.plan(batch)
+    assert len(wanted) == batch.scheduled + len(planned)
+    assert planned.scheduled == batch.scheduled
+    assert planned.lora_ids.tolist() == [row.lora_id for row in wanted]
+    appended = wanted[batch.scheduled :]
+    scheduled = wanted[: batch.scheduled]
+    assert [scheduled[source].token for source in planned.sources] == [row.token for row in appended]
+    assert [scheduled[source].position for source in planned.sources] == [row.position for row in appended]
+    bounds = [batch.scheduled, *planned.ends.tolist()]
+    for request, start, end in zip(planned.requests, bounds[:-1], bounds[1:], strict=True):
+        assert [row.request for row in wanted[start:end]] == [request] * (end - start)
+
+
+@given(BATCHES)
+def test_what_is_read_is_what_predicts(step: list[Request]) -> None:
+    batch, wanted = batch_of(step), naive(step)
+    table = rows.readers(rows.plan(batch))
+    sampled = [
+        end - request.sampled + row
+        for end, request in zip(batch.starts[1:].tolist(), step, strict=True)
+        for row in range(request.sampled)
+    ]
+    read = table[sampled].tolist()
+    assert all(wanted[row].predicts for row in read)
+    assert sorted(read) == [index for index, row in enumerate(wanted) if row.predicts]
+    assert [(wanted[r].token, wanted[r].position, wanted[r].request) for r in read] == [
+        (wanted[s].token, wanted[s].position, wanted[s].request) for s in sampled
+    ]
+
+
+@given(BATCHES, st.integers(0, 5))
+def test_buffers_hold_decoder_requests_behind_the_scheduled_ones(step: list[Request], padding: int) -> None:
+    batch = batch_of(step)
+    planned = rows.plan(batch)
+    count, extra = batch.requests, len(planned.requests)
+    starts = np.full(count + extra + padding + 1, 77)
+    starts[: count + 1] = batch.starts
+    rows.extend_starts(starts, count, planned)
+    assert (np.diff(starts) >= 0).all(), "attention kernels need this of the padding too"
+    assert starts[: count + 1].tolist() == batch.starts.tolist()
+    assert set(starts[count + extra :].tolist()) == {batch.scheduled + len(planned)}
+
+    lengths = [request.cached + len(request.tokens) for request in step]
+    seq_lens = torch.tensor([*lengths, *[-5] * (extra + padding)])
+    rows.double(seq_lens, count, torch.from_numpy(planned.requests))
+    assert seq_lens[: count + extra].tolist() == [*lengths, *(lengths[request] for request in planned.requests)]
+    assert seq_lens[count + extra :].tolist() == [-5] * padding, "padding is the engine's"
+    # The last row of a decoder request sees exactly the context of the row that it doubles.
+    scheduled = naive(step)[: batch.scheduled]
+    for request, end in zip(planned.requests, planned.ends, strict=True):
+        assert scheduled[planned.sources[end - batch.scheduled - 1]].position == lengths[request] - 1
+
+
+@given(BATCHES)
+def test_others_have_no_decoder_rows_and_keep_their_lora(step: list[Request]) -> None:
+    planned = rows.plan(batch_of([Request(r.cached, r.tokens, r.sampled, r.lora_id, False) for r in step]))
+    assert len(planned) == 0
+    assert planned.lora_ids.tolist() == [request.lora_id for request in step for _ in request.tokens]
+
+
+@given(BATCHES)
+def test_a_uniform_decode_stays_uniform(step: list[Request]) -> None:
+    """CUDA graphs for decoding need the same number of rows in every request."""
+    decodes = [Request(r.cached, r.tokens[:1], 1, r.lora_id, r.shares) for r in step]
+    batch = batch_of(decodes)
+    planned = rows.plan(batch)
+    lengths = np.diff([*batch.starts, *planned.ends])
+    assert set(lengths.tolist()) == {1}
+
+
+def test_more_samples_than_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="samples more rows"):
+        rows.plan(batch_of([Request(0, (1,), 2, 1, True)]))
+
+
+@given(BATCHES, st.integers(0, 3))
+def test_pairs_are_decodes_and_their_decoder_rows(step: list[Request], padding: int) -> None:
+    batch = batch_of(step)
+    planned = rows.plan(batch)
+    starts = np.concatenate([batch.starts, planned.ends, [batch.scheduled + len(planned)] * padding]).astype(np.int32)
+    first, second = rows.pairs(starts, planned)
+    wanted = [i for i, request in enumerate(step) if request.shares and len(request.tokens) == request.sampled == 1]
+    assert first.tolist() == wanted
+    assert planned.sources[starts[second] - planned.scheduled].tolist() == starts[first].tolist()
+    assert (np.diff(starts)[second] == 1).all()
