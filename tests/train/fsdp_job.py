@@ -9,6 +9,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # torch.distributed.run starts it by its path
+
 from conftest import tiny
 from icarus import adapter
 from icarus.streams import IGNORED, Batch, TwoStreams
