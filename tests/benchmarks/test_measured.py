@@ -13,9 +13,8 @@ from strict_skips import WITHOUT_VLLM
 
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
-from test_engine import BLOCK, Shop
-
 from conftest import tokens
+from engines import BLOCK, Shop
 from icarus.bench.engine_process import EngineFailed, EngineProcess
 
 pytestmark = pytest.mark.engine

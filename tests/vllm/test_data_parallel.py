@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_engine import NEW, Asked, prompts
-from test_serve_http import Server, serving
 
+from engines import NEW, Asked, prompts
+from http_server import Server, serving
 from strict_skips import needs_vllm
 
 pytestmark = [pytest.mark.engine, needs_vllm]

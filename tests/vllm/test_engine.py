@@ -2,137 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from conftest import tiny, tiny_tokenizer, tokens
-from icarus import adapter
-from icarus.context import Specialists
+from conftest import tiny, tokens
+from engines import BLOCK, LENGTHS, NEW, SHAPE, Asked, Reply, Shop, Step, ask, of, prompts
 from icarus.vllm.engine import limits
 from strict_skips import needs_vllm
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
-NEW = 12
-BLOCK = 32  # the smallest that vLLM's CPU attention takes
-LENGTHS = (1, 2, 31, 32, 33, 64, 97, 150)
-SHAPE = {"head_dim": 32, "hidden_size": 128}  # of sizes that vLLM's CPU attention takes
-
-Reply = dict[str, Any]
-Step = dict[str, Any]
-Asked = tuple[str, list[int]]
-
-
-def randomize(model: Any, seed: int) -> Any:
-    """LoRA that changes most predictions."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-class Shop:
-    """A base model and adapters on disk, what the reference says of them, and engines that serve them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, folder / "base"
-        tiny(**SHAPE).save_pretrained(self.base)
-        for seed, name in enumerate(("sql", "chat")):
-            adapter.save(randomize(adapter.attach(tiny(**SHAPE), rank=8), seed), folder / name)
-        adapter.save(adapter.attach(tiny(**SHAPE, seed=9), rank=8), folder / "foreign")
-        ordinary = adapter.attach_conventional(tiny(**SHAPE), rank=8)
-        adapter.save_conventional(randomize(ordinary, 7), folder / "plain")
-        wide = adapter.attach_conventional(tiny(**SHAPE), rank=8, targets=["embed_tokens", "lm_head", "q_proj"])
-        adapter.save_conventional(randomize(wide, 8), folder / "wide")
-        model = tiny(**SHAPE)
-        model.generation_config.eos_token_id = None  # engines are told to ignore it, too
-        self.team = Specialists(model, tiny_tokenizer())
-        for name in ("sql", "chat"):
-            self.team.add(name, folder / name)
-
-    def reference(self, model: str, prompt: Sequence[int], count: int = NEW) -> list[int]:
-        """Greedy tokens of the in-process reference."""
-        return self.team.context().append(prompt).generate(model, max_new_tokens=count).token_ids
-
-    def scores(self, model: str, prompt: Sequence[int]) -> list[float]:
-        """Log-probability of every token of a prompt but the first."""
-        if len(prompt) == 1:
-            return []
-        text = "".join(self.team.tokenizer.convert_ids_to_tokens(prompt[1:]))
-        return self.team.context().append(prompt[:1]).score(text, [model])[model]
-
-    def serve(self, steps: list[Step], *, plugin: bool = True, threads: str = "", worth: int = 0, **engine: Any) -> Any:
-        """What one engine answers to steps, taken one after another.
-
-        ``worth`` stands in for the number of keys from which on decodes are computed together with their decoder rows.
-        """
-        options = {
-            "model": str(self.base),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "max_model_len": 256,
-            "block_size": BLOCK,
-            "max_num_seqs": 16,
-            "enable_lora": True,
-            "max_loras": 3,
-            "max_lora_rank": 8,
-            "seed": 0,
-            **engine,
-        }
-        adapters = {
-            name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
-            for number, name in enumerate(("sql", "chat", "plain", "foreign", "wide"), 1)
-        }
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
-        if threads:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
-        return self._run({"engine": options, "adapters": adapters, "steps": steps, "worth": worth}, environment)
-
-    def _run(self, job: dict[str, Any], environment: dict[str, str]) -> Any:
-        result = self.folder / "result.json"
-        script = Path(__file__).with_name("engine_job.py")
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            input=json.dumps({**job, "result": str(result)}),
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return json.loads(result.read_text(encoding="utf-8"))
-
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(tmp_path_factory.mktemp("shop"))
-
-
-def prompts(seed: int) -> list[list[int]]:
-    """Of many lengths, with no prefix in common."""
-    return [tokens(length, seed=seed + index).tolist() for index, length in enumerate(LENGTHS)]
-
-
-def ask(*asked: Asked, **sampling: Any) -> Step:
-    """Requests that are in the engine together, each a model and a prompt."""
-    options = {"max_tokens": NEW, **sampling}
-    return {"ask": [{"model": model, "prompt": prompt, "sampling": options} for model, prompt in asked]}
-
-
-def of(replies: list[Reply]) -> list[list[int]]:
-    return [reply["tokens"] for reply in replies]
 
 
 MIXED: list[Asked] = [(model, prompt) for prompt in prompts(100) for model in ("base", "sql", "chat", "plain")]
