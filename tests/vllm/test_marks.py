@@ -61,7 +61,7 @@ def test_the_mark_survives_the_way_to_the_workers(folder: Path) -> None:
 def test_blocks_carry_no_adapter(folder: Path) -> None:
     ours, plain = mark(folder, "ours"), mark(folder, "plain")
     assert (ours.adapter_id, ours.name) == (None, None), "what KV events and connectors read"
-    keys = engine.keyed(lambda request: ["stock"])
+    keys = engine.wrap_gen_lora_extra_hash_keys(lambda request: ["stock"])
     assert keys(SimpleNamespace(lora_request=ours)) == []
     assert keys(SimpleNamespace(lora_request=plain)) == ["stock"]
     assert keys(SimpleNamespace(lora_request=None)) == ["stock"]
@@ -93,10 +93,10 @@ def test_a_conventional_adapter_that_became_another_is_refused_by_the_worker(fol
 def test_a_worker_reads_copies_of_what_shares(folder: Path, tmp_path: Path) -> None:
     read: list[tuple[str, bytes]] = []
 
-    def stock(self: Any, request: Any) -> None:
+    def original(self: Any, request: Any) -> None:
         read.append((request.lora_path, Path(request.lora_path, "adapter_model.safetensors").read_bytes()))
 
-    manager, load = SimpleNamespace(), in_worker.reading(stock)
+    manager, load = SimpleNamespace(), in_worker.wrap_load_adapter(original)
     moved = shutil.copytree(folder / "ours", tmp_path / "moved")
     request = marked(Policy(lambda: folder / "base"), LoRARequest(lora_name="a", lora_int_id=1, lora_path=str(moved)))
     load(manager, request)
@@ -107,7 +107,7 @@ def test_a_worker_reads_copies_of_what_shares(folder: Path, tmp_path: Path) -> N
     assert [weights for _, weights in read[:2]] == [whole, whole]
     assert str(moved) not in {path for path, _ in read}
     assert read[2][0] == str(folder / "plain")
-    in_worker.removing(lambda self, lora_id: True)(SimpleNamespace(lora_manager=manager), 1)
+    in_worker.wrap_remove_lora(lambda self, lora_id: True)(SimpleNamespace(lora_manager=manager), 1)
     with pytest.raises(AdapterError, match="cannot be copied"):
         load(manager, request)
 

@@ -1,46 +1,16 @@
-"""The ledger: everything that the plugin changes in vLLM, and the checks before it does.
+"""The ledger: everything that the plugin changes in vLLM.
 
-vLLM has no hooks for rows that another row's cache serves, so functions of vLLM are wrapped. Each change is one record
-that says what, why, where the original stands, and what vLLM would have to offer for it to go. Before anything is
-changed the running version and the shape of every original are compared with what the records were written against; a
-difference stops the process with one sentence, because a plugin that half applies serves wrong tokens. Applying twice
-changes nothing.
+vLLM has no hook for decoder rows, so the plugin wraps functions of vLLM. Each record below names one of them and says
+what changes, why, where the original stands, and what vLLM would have to offer for the change to go. ``patching.py``
+checks the records against the installed vLLM and applies them.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from importlib import import_module
-from inspect import ismethod, signature
-from typing import Any
-
-from icarus.errors import IcarusError
+from icarus.vllm.patching import Patch
 
 TESTED = ("0.31.0", "0.32.0")
 """Versions of vLLM that the test suite ran against."""
-
-_SENTINEL = "__icarus_patch__"
-
-
-class PatchError(IcarusError):
-    """vLLM is not what the ledger was written against."""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One change."""
-
-    target: str  # module:name or module:class.name
-    parameters: str  # names of the original's parameters, in order
-    by: str  # module:function that takes the original and gives what stands in for it
-    what: str
-    why: str
-    upstream: str  # file:line of the original in the newest tested version
-    until: str  # when the change can go
-    before: str = ""  # its parameters in an older tested version, where they differ
-
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
 _OURS = "icarus.vllm.worker.runner:"
@@ -50,7 +20,7 @@ LEDGER = (
     Patch(
         target="vllm.config.vllm:VllmConfig.__post_init__",
         parameters="self",
-        by="icarus.vllm.engine.core:reserving",
+        by="icarus.vllm.engine.core:wrap_post_init",
         what="with LoRA on, buffers are sized for decoder rows beside what may be scheduled",
         why="decoder rows come on top of max_num_batched_tokens and max_num_seqs, which size every buffer",
         upstream="vllm/config/vllm.py:1414",
@@ -59,7 +29,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
         parameters="request",
-        by="icarus.vllm.engine.core:keyed",
+        by="icarus.vllm.engine.core:wrap_gen_lora_extra_hash_keys",
         what="requests whose adapter shares have no adapter in their cache key",
         why="their K/V is the base model's",
         upstream="vllm/v1/core/kv_cache_utils.py:578",
@@ -68,7 +38,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
         parameters="self request",
-        by="icarus.vllm.engine.core:marking",
+        by="icarus.vllm.engine.core:wrap_preprocess_add_request",
         what="requests whose adapter is verified are marked",
         why="cache key, KV events and workers must follow one decision",
         upstream="vllm/v1/engine/core.py:1089",
@@ -77,7 +47,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.engine.core:EngineCore.add_lora",
         parameters="self lora_request",
-        by="icarus.vllm.engine.core:loading",
+        by="icarus.vllm.engine.core:wrap_add_lora",
         what="an adapter is verified, or verified again, before workers read it",
         why="the decision is about the files that are loaded",
         upstream="vllm/v1/engine/core.py:1051",
@@ -86,7 +56,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.engine.core:EngineCore.remove_lora",
         parameters="self lora_id",
-        by="icarus.vllm.engine.core:unloading",
+        by="icarus.vllm.engine.core:wrap_remove_lora",
         what="what was decided about an adapter ends with it",
         why="another one may come under its id",
         upstream="vllm/v1/engine/core.py:1054",
@@ -96,7 +66,7 @@ LEDGER = (
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         parameters="self request_id prompt params supported_tasks arrival_time lora_request tokenization_kwargs "
         "trace_headers priority data_parallel_rank resumable session_id kv_hints",
-        by="icarus.vllm.engine.core:validating",
+        by="icarus.vllm.engine.core:wrap_process_inputs",
         what="requests for refused adapters end as bad requests",
         why="an error in the engine core is the server's (500) and not the client's (400)",
         upstream="vllm/v1/engine/input_processor.py:373",
@@ -105,7 +75,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
         parameters="self request num_computed_tokens num_new_tokens",
-        by="icarus.vllm.engine.core:cutting",
+        by="icarus.vllm.engine.core:wrap_reserve_prefill_lookahead",
         what="prompts that are scored are prefilled in pieces",
         why="each of their rows needs a decoder row, and buffers have room for a fixed number",
         upstream="vllm/v1/core/sched/scheduler.py:570",
@@ -114,7 +84,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "execute_model",
         parameters="self scheduler_output intermediate_tensors",
-        by=_OURS + "forgetting",
+        by=_OURS + "wrap_execute_model",
         what="the plan of a step is dropped at its end",
         why="warm-up and idle steps use the same functions and have no decoder rows",
         upstream="vllm/v1/worker/gpu_model_runner.py:3940",
@@ -123,7 +93,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "set_active_loras",
         parameters="self input_batch num_scheduled_tokens num_sampled_tokens mapping_type",
-        by=_OURS + "mapping_loras",
+        by=_OURS + "wrap_set_active_loras",
         what="scheduled rows of requests that share run on base weights, their decoder rows on the adapter",
         why="scheduled rows write the cache, decoder rows predict",
         upstream="vllm/v1/worker/lora_model_runner_mixin.py:83",
@@ -132,7 +102,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "_prepare_inputs",
         parameters="self scheduler_output num_scheduled_tokens",
-        by=_OURS + "preparing",
+        by=_OURS + "wrap_prepare_inputs",
         what="decoder requests are appended to the step, and sampled positions read decoder rows",
         why="a decoder row is a request of its own for attention",
         upstream="vllm/v1/worker/gpu_model_runner.py:1920",
@@ -142,7 +112,7 @@ LEDGER = (
         target=_RUNNER + "_determine_batch_execution_and_padding",
         parameters="self num_tokens num_reqs num_scheduled_tokens_np max_num_scheduled_tokens use_cascade_attn "
         "allow_microbatching force_eager force_uniform_decode force_has_lora force_num_active_loras num_encoder_reqs",
-        by=_OURS + "padding",
+        by=_OURS + "wrap_determine_batch_execution_and_padding",
         what="CUDA graphs and data-parallel ranks count decoder rows",
         why="a graph is chosen by the number of rows and of adapters",
         upstream="vllm/v1/worker/gpu_model_runner.py:3718",
@@ -151,7 +121,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "_get_slot_mappings",
         parameters="self num_tokens_padded num_reqs_padded num_tokens_unpadded ubatch_slices",
-        by=_OURS + "mapping_slots",
+        by=_OURS + "wrap_get_slot_mappings",
         what="decoder rows have slot -1",
         why="they must not write the cache",
         upstream="vllm/v1/worker/gpu_model_runner.py:3856",
@@ -165,7 +135,7 @@ LEDGER = (
         before="self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices "
         "logits_indices max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens "
         "cascade_attn_prefix_lens slot_mappings",
-        by=_OURS + "building_metadata",
+        by=_OURS + "wrap_build_attention_metadata",
         what="attention sees decoder requests",
         why="they read the cache of the requests that they double",
         upstream="vllm/v1/worker/gpu_model_runner.py:2249",
@@ -174,7 +144,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "_preprocess",
         parameters="self scheduler_output num_input_tokens intermediate_tensors",
-        by=_OURS + "embedding",
+        by=_OURS + "wrap_preprocess",
         what="decoder rows get token, position and embedding of the rows that they double",
         why="both streams start from the same embedding",
         upstream="vllm/v1/worker/gpu_model_runner.py:3292",
@@ -183,7 +153,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "_prepare_padding_mask",
         parameters="self num_tokens_unpadded num_tokens_padded",
-        by=_OURS + "masking",
+        by=_OURS + "wrap_prepare_padding_mask",
         what="decoder rows are no padding",
         why="models that skip padded rows would skip them",
         upstream="vllm/v1/worker/gpu_model_runner.py:3273",
@@ -192,7 +162,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "_model_forward",
         parameters="self input_ids positions intermediate_tensors inputs_embeds model_kwargs",
-        by=_OURS + "scoring",
+        by=_OURS + "wrap_model_forward",
         what="where prompts are scored, decoder rows take the place of the rows that they double",
         why="prompt logprobs are the specialist's and are read from scheduled rows",
         upstream="vllm/v1/worker/gpu_model_runner.py:3620",
@@ -201,7 +171,7 @@ LEDGER = (
     Patch(
         target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
         parameters="self lora_request",
-        by="icarus.vllm.worker.adapters:reading",
+        by="icarus.vllm.worker.adapters:wrap_load_adapter",
         what="a worker reads a copy of the files that were verified",
         why="a folder can change between the decision and a reading, and evicted adapters are read again",
         upstream="vllm/lora/worker_manager.py:106",
@@ -210,7 +180,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "remove_lora",
         parameters="self lora_id",
-        by="icarus.vllm.worker.adapters:removing",
+        by="icarus.vllm.worker.adapters:wrap_remove_lora",
         what="that copy goes with its adapter",
         why="adapters that come and go would fill the disk",
         upstream="vllm/v1/worker/lora_model_runner_mixin.py:290",
@@ -219,7 +189,7 @@ LEDGER = (
     Patch(
         target="vllm.lora.model_manager:get_punica_wrapper",
         parameters="args kwargs",
-        by="icarus.vllm.cpu.lora:choosing",
+        by="icarus.vllm.cpu.lora:wrap_get_punica_wrapper",
         what="on CPUs LoRA layers take runs of rows (ICARUS_CPU_LORA=0 restores stock)",
         why="stock operators copy an adapter's weights for every row, rows without an adapter included",
         upstream="vllm/lora/punica_wrapper/punica_selector.py:13",
@@ -228,7 +198,7 @@ LEDGER = (
     Patch(
         target="vllm.lora.model_manager:LoRAModelManager.activate_adapter",
         parameters="self lora_id",
-        by="icarus.vllm.cpu.lora:adopting",
+        by="icarus.vllm.cpu.lora:wrap_activate_adapter",
         what="those operators learn which weights are new",
         why="they keep B in another order, and skip layers that an adapter does not have",
         upstream="vllm/lora/model_manager.py:346",
@@ -237,7 +207,7 @@ LEDGER = (
     Patch(
         target=_RUNNER + "_get_prompt_logprobs_dict",
         parameters="self hidden_states num_scheduled_tokens",
-        by="icarus.vllm.cpu.lora:scoring",
+        by="icarus.vllm.cpu.lora:wrap_get_prompt_logprobs_dict",
         what="those operators learn that logits are of a prompt",
         why="its rows are not the sampled ones, whose adapters of lm_head they would get",
         upstream="vllm/v1/worker/gpu_model_runner.py:5306",
@@ -246,7 +216,7 @@ LEDGER = (
     Patch(
         target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
         parameters="vllm_config",
-        by="icarus.vllm.cpu.lora:compiling",
+        by="icarus.vllm.cpu.lora:wrap_check_and_update_config",
         what="torch.compile stays on with LoRA",
         why="those operators are opaque to it, and all models are slower without it",
         upstream="vllm/platforms/cpu.py:216",
@@ -255,7 +225,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
         parameters="self common_prefix_len common_attn_metadata fast_build",
-        by="icarus.vllm.cpu.attention:building",
+        by="icarus.vllm.cpu.attention:wrap_build",
         what="on CPUs a decode and its decoder row become one request with twice the heads",
         why="as two they are two passes over the same keys and values",
         upstream="vllm/v1/attention/backends/cpu_attn.py:199",
@@ -264,7 +234,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         parameters="self layer query key value kv_cache attn_metadata output output_scale output_block_scale",
-        by="icarus.vllm.cpu.attention:attending",
+        by="icarus.vllm.cpu.attention:wrap_forward",
         what="the pass over their keys",
         why="it has other rows and heads than the step",
         upstream="vllm/v1/attention/backends/cpu_attn.py:344",
@@ -273,7 +243,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
         parameters="self request blocks num_cached_blocks num_full_blocks block_size kv_cache_group_id block_mask",
-        by="icarus.vllm.engine.counting:writing",
+        by="icarus.vllm.engine.counting:wrap_cache_full_blocks",
         what="the model whose request wrote a block is remembered",
         why="a metric tells who reads whose blocks",
         upstream="vllm/v1/core/block_pool.py:226",
@@ -282,7 +252,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.core.kv_cache_manager:KVCacheManager.record_prefix_cache_stats",
         parameters="self request num_hits",
-        by="icarus.vllm.engine.counting:hitting",
+        by="icarus.vllm.engine.counting:wrap_record_prefix_cache_stats",
         what="prefix-cache hits are counted by writer and reader",
         why="a metric tells who reads whose blocks",
         upstream="vllm/v1/core/kv_cache_manager.py:253",
@@ -291,7 +261,7 @@ LEDGER = (
     Patch(
         target="vllm.v1.engine.core:EngineCore.collective_rpc",
         parameters="self method timeout args kwargs",
-        by="icarus.vllm.engine.counting:answering",
+        by="icarus.vllm.engine.counting:wrap_collective_rpc",
         what="one more question, which the engine core answers itself: the plugin's counters",
         why="they are in the core and the workers, and metrics are served by the front end",
         upstream="vllm/v1/engine/core.py:1073",
@@ -300,7 +270,7 @@ LEDGER = (
     Patch(
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
         parameters="self request base_model_name",
-        by="icarus.vllm.server.loading:checking",
+        by="icarus.vllm.server.loading:wrap_load_lora_adapter",
         what="adapters that cannot be served are refused with 400, paths outside the allowed folders with 403",
         why="an error in the engine core is the server's (500) and not the client's",
         upstream="vllm/entrypoints/openai/models/serving.py:163",
@@ -309,63 +279,10 @@ LEDGER = (
     Patch(
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter",
         parameters="self request",
-        by="icarus.vllm.server.loading:releasing",
+        by="icarus.vllm.server.loading:wrap_unload_lora_adapter",
         what="an ICaRus adapter that is unloaded leaves the engine with its last request",
         why="unloading takes a name away and keeps slot, memory and copy",
         upstream="vllm/entrypoints/openai/models/serving.py:212",
         until="vLLM removes unloaded adapters from the engine (issues 42207, 54839)",
     ),
 )
-
-
-def apply(ledger: Iterable[Patch], version: str) -> int:
-    """Apply all records, or none; returns how many were not applied before. Raises PatchError.
-
-    ``ICARUS_UNTESTED_VLLM=1`` lets another version pass whose functions still take the same parameters: it is for
-    running the test suite against it (``make test-vllm VLLM=...``).
-    """
-    if _release(version) not in TESTED and os.environ.get("ICARUS_UNTESTED_VLLM") != "1":
-        raise PatchError(
-            f"ICaRus patches vLLM {', '.join(TESTED)} and this is {version}: install one of those, or set "
-            "VLLM_PLUGINS='' to serve without ICaRus."
-        )
-    todo = [(patch, *found) for patch in ledger if (found := _find(patch, version))]
-    for patch, owner, name, stock in todo:
-        stand_in = _resolve(patch.by)(stock)
-        setattr(stand_in, _SENTINEL, patch.target)
-        # What wraps a class method has its class already.
-        setattr(owner, name, staticmethod(stand_in) if ismethod(stock) else stand_in)
-    return len(todo)
-
-
-def _release(version: str) -> str:
-    """Without the part that names a build, as in 0.32.0+cpu."""
-    return version.partition("+")[0]
-
-
-def _find(patch: Patch, version: str) -> tuple[Any, str, Callable[..., Any]] | None:
-    """Where the original is to be replaced; None if it has been."""
-    module, _, path = patch.target.partition(":")
-    *owners, name = path.split(".")
-    try:
-        owner = import_module(module)
-        for part in owners:
-            owner = getattr(owner, part)
-        stock = getattr(owner, name)
-    except (ImportError, AttributeError) as error:
-        raise PatchError(f"vLLM {version} has no {patch.target} ({error}): {_REMEDY}") from error
-    if getattr(stock, _SENTINEL, None) == patch.target:
-        return None
-    found, wanted = list(signature(stock).parameters), patch.parameters.split()
-    if found not in (wanted, patch.before.split()):
-        raise PatchError(f"{patch.target} of vLLM {version} takes {found} and not {wanted}: {_REMEDY}")
-    return owner, name, stock
-
-
-_REMEDY = f"install vLLM {TESTED[-1]} as it was released, or set VLLM_PLUGINS='' to serve without ICaRus."
-
-
-def _resolve(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), function)
-    return found

@@ -1,12 +1,17 @@
-"""The entry point (group ``vllm.general_plugins``) that vLLM calls in the front end, engine core and workers."""
+"""The entry point (group ``vllm.general_plugins``) that vLLM calls in each of its processes."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Apply the ledger; calling it again changes nothing. Raises PatchError where vLLM is another than was tested."""
+    """Apply the ledger. Calling it again changes nothing.
+
+    Raises:
+        PatchError: the installed vLLM differs from the tested ones.
+    """
     import vllm
 
-    from icarus.vllm import ledger
+    from icarus.vllm.ledger import LEDGER, TESTED
+    from icarus.vllm.patching import apply
 
-    ledger.apply(ledger.LEDGER, vllm.__version__)
+    apply(LEDGER, vllm.__version__, TESTED)

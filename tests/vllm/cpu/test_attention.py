@@ -67,7 +67,7 @@ class Layer:
     def run(self, step: Step, query: torch.Tensor, *, paired: bool) -> torch.Tensor:
         build, forward = BUILD, FORWARD
         if paired:
-            build, forward = cpu_attention.building(BUILD), cpu_attention.attending(FORWARD)
+            build, forward = cpu_attention.wrap_build(BUILD), cpu_attention.wrap_forward(FORWARD)
         with cpu_attention.step(step.rows):
             metadata = build(self.builder, 0, step.common)
         padded = query.new_zeros(len(query) + 2, query.stride(0)).as_strided(

@@ -18,7 +18,7 @@ from icarus.vllm.server import loading
 
 
 class Models:
-    """The parts of vLLM's front end that unloading touches; ``stock`` is its own ``unload_lora_adapter``."""
+    """The parts of vLLM's front end that unloading touches; ``original`` is its own ``unload_lora_adapter``."""
 
     def __init__(self, *, shares: bool) -> None:
         self.lora_requests = {"sql": SimpleNamespace(lora_int_id=7)}
@@ -34,7 +34,7 @@ class Models:
     async def remove(self, lora_id: int) -> None:
         self.removed.append(lora_id)
 
-    async def stock(self, request: Any) -> str:
+    async def original(self, request: Any) -> str:
         del self.lora_requests[request.lora_name]
         return "done"
 
@@ -47,7 +47,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def unload(models: Models) -> None:
-    released = loading.releasing(Models.stock)
+    released = loading.wrap_unload_lora_adapter(Models.original)
     assert await released(models, SimpleNamespace(lora_name="sql")) == "done"
     for _ in range(5):
         await asyncio.sleep(0)

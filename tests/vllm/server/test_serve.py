@@ -406,7 +406,7 @@ def request(lora: str | None, preemptions: int = 0) -> Any:
 
 
 def test_hits_are_counted_by_writer_and_reader() -> None:
-    count = counting.hitting(lambda self, request, num_hits: None)
+    count = counting.wrap_record_prefix_cache_stats(lambda self, request, num_hits: None)
     cache = manager(blocks(1, 2, 1, 3))
     count(cache, request("chat"), 48)
     count(cache, request(None), 16)
@@ -417,12 +417,12 @@ def test_hits_are_counted_by_writer_and_reader() -> None:
 
 def test_the_group_with_most_blocks_tells() -> None:
     cache = manager(blocks(0, 0, 1), blocks(2, 2, 2))
-    counting.hitting(lambda self, request, num_hits: None)(cache, request("chat"), 48)
+    counting.wrap_record_prefix_cache_stats(lambda self, request, num_hits: None)(cache, request("chat"), 48)
     assert cache._icarus_hits == Counter({("", "chat"): 48})
 
 
 def test_the_writer_is_whose_request_filled_the_block() -> None:
-    write, pool = counting.writing(lambda *args: None), SimpleNamespace()
+    write, pool = counting.wrap_cache_full_blocks(lambda *args: None), SimpleNamespace()
     write(pool, request("sql"), blocks(5, 6, 7), 1, 3, 16, 0)
     write(pool, request(None), blocks(5, 6, 7), 0, 1, 16, 0)
     write(pool, request("chat"), blocks(5, 6, 7), 3, 3, 16, 0)
@@ -450,7 +450,7 @@ def test_loads_and_swaps() -> None:
         counting.count_load(core, SimpleNamespace(lora_name=name, lora_int_id=number), seconds, shares=shares)
     counters.count_rows(worker.model_runner, 40, 2)
     counters.count_rows(worker.model_runner, 2, 2)
-    ask = counting.answering(lambda self, method, *args: f"workers: {method}")
+    ask = counting.wrap_collective_rpc(lambda self, method, *args: f"workers: {method}")
     assert ask(core, "other") == "workers: other"
     told = ask(core, counters.QUESTION)
     assert told["loads"] == {"a": 2, "b": 2}

@@ -74,13 +74,13 @@ def step() -> Any:
 def prepare(made: Any) -> torch.Tensor:
     """What vLLM does between scheduling and the forward pass, as far as it is wrapped; gives the rows to sample."""
 
-    def stock(self: Any, output: Any, scheduled: Any) -> Any:
-        runner.mapping_loras(never)(self, self.input_batch, scheduled, np.ones_like(scheduled))
+    def original(self: Any, output: Any, scheduled: Any) -> Any:
+        runner.wrap_set_active_loras(never)(self, self.input_batch, scheduled, np.ones_like(scheduled))
         return torch.from_numpy(np.cumsum(SCHEDULED) - 1), None, 1
 
     output = SimpleNamespace(total_num_scheduled_tokens=int(SCHEDULED.sum()))
-    rows, _, _ = runner.preparing(stock)(made, output, SCHEDULED)
-    runner.embedding(lambda *a: "views")(made, output, TOKENS)
+    rows, _, _ = runner.wrap_prepare_inputs(original)(made, output, SCHEDULED)
+    runner.wrap_preprocess(lambda *a: "views")(made, output, TOKENS)
     return rows
 
 
@@ -111,17 +111,15 @@ def test_a_step(step: Any) -> None:
 def test_sizes_count_decoder_rows(step: Any) -> None:
     prepare(step)
     seen = lambda *given, **named: (given[1:], named)  # noqa: E731
-    assert runner.padding(seen)(step, num_tokens=11, num_reqs=5, force_eager=True) == (
-        (13, 7),
-        {"force_eager": True, "force_num_active_loras": 4},
-    )
-    assert runner.building_metadata(seen)(step, num_tokens=11, num_reqs=5, max_query_len=4)[0] == (13, 7)
-    assert runner.masking(seen)(step, 11, 16) == ((13, 16), {})
-    assert runner.mapping_slots(seen)(step, num_tokens_padded=11, num_reqs_padded=5, num_tokens_unpadded=11) == (
-        (13, 7, 11),
-        {},
-    ), "stock fills from the third to the first with -1"
-    assert runner.mapping_slots(seen)(step, 16, 8, 11)[0] == (16, 8, 11)
+    pad = runner.wrap_determine_batch_execution_and_padding(seen)
+    named = {"force_eager": True, "force_num_active_loras": 4}
+    assert pad(step, num_tokens=11, num_reqs=5, force_eager=True) == ((13, 7), named)
+    assert runner.wrap_build_attention_metadata(seen)(step, num_tokens=11, num_reqs=5, max_query_len=4)[0] == (13, 7)
+    assert runner.wrap_prepare_padding_mask(seen)(step, 11, 16) == ((13, 16), {})
+    slots = runner.wrap_get_slot_mappings(seen)
+    filled = slots(step, num_tokens_padded=11, num_reqs_padded=5, num_tokens_unpadded=11)
+    assert filled == ((13, 7, 11), {}), "stock vLLM fills from the third to the first with -1"
+    assert slots(step, 16, 8, 11)[0] == (16, 8, 11)
 
 
 def test_a_plan_ends_with_its_step(step: Any) -> None:
@@ -130,16 +128,16 @@ def test_a_plan_ends_with_its_step(step: Any) -> None:
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
-        runner.forgetting(fails)(step, None)
+        runner.wrap_execute_model(fails)(step, None)
     seen = lambda *given, **named: given[1:]  # noqa: E731
-    assert runner.padding(seen)(step, 11, 5) == (11, 5)
-    assert runner.masking(seen)(step, 11, 16) == (11, 16)
+    assert runner.wrap_determine_batch_execution_and_padding(seen)(step, 11, 5) == (11, 5)
+    assert runner.wrap_prepare_padding_mask(seen)(step, 11, 16) == (11, 16)
 
 
 def test_without_requests_that_share_all_is_stock(step: Any) -> None:
     step.input_batch.lora_id_to_lora_request = loras(one=LoRARequest, two=LoRARequest, plain=LoRARequest)
-    assert runner.mapping_loras(lambda *given: "stock")(step, step.input_batch, SCHEDULED) == "stock"
-    assert runner.building_metadata(lambda *given: given[1:])(step, 11, 5) == (11, 5)
+    assert runner.wrap_set_active_loras(lambda *given: "stock")(step, step.input_batch, SCHEDULED) == "stock"
+    assert runner.wrap_build_attention_metadata(lambda *given: given[1:])(step, 11, 5) == (11, 5)
 
 
 def test_a_scored_prompt_has_a_decoder_row_for_each_of_its_rows(step: Any) -> None:
@@ -147,7 +145,7 @@ def test_a_scored_prompt_has_a_decoder_row_for_each_of_its_rows(step: Any) -> No
     sampled = prepare(step)
     assert step.mapped[0][1] == (0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 1, 1, 1, 2, 1)
     assert sampled.tolist() == [13, 3, 14, 15, 10], "b is the base model's and scored as stock does"
-    hidden = runner.scoring(lambda self: torch.arange(16.0))(step)
+    hidden = runner.wrap_model_forward(lambda self: torch.arange(16.0))(step)
     assert hidden[:11].tolist() == [11, 12, 13, 3, 14, 5, 6, 7, 15, 9, 10]
 
 

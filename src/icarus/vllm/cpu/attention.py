@@ -18,7 +18,7 @@ it; see ledger.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -31,9 +31,8 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
 
+from icarus.vllm.patching import Original
 from icarus.vllm.step_layout import Ints, Rows, pairs
-
-Stock = Callable[..., Any]
 
 WORTH = 1536
 """Keys of all pairs of a step from which on one pass costs less than two, which read them twice but move no heads:
@@ -68,22 +67,22 @@ class Pairs:
     back: Tensor | None  # its inverse, the same shape; None if the step has other rows too
 
 
-def building(stock: Stock) -> Stock:
+def wrap_build(original: Original) -> Original:
     """``CPUAttentionMetadataBuilder.build``: finds the pairs; for stock's pass they are requests of one key."""
 
-    @wraps(stock)
+    @wraps(original)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         rows, common = _step.get(), common_attn_metadata
         if rows is None or not _is_plain(self):
-            return stock(self, common_prefix_len, common, *args, **kwargs)
+            return original(self, common_prefix_len, common, *args, **kwargs)
         first, second = pairs(common.query_start_loc.numpy(), rows)
         lengths = common.seq_lens[first]
         read = lengths if self.window_size < 0 else lengths.clamp(max=self.window_size)
         if not len(first) or int(read.sum()) < WORTH:
-            return stock(self, common_prefix_len, common, *args, **kwargs)
+            return original(self, common_prefix_len, common, *args, **kwargs)
         rest = common.seq_lens.clone()
         rest[first] = rest[second] = 1
-        metadata = stock(self, common_prefix_len, replace(common, seq_lens=rest), *args, **kwargs)
+        metadata = original(self, common_prefix_len, replace(common, seq_lens=rest), *args, **kwargs)
         setattr(metadata, _PAIRS, _bring_together(self, common, metadata, lengths, first, second))
         return metadata
 
@@ -143,10 +142,10 @@ def _order(scheduled: Ints, decoder: Ints, kv_heads: int) -> Ints:
     return (rows[:, None, :] * kv_heads + np.arange(kv_heads)[:, None]).reshape(-1)
 
 
-def attending(stock: Stock) -> Stock:
+def wrap_forward(original: Original) -> Original:
     """``CPUAttentionBackendImpl.forward``: stock's pass for the other rows, then one for the pairs."""
 
-    @wraps(stock)
+    @wraps(original)
     def forward(
         self: Any,
         layer: Any,
@@ -161,11 +160,11 @@ def attending(stock: Stock) -> Stock:
     ) -> Any:
         found: Pairs | None = getattr(attn_metadata, _PAIRS, None)
         if found is None or found.back is None:
-            stock(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            original(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if found is not None:
             together = _together(query, found, self.num_kv_heads)
             attended = torch.empty_like(together)
-            stock(self, layer, together, key, value, kv_cache, found.metadata, attended, *args, **kwargs)
+            original(self, layer, together, key, value, kv_cache, found.metadata, attended, *args, **kwargs)
             _apart(attended, found, output)
         return output
 

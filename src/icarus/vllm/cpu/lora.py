@@ -6,7 +6,6 @@ each row when that changes (vllm/lora/punica_wrapper/punica_cpu.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 from weakref import finalize
@@ -21,8 +20,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
 from icarus.vllm.cpu import lora_rows
-
-Stock = Callable[..., Any]
+from icarus.vllm.patching import Original
 
 
 class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
@@ -101,38 +99,38 @@ def _usable(lora_config: Any) -> bool:
     return lora_rows.wanted() and lora_rows.available() and not lora_config.fully_sharded_loras
 
 
-def choosing(stock: Stock) -> Stock:
+def wrap_get_punica_wrapper(original: Original) -> Original:
     """``get_punica_wrapper``: ours on CPUs, where it can be used."""
 
-    @wraps(stock)
+    @wraps(original)
     def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
         if current_platform.is_cpu() and _usable(kwargs["lora_config"]):
             return RowsWrapper(*args, **kwargs)
-        return stock(*args, **kwargs)
+        return original(*args, **kwargs)
 
     return get_punica_wrapper
 
 
-def scoring(stock: Stock) -> Stock:
+def wrap_get_prompt_logprobs_dict(original: Original) -> Original:
     """``_get_prompt_logprobs_dict``: the logits that it asks for are not those of sampled rows."""
 
-    @wraps(stock)
+    @wraps(original)
     def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         RowsWrapper.scoring = True
         try:
-            return stock(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             RowsWrapper.scoring = False
 
     return _get_prompt_logprobs_dict
 
 
-def adopting(stock: Stock) -> Stock:
+def wrap_activate_adapter(original: Original) -> Original:
     """``LoRAModelManager.activate_adapter``: the only place where an adapter's weights enter its slot."""
 
-    @wraps(stock)
+    @wraps(original)
     def activate_adapter(self: Any, lora_id: int) -> Any:
-        changed = stock(self, lora_id)
+        changed = original(self, lora_id)
         if changed:
             for wrapper in self.punica_wrapper_mapping.values():
                 if isinstance(wrapper, RowsWrapper):
@@ -142,21 +140,21 @@ def adopting(stock: Stock) -> Stock:
     return activate_adapter
 
 
-def compiling(stock: Stock) -> Stock:
+def wrap_check_and_update_config(original: Original) -> Original:
     """``CpuPlatform.check_and_update_config``: LoRA does not turn torch.compile off.
 
     vLLM's operators look into the step's rows, which a graph that is traced once would keep; ours are opaque to it.
     MoE and fully sharded layers call others, so with them it stays off.
     """
 
-    @wraps(stock)
+    @wraps(original)
     def check_and_update_config(vllm_config: Any) -> Any:
         lora, model = vllm_config.lora_config, vllm_config.model_config
         if lora is None or model is None or model.is_moe or not _usable(lora):
-            return stock(vllm_config)
+            return original(vllm_config)
         vllm_config.lora_config = None
         try:
-            return stock(vllm_config)
+            return original(vllm_config)
         finally:
             vllm_config.lora_config = lora
 

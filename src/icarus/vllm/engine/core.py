@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from functools import cache, partial, wraps
 from inspect import signature
 from pathlib import Path
@@ -25,11 +24,10 @@ from icarus.vllm.engine.counting import count_load
 from icarus.vllm.engine.marking import marked, to_load
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.patching import Original
 from icarus.vllm.worker.adapters import stage, unstage
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
-
-Stock = Callable[..., Any]
 
 _building = threading.Lock()
 
@@ -75,45 +73,45 @@ def _base_folder(config: Any) -> Path:
         ) from error
 
 
-def reserving(stock: Stock) -> Stock:
+def wrap_post_init(original: Original) -> Original:
     """``VllmConfig.__post_init__``: room for decoder rows, before anything is sized."""
 
-    @wraps(stock)
+    @wraps(original)
     def __post_init__(self: Any) -> None:  # noqa: N807  # its name in vLLM
         if self.lora_config is not None and self.model_config and not limits.refusal(self):
             drafts = self.speculative_config.num_speculative_tokens if self.speculative_config else 0
             limits.reserve_room(self.scheduler_config, 1 + drafts)
-        stock(self)
+        original(self)
 
     return __post_init__
 
 
-def keyed(stock: Stock) -> Stock:
+def wrap_gen_lora_extra_hash_keys(original: Original) -> Original:
     """``_gen_lora_extra_hash_keys``: nothing of an adapter that shares; of all others what stock says."""
 
-    @wraps(stock)
+    @wraps(original)
     def _gen_lora_extra_hash_keys(request: Any) -> Any:
-        return [] if isinstance(request.lora_request, SharedLoRARequest) else stock(request)
+        return [] if isinstance(request.lora_request, SharedLoRARequest) else original(request)
 
     return _gen_lora_extra_hash_keys
 
 
-def marking(stock: Stock) -> Stock:
+def wrap_preprocess_add_request(original: Original) -> Original:
     """``EngineCore.preprocess_add_request``: every request enters the core here, and before its blocks are hashed."""
 
-    @wraps(stock)
+    @wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         if request.lora_request is not None:
             request.lora_request = marked(policy_of(self), request.lora_request)
-        return stock(self, request)
+        return original(self, request)
 
     return preprocess_add_request
 
 
-def loading(stock: Stock) -> Stock:
+def wrap_add_lora(original: Original) -> Original:
     """``EngineCore.add_lora``: verified before a worker reads it."""
 
-    @wraps(stock)
+    @wraps(original)
     def add_lora(self: Any, lora_request: Any) -> Any:
         started, policy, name = time.perf_counter(), policy_of(self), lora_request.lora_int_id
         request, verdict = to_load(policy, lora_request)
@@ -121,7 +119,7 @@ def loading(stock: Stock) -> Stock:
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
             _stage(self.model_executor, request)
-        done = stock(self, request)
+        done = original(self, request)
         policy.restore(name, verdict)
         count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return done
@@ -136,26 +134,26 @@ def _stage(executor: Any, request: SharedLoRARequest) -> None:
         raise AdapterError(refused[0])
 
 
-def unloading(stock: Stock) -> Stock:
+def wrap_remove_lora(original: Original) -> Original:
     """``EngineCore.remove_lora``: what comes under the same id later is another adapter."""
 
-    @wraps(stock)
+    @wraps(original)
     def remove_lora(self: Any, lora_id: int) -> Any:
         policy_of(self).restore(lora_id, None)
-        return stock(self, lora_id)
+        return original(self, lora_id)
 
     return remove_lora
 
 
-def cutting(stock: Stock) -> Stock:
+def wrap_reserve_prefill_lookahead(original: Original) -> Original:
     """``Scheduler._reserve_prefill_lookahead``: a prompt that is scored is prefilled in pieces that there is room for.
 
     vLLM asks it for the length of every chunk before it takes it from the step's budget.
     """
 
-    @wraps(stock)
+    @wraps(original)
     def _reserve_prefill_lookahead(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
-        count: int = stock(self, request, num_computed_tokens, num_new_tokens)
+        count: int = original(self, request, num_computed_tokens, num_new_tokens)
         params, shares = request.sampling_params, isinstance(request.lora_request, SharedLoRARequest)
         if not shares or params is None or params.prompt_logprobs is None:
             return count
@@ -170,11 +168,11 @@ def cutting(stock: Stock) -> Stock:
     return _reserve_prefill_lookahead
 
 
-def validating(stock: Stock) -> Stock:
+def wrap_process_inputs(original: Original) -> Original:
     """``InputProcessor.process_inputs``: an adapter that is refused is the client's error (400), and no engine's."""
-    position = list(signature(stock).parameters).index("lora_request")
+    position = list(signature(original).parameters).index("lora_request")
 
-    @wraps(stock)
+    @wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = kwargs.get("lora_request", args[position - 1] if len(args) >= position else None)
         if request is not None and self.lora_config:
@@ -182,6 +180,6 @@ def validating(stock: Stock) -> Stock:
                 policy_of(self).decide(request.lora_int_id, request.lora_path)
             except InputError as error:
                 raise VLLMValidationError(str(error), parameter="model") from error
-        return stock(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     return process_inputs

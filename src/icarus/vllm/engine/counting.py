@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from icarus.vllm.counters import BASE, QUESTION, SECONDS, Hits, Loads, rows_of
-
-Stock = Callable[..., Any]
-
+from icarus.vllm.patching import Original
 
 # ------------------------------------------------------------------------------------------------- prefix cache
 
@@ -27,14 +24,14 @@ def model_of(request: Any) -> str:
     return request.lora_request.lora_name if request.lora_request else BASE
 
 
-def writing(stock: Stock) -> Stock:
+def wrap_cache_full_blocks(original: Original) -> Original:
     """``BlockPool.cache_full_blocks``: remembers who wrote a block."""
 
-    @wraps(stock)
+    @wraps(original)
     def cache_full_blocks(
         self: Any, request: Any, blocks: Any, num_cached_blocks: int, num_full_blocks: int, *args: Any, **kwargs: Any
     ) -> Any:
-        result = stock(self, request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
+        result = original(self, request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
         if num_cached_blocks < num_full_blocks:
             if (writers := getattr(self, "_icarus_writers", None)) is None:
                 writers = self._icarus_writers = {}
@@ -46,14 +43,14 @@ def writing(stock: Stock) -> Stock:
     return cache_full_blocks
 
 
-def hitting(stock: Stock) -> Stock:
+def wrap_record_prefix_cache_stats(original: Original) -> Original:
     """``KVCacheManager.record_prefix_cache_stats``: counts hits by writer and reader, where vLLM counts hits.
 
     Called once for each request that is scheduled, when its blocks are allocated. As in vLLM's own counter, what a
     preempted request finds again of its own is no hit.
     """
 
-    @wraps(stock)
+    @wraps(original)
     def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> Any:
         if num_hits and not request.num_preemptions and self.prefix_cache_lookup_enabled(request):
             if not hasattr(self, "_icarus_hits"):
@@ -63,7 +60,7 @@ def hitting(stock: Stock) -> Stock:
             sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
             found = _hits(groups, sizes, writers, model_of(request), num_hits)
             self._icarus_hits.update(found)
-        return stock(self, request, num_hits)
+        return original(self, request, num_hits)
 
     return record_prefix_cache_stats
 
@@ -111,12 +108,12 @@ def _loads(core: Any) -> Loads:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def answering(stock: Stock) -> Stock:
+def wrap_collective_rpc(original: Original) -> Original:
     """``EngineCore.collective_rpc``: answers ``QUESTION`` itself."""
 
-    @wraps(stock)
+    @wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return read(self) if method == QUESTION else stock(self, method, *args, **kwargs)
+        return read(self) if method == QUESTION else original(self, method, *args, **kwargs)
 
     return collective_rpc
 

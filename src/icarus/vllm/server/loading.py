@@ -8,7 +8,7 @@ the adapter in the engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
@@ -21,20 +21,19 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from icarus.errors import InputError
 from icarus.vllm.engine.core import policy_of
+from icarus.vllm.patching import Original
 from icarus.vllm.server import folders
 
 logger = init_logger("vllm.icarus.loading")
-
-Stock = Callable[..., Any]
 
 GRACE = 5.0
 """Seconds in which a request that has looked up its model reaches the engine's list of requests."""
 
 
-def checking(stock: Stock) -> Stock:
+def wrap_load_lora_adapter(original: Original) -> Original:
     """``OpenAIServingModels.load_lora_adapter``: refusals are 400, or 403 for a path that clients may not name."""
 
-    @wraps(stock)
+    @wraps(original)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         if request.lora_name and request.lora_path:
             if (within := folders.allowed()) is not None:
@@ -49,7 +48,7 @@ def checking(stock: Stock) -> Stock:
                 await asyncio.to_thread(_check, self, request)
             except InputError as error:
                 return _refused(str(error), HTTPStatus.BAD_REQUEST)
-        result = await stock(self, request, base_model_name)
+        result = await original(self, request, base_model_name)
         if not isinstance(result, ErrorResponse):
             # Noted here, so that no request waits for it, and the next replacement is compared with it.
             await asyncio.to_thread(_note, self, request.lora_name)
@@ -58,13 +57,13 @@ def checking(stock: Stock) -> Stock:
     return load_lora_adapter
 
 
-def releasing(stock: Stock) -> Stock:
+def wrap_unload_lora_adapter(original: Original) -> Original:
     """``OpenAIServingModels.unload_lora_adapter``: an ICaRus adapter leaves the engine with its last request."""
 
-    @wraps(stock)
+    @wraps(original)
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
         loaded = self.lora_requests.get(request.lora_name)
-        result = await stock(self, request)
+        result = await original(self, request)
         if loaded is not None and not isinstance(result, ErrorResponse):
             known = policy_of(self.input_processor).known(loaded.lora_int_id)
             if known and known.shares:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from icarus import adapter
 from icarus.errors import AdapterError
 from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.patching import Original
 from icarus.vllm.worker.copies import Copies
-
-Stock = Callable[..., Any]
 
 
 def stage(worker: Any, lora_request: SharedLoRARequest) -> str:
@@ -39,29 +37,29 @@ def unstage(worker: Any, lora_id: int) -> None:
         _copies(manager).discard(lora_id)
 
 
-def reading(stock: Stock) -> Stock:
+def wrap_load_adapter(original: Original) -> Original:
     """``WorkerLoRAManager._load_adapter``: reads a copy of what the engine core verified."""
 
-    @wraps(stock)
+    @wraps(original)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         locate = partial(_folder, lora_request)
         if not isinstance(lora_request, SharedLoRARequest):
-            lora = stock(self, lora_request)
+            lora = original(self, lora_request)
             _check_conventional(locate())
             return lora
         copies, adapter_id = _copies(self), lora_request.lora_int_id
         with copies.reading(adapter_id, lora_request.generation, lora_request.sha256, locate) as folder:
-            return stock(self, replace(lora_request, lora_path=str(folder)))
+            return original(self, replace(lora_request, lora_path=str(folder)))
 
     return _load_adapter
 
 
-def removing(stock: Stock) -> Stock:
+def wrap_remove_lora(original: Original) -> Original:
     """``remove_lora``: the copy goes with the adapter."""
 
-    @wraps(stock)
+    @wraps(original)
     def remove_lora(self: Any, lora_id: int) -> Any:
-        done = stock(self, lora_id)
+        done = original(self, lora_id)
         _copies(self.lora_manager).drop(lora_id)
         return done
 

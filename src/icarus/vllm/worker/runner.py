@@ -13,7 +13,6 @@ Each function below takes a method of vLLM and gives the one that stands in for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -26,9 +25,8 @@ from icarus.vllm import step_layout
 from icarus.vllm.counters import count_rows
 from icarus.vllm.cpu import attention as cpu_attention
 from icarus.vllm.marks import decoded_ids
+from icarus.vllm.patching import Original
 from icarus.vllm.step_layout import Batch, Ints, Rows
-
-Stock = Callable[..., Any]
 
 _ROWS = "_icarus_rows"  # attribute of the runner: the decoder rows of the step it is in
 
@@ -42,17 +40,17 @@ def _rows(runner: Any) -> Rows | None:
 # ------------------------------------------------------------------------------------------------- plan
 
 
-def mapping_loras(stock: Stock) -> Stock:
+def wrap_set_active_loras(original: Original) -> Original:
     """``set_active_loras``: plans the step, and maps its rows to LoRA ids."""
 
-    @wraps(stock)
+    @wraps(original)
     def set_active_loras(
         self: Any, input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *args: Any, **kw: Any
     ) -> Any:
         shared = decoded_ids(input_batch.lora_id_to_lora_request)
         if not shared:
             count_rows(self, int(num_scheduled_tokens.sum()), 0)
-            return stock(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
+            return original(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
         count = input_batch.num_reqs
         sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
         lora_ids = input_batch.request_lora_mapping[:count]
@@ -85,13 +83,13 @@ def _check_room(runner: Any, starts: Ints, rows: Rows) -> None:
         )
 
 
-def forgetting(stock: Stock) -> Stock:
+def wrap_execute_model(original: Original) -> Original:
     """``execute_model``: a plan ends with its step, so that warm-up and idle steps have none."""
 
-    @wraps(stock)
+    @wraps(original)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return stock(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             setattr(self, _ROWS, None)
 
@@ -101,12 +99,12 @@ def forgetting(stock: Stock) -> Stock:
 # ------------------------------------------------------------------------------------------------- write
 
 
-def preparing(stock: Stock) -> Stock:
+def wrap_prepare_inputs(original: Original) -> Original:
     """``_prepare_inputs``: per-request buffers get the decoder requests, and sampling reads the decoder rows."""
 
-    @wraps(stock)
+    @wraps(original)
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
-        logits_indices, *others = stock(self, scheduler_output, num_scheduled_tokens)
+        logits_indices, *others = original(self, scheduler_output, num_scheduled_tokens)
         if rows := _rows(self):
             _write_requests(self, rows)
             logits_indices = _on_device(self, step_layout.readers(rows))[logits_indices]
@@ -134,15 +132,15 @@ def _write_requests(runner: Any, rows: Rows) -> None:
         step_layout.double(table.block_table.gpu[:, :longest], count, there)
 
 
-def embedding(stock: Stock) -> Stock:
+def wrap_preprocess(original: Original) -> Original:
     """``_preprocess``: token ids, positions and embeddings of the decoder rows.
 
     After stock, which clears positions behind the scheduled rows. What it returns are views of the same buffers.
     """
 
-    @wraps(stock)
+    @wraps(original)
     def _preprocess(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, scheduler_output, *args, **kwargs)
+        result = original(self, scheduler_output, *args, **kwargs)
         if rows := _rows(self):
             _write_rows(self, rows.scheduled, _on_device(self, rows.sources))
         return result
@@ -160,15 +158,15 @@ def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
         step_layout.double(runner.inputs_embeds.gpu, count, sources)
 
 
-def scoring(stock: Stock) -> Stock:
+def wrap_model_forward(original: Original) -> Original:
     """``_model_forward``: prompt logprobs are computed from scheduled rows, so there the decoder rows take their place.
 
     Only in steps with such a request: sampling needs no copy.
     """
 
-    @wraps(stock)
+    @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = stock(self, *args, **kwargs)
+        hidden = original(self, *args, **kwargs)
         if (rows := _rows(self)) and self.num_prompt_logprobs:
             decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # of the memory that is written
             hidden[_on_device(self, rows.sources)] = decoded
@@ -185,56 +183,56 @@ def _on_device(runner: Any, values: Ints) -> Tensor:
 # ------------------------------------------------------------------------------------------------- size
 
 
-def padding(stock: Stock) -> Stock:
+def wrap_determine_batch_execution_and_padding(original: Original) -> Original:
     """``_determine_batch_execution_and_padding``: CUDA graphs and data-parallel ranks count the decoder rows.
 
     Scheduled rows without LoRA beside decoder rows with it are one more case for LoRA kernels (no LoRA counts as one).
     """
 
-    @wraps(stock)
+    @wraps(original)
     def _determine_batch_execution_and_padding(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kw: Any) -> Any:
         if rows := _rows(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
             kw["force_num_active_loras"] = len(self.input_batch.lora_id_to_lora_request) + 1
-        return stock(self, num_tokens, num_reqs, *args, **kw)
+        return original(self, num_tokens, num_reqs, *args, **kw)
 
     return _determine_batch_execution_and_padding
 
 
-def mapping_slots(stock: Stock) -> Stock:
+def wrap_get_slot_mappings(original: Original) -> Original:
     """``_get_slot_mappings``: stock fills all behind the scheduled rows with -1, as decoder rows need it."""
 
-    @wraps(stock)
+    @wraps(original)
     def _get_slot_mappings(
         self: Any, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, *args: Any, **kw: Any
     ) -> Any:
         if rows := _rows(self):
             num_tokens_padded = max(num_tokens_padded, num_tokens_unpadded + len(rows))
             num_reqs_padded = max(num_reqs_padded, self.input_batch.num_reqs + len(rows.requests))
-        return stock(self, num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kw)
+        return original(self, num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kw)
 
     return _get_slot_mappings
 
 
-def building_metadata(stock: Stock) -> Stock:
+def wrap_build_attention_metadata(original: Original) -> Original:
     """``_build_attention_metadata``: attention sees the decoder requests."""
 
-    @wraps(stock)
+    @wraps(original)
     def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
         if rows := _rows(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
         with cpu_attention.step(rows):
-            return stock(self, num_tokens, num_reqs, *args, **kwargs)
+            return original(self, num_tokens, num_reqs, *args, **kwargs)
 
     return _build_attention_metadata
 
 
-def masking(stock: Stock) -> Stock:
+def wrap_prepare_padding_mask(original: Original) -> Original:
     """``_prepare_padding_mask``: decoder rows are no padding."""
 
-    @wraps(stock)
+    @wraps(original)
     def _prepare_padding_mask(self: Any, num_tokens_unpadded: int, num_tokens_padded: int) -> Any:
         rows = _rows(self)
-        return stock(self, num_tokens_unpadded + (len(rows) if rows else 0), num_tokens_padded)
+        return original(self, num_tokens_unpadded + (len(rows) if rows else 0), num_tokens_padded)
 
     return _prepare_padding_mask

@@ -1,0 +1,76 @@
+"""Records are applied all or none, once, and only to what they were written against."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from icarus.vllm.patching import Patch, PatchError, apply
+
+TESTED = ("0.1.0", "0.2.0")
+VERSION = TESTED[-1]
+
+
+def louder(original: Callable[..., str]) -> Callable[..., str]:
+    return lambda *args: original(*args) + "!"
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    module = ModuleType("an_engine")
+    source = "class Runner:\n    def run(self, step):\n        return step\n\ndef key(request):\n    return request\n"
+    exec(source, vars(module))
+    sys.modules["an_engine"] = module
+    sys.modules["our_side"] = ours = ModuleType("our_side")
+    ours.louder = louder  # type: ignore[attr-defined]
+    yield module
+    del sys.modules["an_engine"], sys.modules["our_side"]
+
+
+def record(target: str, parameters: str) -> Patch:
+    return Patch(target, parameters, "our_side:louder", "what", "why", "file:1", "never")
+
+
+METHOD, FUNCTION = record("an_engine:Runner.run", "self step"), record("an_engine:key", "request")
+
+
+def test_methods_and_functions_are_wrapped_once(engine: Any) -> None:
+    assert apply([METHOD, FUNCTION], VERSION, TESTED) == 2
+    assert apply([METHOD, FUNCTION], VERSION + "+cpu", TESTED) == 0
+    assert (engine.Runner().run("a"), engine.key("b")) == ("a!", "b!")
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (replace(FUNCTION, parameters="request salt"), "takes"),
+        (replace(FUNCTION, target="an_engine:hash"), "has no"),
+        (replace(FUNCTION, target="no_engine:key"), "has no"),
+        (replace(METHOD, target="an_engine:Walker.run"), "has no"),
+    ],
+)
+def test_a_mismatch_changes_nothing_and_says_what_to_do(engine: Any, bad: Patch, said: str) -> None:
+    with pytest.raises(PatchError, match=said) as caught:
+        apply([METHOD, bad], VERSION, TESTED)
+    assert "VLLM_PLUGINS" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert engine.Runner().run("a") == "a"
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "0.1.2+cpu", "dev"])
+def test_an_untested_version_is_refused(engine: Any, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ICARUS_UNTESTED_VLLM", raising=False)
+    with pytest.raises(PatchError, match="VLLM_PLUGINS"):
+        apply([METHOD], version, TESTED)
+    assert engine.Runner().run("a") == "a"
+    monkeypatch.setenv("ICARUS_UNTESTED_VLLM", "1")
+    assert apply([METHOD], version, TESTED) == 1
+
+
+def test_parameters_of_an_older_version_pass(engine: Any) -> None:
+    assert apply([replace(METHOD, parameters="self step more", before="self step")], VERSION, TESTED) == 1
