@@ -1,7 +1,7 @@
 """The specialists that this project ships: small adapters for the packaged base model, with their figures.
 
-They live in ``icarus/shipped/NAME``, each an adapter directory, and were trained by ``icarus train`` with the recipes
-in ``recipes/``; ``icarus/shipped/figures.json`` holds what they reached on unseen data.
+They live in ``icarus/shipped/NAME``, each an adapter directory, and were trained by ``icarus train`` with the settings
+in ``experiments/wikisql_roles/``; ``icarus/shipped/figures.json`` holds what they reached on unseen data.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw results/figures.png from the JSON reports beside it.
 
-python recipes/plot_results.py
+python -m benchmarks.plot
 """
 
 import json

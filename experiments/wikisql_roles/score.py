@@ -1,6 +1,6 @@
-"""Score the shipped specialists, and the base model beside them, on unseen rows of wikisql_roles.py.
+"""Score the shipped specialists, and the base model beside them, on unseen rows of data.py.
 
-    python recipes/score_roles.py --data data/roles --adapters adapters --json results/specialists.json
+    python experiments/wikisql_roles/score.py --data data/roles --adapters adapters --json results/specialists.json
 
 Three sides answer behind the same context: the specialist, the base model, and the base model with three solved rows in
 front, which is the fairer comparison for a model that was never told the form of an answer. Figures:
@@ -116,7 +116,7 @@ def score(team: Specialists, role: str, rows: list[Row], train: list[Row], f1_ro
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that wikisql_roles.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
     parser.add_argument("--adapters", type=Path, required=True, help="folder with one adapter folder a role")
     parser.add_argument("--rows", type=int, default=300, help="test rows a role (default: 300)")
     parser.add_argument("--f1-rows", type=int, default=60, help="of them answered in full for token F1 (default: 60)")
