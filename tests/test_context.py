@@ -261,7 +261,7 @@ def test_score_is_the_references_and_changes_nothing(
     del encoded[:]
     scores = context.score(text)
     assert encoded == list(range(cached, len(before) + len(text) - 1))  # once for all speakers
-    ids = before + context._tokenize(text)
+    ids = before + context.team.codec.encode(text)
     for who in team.names:
         predicted = paper(who, ids).log_softmax(-1)[len(before) - 1 : -1]
         want = predicted[range(len(text)), ids[len(before) :]]
@@ -520,7 +520,7 @@ def test_bad_input_is_named_and_changes_nothing(team: Specialists, act: Callable
     with pytest.raises(InputError, match=rf"(?s){said}") as caught:
         act(context)
     assert str(caught.value).endswith(".")
-    assert context.token_ids in ([], context._tokenize(PROMPT))
+    assert context.token_ids in ([], context.team.codec.encode(PROMPT))
     assert context.cached_tokens == 0
 
 

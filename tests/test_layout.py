@@ -16,7 +16,7 @@ ROOT = Path(icarus.__file__).parent
 LEVELS = [
     {"errors"},
     {"atomic", "hub", "shipped_specialists", "vllm_environment"},
-    {"base_model"},
+    {"base_model", "chat_template"},
     {"adapter"},
     {"lora"},
     {"streams"},

@@ -23,13 +23,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from icarus import adapter as adapters
 from icarus import base_model
+from icarus.chat_template import Codec, Message
 from icarus.errors import InputError
 from icarus.streams import EncoderCache, TwoStreams
 
 BASE = "base"
 """The name under which the base model itself speaks."""
 
-Message = Mapping[str, str]
 _MARK = "\u241ficarus\u241f"  # stands for an assistant's text while the chat template is rendered around it
 
 
@@ -69,6 +69,7 @@ class Specialists:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.codec = Codec(tokenizer)
         self.streams = TwoStreams(self.model)
         self._fingerprint = ""  # of the base model, once an adapter asks for it
 
@@ -144,7 +145,7 @@ class Context:
     @property
     def text(self) -> str:
         """The whole sequence as text, special tokens included."""
-        return self._decode(self.token_ids, special=True)
+        return self.team.codec.decode(self.token_ids, special=True)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -156,7 +157,7 @@ class Context:
     def append(self, content: str | Sequence[Message] | Iterable[int] | Tensor) -> Context:
         """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself."""
         if isinstance(content, str):
-            return self._extend_text(self._tokenize(content, opening=not self.token_ids))
+            return self._extend_text(self.team.codec.encode(content, opening=not self.token_ids))
         if isinstance(content, Mapping) or not isinstance(content, Iterable):
             raise InputError(f"{content!r} cannot be appended; give text, a list of messages, or token ids.")
         items: list[Any] = content.flatten().tolist() if isinstance(content, Tensor) else list(content)
@@ -238,7 +239,7 @@ class Context:
             self.rollback(origin)
             raise
         new = self.token_ids[before:]
-        text = self._decode(new)
+        text = self.team.codec.decode(new)
         if self._state.answering:
             self._state.messages[-1]["content"] += text
         stopped_at = _first_stop(text, config)
@@ -261,7 +262,7 @@ class Context:
         """
         names = list(models or self.team.names)
         speakers = {name: self.team.adapter(name) for name in names}
-        tokens = self._tokenize(text)
+        tokens = self.team.codec.encode(text)
         if not tokens or not self.token_ids:
             raise InputError("Scoring needs a non-empty context and a non-empty text.")
         with torch.no_grad():
@@ -300,7 +301,7 @@ class Context:
                 input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
                 done = bool(stopping_criteria(input_ids, None).all())
                 if config.stop_strings and not done:
-                    done = _first_stop(self._decode(self.token_ids[start:]), config) is not None
+                    done = _first_stop(self.team.codec.decode(self.token_ids[start:]), config) is not None
             return input_ids
 
         with torch.no_grad():
@@ -384,72 +385,56 @@ class Context:
         """Text that is no message; behind an open answer it is part of that answer."""
         undo = self._state.copy()
         if self._state.answering:
-            self._state.messages[-1]["content"] += self._decode(tokens)
+            self._state.messages[-1]["content"] += self.team.codec.decode(tokens)
         return self._extend(tokens, undo)
 
     def _append_messages(self, new: list[dict[str, str]]) -> Context:
         undo, state = self._state.copy(), self._state
         text = self._rendered_suffix(new)
         state.messages, state.answering = [*state.messages, *new], False
-        return self._extend(self._tokenize(text), undo)
+        return self._extend(self.team.codec.encode(text), undo)
 
     def _rendered_suffix(self, new: list[dict[str, str]]) -> str:
         """What the chat template puts behind the present end for these messages; earlier text is never rewritten."""
         messages = self._state.messages
         if not messages:
-            return self._template(new)
+            return self.team.codec.render(new)
         if not self._state.answering:
-            before = self._template(messages)
-            after = self._template([*messages, *new])
+            before = self.team.codec.render(messages)
+            after = self.team.codec.render([*messages, *new])
             if not after.startswith(before):
                 raise InputError("The chat template rewrites earlier messages; append text or tokens instead.")
             return after[len(before) :]
         marked = [*messages[:-1], {"role": "assistant", "content": _MARK}, *new]
-        _, found, suffix = self._template(marked).rpartition(_MARK)
+        _, found, suffix = self.team.codec.render(marked).rpartition(_MARK)
         if not found:
             raise InputError("The chat template changes the text of an answer; append text or tokens instead.")
         if self.token_ids[-1] in {*self._ends(), *self.team.tokenizer.all_special_ids}:  # the answer has closed itself
-            return suffix.removeprefix(self._decode(self.token_ids[-1:], special=True))
+            return suffix.removeprefix(self.team.codec.decode(self.token_ids[-1:], special=True))
         return suffix
 
     def _open_answer(self) -> None:
         undo, messages = self._state.copy(), self._state.messages
-        whole, closed = self._template(messages, header=True), self._template(messages)
+        whole, closed = self.team.codec.render(messages, header=True), self.team.codec.render(messages)
         if not whole.startswith(closed):
             raise InputError("The chat template has no header for an answer; append text or tokens instead.")
         text = whole[len(closed) :]
         self._state.messages = [*messages, {"role": "assistant", "content": ""}]
         self._state.answering = True
-        self._extend(self._tokenize(text), undo)
+        self._extend(self.team.codec.encode(text), undo)
 
     def _cut(self, start: int, state: _State) -> _State:
         """The state after rolling back into the middle of what was added at ``start``."""
         state = state.copy()
         if state.answering:
-            state.messages[-1]["content"] += self._decode(self.token_ids[start:])
+            state.messages[-1]["content"] += self.team.codec.decode(self.token_ids[start:])
         return state
-
-    def _template(self, messages: Sequence[Message], *, header: bool = False) -> str:
-        tokenizer: Any = self.team.tokenizer
-        if not tokenizer.chat_template:
-            raise InputError("This base model's tokenizer has no chat template; append text instead of messages.")
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
-        except Exception as error:  # templates are programs of their own and raise what they like
-            raise InputError(f"The chat template refuses these messages: {error}.") from error
-
-    def _tokenize(self, text: str, *, opening: bool = False) -> list[int]:
-        """``opening`` adds what the tokenizer puts before a text; a rendered chat template has that already."""
-        return list(self.team.tokenizer(text, add_special_tokens=opening)["input_ids"])
 
     def _ends(self, config: GenerationConfig | None = None) -> list[int]:
         """Token ids that end an answer."""
         own = config.eos_token_id if config else None
         ends = own if own is not None else self._causal_lm().generation_config.eos_token_id
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-    def _decode(self, tokens: list[int], *, special: bool = False) -> str:
-        return str(self.team.tokenizer.decode(tokens, skip_special_tokens=not special))
 
 
 class _Stream(TextStreamer):

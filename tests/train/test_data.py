@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, STRIPPING, tiny, tiny_tokenizer
+from icarus.chat_template import Codec
 from icarus.context import Context, Specialists
 from icarus.errors import DataError
 from icarus.streams import IGNORED
@@ -79,7 +80,7 @@ FORMS = {
 def test_loss_is_on_what_the_assistant_says_and_on_its_end(form: str, tokenizer: Any) -> None:
     row, wanted = FORMS[form]
     wanted = wanted or [(header("u:a"), False), ("b" + END, True)]
-    columns = data.tokenize(row, tokenizer, None)
+    columns = data.tokenize(row, Codec(tokenizer), None)
     assert pieces(columns, tokenizer) == wanted
     assert columns["position_ids"] == list(range(len(columns["input_ids"])))
     assert not any(columns["branch_ids"])
@@ -91,8 +92,8 @@ def test_loss_is_on_what_the_assistant_says_and_on_its_end(form: str, tokenizer:
     ids=["text", "chat"],
 )
 def test_completions_are_branches_behind_one_prompt(prompt: Any, answers: list[Any], tokenizer: Any) -> None:
-    columns = data.tokenize({"prompt": prompt, "completions": answers}, tokenizer, None)
-    alone = [data.tokenize({"prompt": prompt, "completion": answer}, tokenizer, None) for answer in answers]
+    columns = data.tokenize({"prompt": prompt, "completions": answers}, Codec(tokenizer), None)
+    alone = [data.tokenize({"prompt": prompt, "completion": answer}, Codec(tokenizer), None) for answer in answers]
     shared = alone[0]["labels"].index(next(t for t in alone[0]["labels"] if t != IGNORED))
     want: Row = {name: values[:shared] for name, values in alone[0].items()}
     for branch, row in enumerate(alone, 1):
@@ -105,7 +106,7 @@ def test_completions_are_branches_behind_one_prompt(prompt: Any, answers: list[A
 def test_completions_that_do_not_share_their_prompt_are_refused(tokenizer: Any) -> None:
     row = {"prompt": chat("u:a"), "completions": [chat("u:b", "a:c"), chat("u:d", "a:e")]}
     with pytest.raises(DataError, match="completions"):
-        data.tokenize(row, tokenizer, None)
+        data.tokenize(row, Codec(tokenizer), None)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_completions_that_do_not_share_their_prompt_are_refused(tokenizer: Any) 
 )
 @pytest.mark.parametrize("limit", [3, 4, 5, 100])
 def test_no_position_from_max_length_on(row: Row, limit: int, tokenizer: Any) -> None:
-    whole, cut = (data.tokenize(row, tokenizer, most) for most in (None, limit))
+    whole, cut = (data.tokenize(row, Codec(tokenizer), most) for most in (None, limit))
     kept = [i for i, position in enumerate(whole["position_ids"]) if position < limit]
     assert cut == {name: [values[i] for i in kept] for name, values in whole.items()}
     assert max(cut["position_ids"]) == min(limit - 1, max(whole["position_ids"]))
@@ -151,7 +152,7 @@ def merging() -> PreTrainedTokenizerFast:
 def test_a_context_appends_and_generates_the_tokens_of_training(
     row: Row, appended: list[Any], merging: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = data.tokenize(row, merging, None)
+    columns = data.tokenize(row, Codec(merging), None)
     ids, labels = columns["input_ids"], columns["labels"]
     context = Specialists(tiny(vocab_size=len(merging)), merging).context()
 
@@ -301,7 +302,7 @@ def test_what_the_template_cannot_do_is_said_of_the_line(
 def test_the_remedy_for_a_rewriting_template_works(tokenizer: Any) -> None:
     tokenizer = tiny_tokenizer(STRIPPING)
     row = {"prompt": chat("u:a", "a:<think>b</think>c", "u:d"), "completion": chat("a:<think>e</think>f")}
-    (before, _), (answer, _) = pieces(data.tokenize(row, tokenizer, None), tokenizer)
+    (before, _), (answer, _) = pieces(data.tokenize(row, Codec(tokenizer), None), tokenizer)
     assert (before, answer) == (header("u:a", "a:c", "u:d"), "<think>e</think>f" + END)
 
 
@@ -342,7 +343,7 @@ def test_tools_and_tool_calls_reach_the_template_as_they_were_written(tmp_path: 
     assert [pieces(row, tokenizer) for row in kept] == [one[2], other[2]]
     for form, answers in (("completion", other[1][1:]), ("completions", [other[1][1:]])):
         row = {"prompt": other[1][:1], form: answers, "tools": other[0]}
-        assert pieces(data.tokenize(row, tokenizer, None), tokenizer) == other[2]
+        assert pieces(data.tokenize(row, Codec(tokenizer), None), tokenizer) == other[2]
         assert all(part["tools"] == other[0] for part in data.separate(row))
 
 

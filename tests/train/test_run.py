@@ -21,6 +21,7 @@ from torch import Tensor
 import reference
 from conftest import lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
 from icarus import Specialists, adapter
+from icarus.chat_template import Codec
 from icarus.errors import AdapterError, DataError, InputError, UnsupportedModelError
 from icarus.streams import IGNORED, TwoStreams
 from icarus.train import IcarusSFTTrainer, data
@@ -192,7 +193,7 @@ def test_loss_and_gradients_are_those_of_the_equations(tmp_path: Path) -> None:
     }
     base, total, count = tiny(), torch.zeros(()), 0
     for row in rows:
-        columns = data.tokenize(row, tiny_tokenizer(), None)
+        columns = data.tokenize(row, Codec(tiny_tokenizer()), None)
         logits = reference.two_streams(
             base.state_dict(), lora, torch.tensor(columns["input_ids"]), shape_of(base.config)
         ).logits

@@ -28,7 +28,8 @@ from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from icarus.errors import DataError
+from icarus.chat_template import Codec, Message
+from icarus.errors import DataError, InputError
 from icarus.streams import IGNORED
 
 LINE = "line"
@@ -184,17 +185,17 @@ class _Row:
         return {name: [values[i] for i in keep] for name, values in vars(self).items()}
 
 
-def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+def tokenize(row: Mapping[str, Any], codec: Codec, max_length: int | None) -> dict[str, Any]:
     """Columns ``input_ids, labels, position_ids, branch_ids`` of one checked row; no position from max_length on."""
     out = _Row()
     if "completions" in row:
-        trunk, branches = _tree(row, tokenizer)
+        trunk, branches = _tree(row, codec)
         out.add(trunk, loss=False)
         for number, pieces in enumerate(branches, 1):
             for i, (tokens, loss) in enumerate(pieces):
                 out.add(tokens, loss=loss, branch=number, trunk=len(trunk) if i == 0 else None)
     else:
-        for tokens, loss in _pieces(row, tokenizer):
+        for tokens, loss in _pieces(row, codec):
             out.add(tokens, loss=loss)
     if out.labels:
         out.labels[0] = IGNORED  # nothing comes before it that could predict it
@@ -204,24 +205,23 @@ def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_len
 _Pieces = list[tuple[list[int], bool]]
 
 
-def _pieces(row: Mapping[str, Any], tokenizer: Any) -> _Pieces:
+def _pieces(row: Mapping[str, Any], codec: Codec) -> _Pieces:
     if "text" in row:
-        return [(_ids(tokenizer, row["text"] + (tokenizer.eos_token or ""), opening=True), True)]
+        return [(codec.encode(row["text"], opening=True, ending=True), True)]
     if "messages" in row:
-        return _chat(row["messages"], 0, tokenizer, _tools(row))
+        return _chat(row["messages"], 0, codec, _tools(row))
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str):
-        return _chat([*prompt, *completion], len(prompt), tokenizer, _tools(row))
-    ending = completion + (tokenizer.eos_token or "")
-    return [(_ids(tokenizer, prompt, opening=True), False), (_ids(tokenizer, ending), True)]
+        return _chat([*prompt, *completion], len(prompt), codec, _tools(row))
+    return [(codec.encode(prompt, opening=True), False), (codec.encode(completion, ending=True), True)]
 
 
-def _tree(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[_Pieces]]:
+def _tree(row: Mapping[str, Any], codec: Codec) -> tuple[list[int], list[_Pieces]]:
     """The shared prompt's tokens, and each completion's pieces."""
     trunk: list[int] = []
     branches: list[_Pieces] = []
     for completion in row["completions"]:
-        pieces = _pieces({**row, "completion": completion}, tokenizer)
+        pieces = _pieces({**row, "completion": completion}, codec)
         if branches and pieces[0][0] != trunk:
             raise DataError("the messages before the first answer differ between 'completions'; give one row each.")
         trunk = pieces[0][0]
@@ -241,45 +241,25 @@ def _tools(row: Mapping[str, Any], where: str = "") -> list[Any] | None:
     return tools or None
 
 
-_Messages = Sequence[Mapping[str, Any]]
-
-
-def _chat(messages: _Messages, first: int, tokenizer: Any, tools: list[Any] | None) -> _Pieces:
+def _chat(messages: Sequence[Message], first: int, codec: Codec, tools: list[Any] | None) -> _Pieces:
     """Cut the rendered chat at the assistant messages from index ``first`` on; their text and end token carry loss."""
-    whole = _render(tokenizer, messages, tools)
+    whole = codec.render(messages, tools)
     pieces: _Pieces = []
     done = 0
     for index in range(first, len(messages)):
         if messages[index]["role"] != "assistant":
             continue
-        head = _render(tokenizer, messages[:index], tools, header=True)
-        until = _render(tokenizer, messages[: index + 1], tools).rstrip()
+        head = codec.render(messages[:index], tools, header=True) if index else ""
+        until = codec.render(messages[: index + 1], tools).rstrip()
         if not (whole.startswith(head) and whole.startswith(until) and len(head) >= done):
             raise DataError(
                 f"the chat template renders message {index} differently once others follow, so a chat cannot be "
                 "trained in one row; give one row a turn, as 'prompt' and 'completion'."
             )
-        pieces.append((_ids(tokenizer, whole[done : len(head)]), False))
-        pieces.append((_ids(tokenizer, whole[len(head) : len(until)]), True))
+        pieces.append((codec.encode(whole[done : len(head)]), False))
+        pieces.append((codec.encode(whole[len(head) : len(until)]), True))
         done = len(until)
-    return pieces or [(_ids(tokenizer, whole), False)]
-
-
-def _render(tokenizer: Any, messages: _Messages, tools: list[Any] | None, *, header: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise DataError("this base model's tokenizer has no chat template; give 'prompt' and 'completion' as texts.")
-    if not messages:
-        return ""
-    try:
-        return str(
-            tokenizer.apply_chat_template([*messages], tools=tools, tokenize=False, add_generation_prompt=header)
-        )
-    except Exception as error:  # templates are programs of their own and raise what they like
-        raise DataError(f"the chat template refuses these messages ({error}).") from error
-
-
-def _ids(tokenizer: Any, text: str, *, opening: bool = False) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=opening)["input_ids"])
+    return pieces or [(codec.encode(whole), False)]
 
 
 def separate(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -303,12 +283,13 @@ def token_rows(
     Raises:
         DataError: no example carries loss.
     """
+    codec = Codec(tokenizer)
     columns: dict[str, list[Any]] = {}
     left_out = 0
     for row in tqdm(rows, desc="Tokenizing", disable=not sys.stderr.isatty()):
         try:
-            tokens = tokenize(row, tokenizer, max_length)
-        except DataError as error:
+            tokens = tokenize(row, codec, max_length)
+        except InputError as error:
             where = f"{source}:{row[LINE]}" if LINE in row else source
             raise DataError(f"{where}: {error}") from error
         if all(label == IGNORED for label in tokens["labels"]):
