@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of Transformers
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # TRL sets ERROR, and servers started here would inherit it
 
 from collections.abc import Iterable
 from typing import Any
