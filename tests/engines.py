@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
+import pytest
 import torch
 
 from conftest import tiny, tiny_tokenizer, tokens
@@ -41,8 +44,8 @@ def randomize(model: Any, seed: int) -> Any:
 class Shop:
     """A base model and adapters on disk, what the reference says of them, and engines that serve them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, folder / "base"
+    def __init__(self, folder: Path, launcher: Launcher | None = None) -> None:
+        self.folder, self.base, self.launcher = folder, folder / "base", launcher
         tiny(**SHAPE).save_pretrained(self.base)
         for seed, name in enumerate(("sql", "chat")):
             adapter.save(randomize(adapter.attach(tiny(**SHAPE), rank=8), seed), folder / name)
@@ -68,10 +71,19 @@ class Shop:
         text = "".join(self.team.tokenizer.convert_ids_to_tokens(prompt[1:]))
         return self.team.context().append(prompt[:1]).score(text, [model])[model]
 
-    def serve(self, steps: list[Step], *, plugin: bool = True, threads: str = "", worth: int = 0, **engine: Any) -> Any:
+    def serve(
+        self,
+        steps: list[Step],
+        *,
+        plugin: bool = True,
+        worth: int = 0,
+        variables: dict[str, str] | None = None,
+        **engine: Any,
+    ) -> Any:
         """What one engine answers to steps, taken one after another.
 
-        ``worth`` stands in for the number of keys from which on decodes are computed together with their decoder rows.
+        ``worth`` stands in for the number of keys from which on decodes are computed together with their decoder rows;
+        ``variables`` are of its environment.
         """
         options = {
             "model": str(self.base),
@@ -91,23 +103,59 @@ class Shop:
             name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
             for number, name in enumerate(("sql", "chat", "plain", "foreign", "wide"), 1)
         }
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else ""}
-        if threads:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
-        return self._run({"engine": options, "adapters": adapters, "steps": steps, "worth": worth}, environment)
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else "", **(variables or {})}
+        job = {"engine": options, "adapters": adapters, "steps": steps, "worth": worth}
+        return self.launcher.run(self.folder, job, environment)
 
-    def _run(self, job: dict[str, Any], environment: dict[str, str]) -> Any:
-        result = self.folder / "result.json"
-        done = subprocess.run(
-            [sys.executable, str(JOB)],
-            input=json.dumps({**job, "result": str(result)}),
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=600,
+    def serve_parts(self, parts: dict[str, list[Step]], **options: Any) -> dict[str, Any]:
+        """The same for steps of several parts; what the engine answers, by part."""
+        results = iter(self.serve([step for part in parts.values() for step in part], **options))
+        return {name: [next(results) for _ in part] for name, part in parts.items()}
+
+
+class Launcher:
+    """A process that has imported vLLM, of which engines are forked: importing takes longer than to start one."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, JOB], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+    def run(self, folder: Path, job: dict[str, Any], environment: dict[str, str]) -> Any:
+        """The results of one engine; fails with what it said if it ends otherwise or takes ten minutes."""
+        result, log = folder / "result.json", folder / "engine.log"
+        watchdog = Timer(600, self._kill)
+        watchdog.start()
+        status = self._ask({**job, "environment": environment, "result": str(result), "log": str(log)})
+        watchdog.cancel()
+        assert status == "0", f"status {status!r}: {log.read_text(encoding='utf-8', errors='replace')[-6000:]}"
         return json.loads(result.read_text(encoding="utf-8"))
+
+    def _ask(self, job: dict[str, Any]) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        self._kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"), launcher)
 
 
 def prompts(seed: int) -> list[list[int]]:

@@ -1,11 +1,13 @@
-"""Runs one engine in a process of its own: a job as JSON on stdin, results as JSON in the file that it names.
+"""Runs engines, each in a process of its own: jobs as lines of JSON on stdin, results as JSON in the file a job names.
 
 A process holds one engine, and its plugins are chosen once (VLLM_PLUGINS), so tests start one for each set of options.
+All are forked from a process that has imported vLLM and has done nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +20,14 @@ from typing import Any
 from safetensors.torch import load_file
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors of the core arrive as exceptions
+
+IMPORTED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.model_executor.models.llama",
+)
+"""What takes most of the time to import, without the plugin."""
 
 Reply = dict[str, Any]
 
@@ -164,9 +174,12 @@ ACTIONS = {
 }
 
 
-def main() -> None:
+def run(job: dict[str, Any]) -> None:
     """Start the engine of the job, take its steps in order, write what came out of each: a result or an error."""
-    job = json.load(sys.stdin)
+    os.environ.update(job["environment"])
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     from vllm import LLM
 
     llm = LLM(**job["engine"])
@@ -181,6 +194,19 @@ def main() -> None:
             traceback.print_exc()
             results.append({"error": f"{type(error).__name__}: {error}"})
     Path(job["result"]).write_text(json.dumps(results), encoding="utf-8")
+
+
+def main() -> None:
+    """Run each job in a process forked from this one; print the exit status of each."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if not child:
+            return run(job)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,28 @@ from strict_skips import needs_vllm
 pytestmark = [pytest.mark.engine, needs_vllm]
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("shop"))
-
-
+SHARED = tokens(97, seed=300).tolist()
+ALONE: list[Asked] = [(model, prompt) for prompt in prompts(0) for model in ("base", "sql", "chat")]
 MIXED: list[Asked] = [(model, prompt) for prompt in prompts(100) for model in ("base", "sql", "chat", "plain")]
+SCORED: list[Asked] = [(model, prompt) for prompt in prompts(400) for model in ("base", "sql", "chat", "plain")]
+WIDE: list[Asked] = [(model, prompt) for prompt in prompts(500) for model in ("base", "wide", "plain")]
+
+# A few tests have engines with options of their own. All others look at what one engine of each kind answered: an
+# engine takes longer to start than to answer everything that is asked here.
 
 
 @pytest.fixture(scope="module")
-def stock(shop: Shop) -> Any:
-    """Stock vLLM: the mixed batch; and ICaRus adapters as plain LoRA, which is wrong.
+def stock(shop: Shop) -> dict[str, Any]:
+    """Stock vLLM; of ICaRus adapters it makes plain LoRA, which is wrong.
 
     One slot stays empty: on CPUs stock vLLM gives rows of the base model the adapter in the last one.
     """
-    return shop.serve([ask(*MIXED)], plugin=False, max_loras=4)[0]
+    steps = {
+        "mixed": [ask(*MIXED)],
+        "in turn": in_turn(),
+        "wide": [ask(("wide", SHARED)), ask(*WIDE)],
+    }
+    return shop.serve_parts(steps, plugin=False, max_loras=5)
 
 
 def in_turn() -> list[Step]:
@@ -40,21 +47,23 @@ def in_turn() -> list[Step]:
     return [ask((model, whole[:length])) for model, length in zip(models, lengths, strict=True)]
 
 
-def check(shop: Shop, stock: Any, replies: list[Reply]) -> None:
+def scored_beside_a_head() -> Step:
+    step = ask(("wide", SHARED), ("base", SHARED[:3]))
+    step["ask"][1]["sampling"] = {"prompt_logprobs": 0, "max_tokens": 1}
+    return step
+
+
+def check(shop: Shop, stock: dict[str, Any], replies: list[Reply]) -> None:
     """The mixed batch has the reference's tokens, and stock vLLM's for what stock vLLM can serve."""
-    for (model, prompt), got, plain in zip(MIXED, of(replies), of(stock), strict=True):
+    for (model, prompt), got, plain in zip(MIXED, of(replies), of(stock["mixed"][0]), strict=True):
         wanted = plain if model in ("base", "plain") else shop.reference(model, prompt)
         assert got == wanted, (model, len(prompt))
 
 
-ALONE: list[Asked] = [(model, prompt) for prompt in prompts(0) for model in ("base", "sql", "chat")]
-SHARED = tokens(97, seed=300).tolist()
-SCORED: list[Asked] = [(model, prompt) for prompt in prompts(400) for model in ("base", "sql", "chat", "plain")]
-
-
 @pytest.fixture(scope="module")
-def served(shop: Shop) -> Any:
-    """One engine, and everything that needs no options of its own."""
+def served(shop: Shop) -> dict[str, Any]:
+    """vLLM with the plugin."""
+    once = {"prompt": tokens(97, seed=800).tolist(), "sampling": {"max_tokens": 1}}
     steps = {
         "alone": [ask(asked) for asked in ALONE],
         "mixed": [ask(*MIXED)],
@@ -63,6 +72,9 @@ def served(shop: Shop) -> Any:
         "sampled": [ask(*SCORED, logprobs=0)],
         "seeded": [ask((model, SHARED), n=3, seed=5, temperature=1.0) for model in ("sql", "sql", "chat")],
         "as stock": in_turn(),
+        "wide": [ask(*WIDE)],
+        "scored beside a head": [scored_beside_a_head()],
+        "same blocks": [{"written": [{"model": model, **once} for model in ("sql", "chat", "base", "plain")]}],
         "bad": [ask(("foreign", SHARED)), {"load": {"name": "foreign"}}, ask(("base", SHARED))],
         "reload": [
             {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
@@ -71,8 +83,22 @@ def served(shop: Shop) -> Any:
             ask(("sql", SHARED)),
         ],
     }
-    results = iter(shop.serve([step for part in steps.values() for step in part]))
-    return {name: [next(results) for _ in part] for name, part in steps.items()}
+    return shop.serve_parts(steps)
+
+
+@pytest.fixture(scope="module")
+def ranks(shop: Shop) -> dict[str, Any]:
+    """vLLM with the plugin on two tensor-parallel ranks, of which some cannot copy an adapter for a while."""
+    reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
+    asked, files = ask(("sql", SHARED)), {"files": None}
+    steps = {
+        "mixed": [ask(*MIXED)],
+        "before": [asked, files],
+        "refused": [step for ranks in ([1], [0], [0, 1], [1]) for step in ({"spoil": ranks}, reload, asked, files)],
+        "after": [{"spoil": []}, reload, asked, files],
+    }
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    return shop.serve_parts(steps, variables={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **options)
 
 
 def test_alone(shop: Shop, served: Any) -> None:
@@ -84,18 +110,18 @@ def test_in_a_mixed_batch(shop: Shop, served: Any, stock: Any) -> None:
     check(shop, stock, served["mixed"][0])
 
 
-def test_base_and_conventional_adapters_find_in_the_cache_what_they_find_in_stock_vllm(shop: Shop, served: Any) -> None:
-    stock = shop.serve(in_turn(), plugin=False, max_loras=4)
-    ours, theirs = ([(r["tokens"], r["cached"]) for [r] in replies] for replies in (served["as stock"], stock))
+def test_base_and_conventional_adapters_find_in_the_cache_what_they_find_in_stock_vllm(served: Any, stock: Any) -> None:
+    parts = served["as stock"], stock["in turn"]
+    ours, theirs = ([(r["tokens"], r["cached"]) for [r] in replies] for replies in parts)
     assert ours == theirs
     assert [cached for _, cached in ours] == [0, 0, 96, 64, 0, 96]
 
 
 def test_the_models_differ_and_as_plain_lora_they_are_wrong(shop: Shop, stock: Any) -> None:
     """Without this the tests here could not fail."""
-    answers = {(model, len(prompt)): got for (model, prompt), got in zip(MIXED, of(stock), strict=True)}
+    answers = {(model, len(prompt)): got for (model, prompt), got in zip(MIXED, of(stock["mixed"][0]), strict=True)}
     assert len({tuple(answers[model, max(LENGTHS)]) for model in ("base", "sql", "chat", "plain")}) == 4
-    asked = [(model, prompt, got) for (model, prompt), got in zip(MIXED, of(stock), strict=True)]
+    asked = [(model, prompt, got) for (model, prompt), got in zip(MIXED, of(stock["mixed"][0]), strict=True)]
     wrong = [model for model, prompt, got in asked if model in ("sql", "chat") and got != shop.reference(model, prompt)]
     assert len(wrong) > len(LENGTHS)
 
@@ -166,7 +192,7 @@ def test_compiled(shop: Shop, stock: Any) -> None:
     check(shop, stock, mixed)
     assert sql["tokens"] == shop.reference("chat", SHARED)
     assert base["tokens"] == shop.reference("base", SHARED)
-    assert wide["tokens"] == shop.serve([ask(("wide", SHARED))], plugin=False)[0][0]["tokens"]
+    assert wide["tokens"] == stock["wide"][0][0]["tokens"]
 
 
 def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
@@ -185,32 +211,27 @@ def test_everybody_writes_the_same_cache(shop: Shop) -> None:
     assert set(plain["content"]).isdisjoint(base["content"])
 
 
-def test_sharing_means_the_same_blocks(shop: Shop) -> None:
-    requests = [{"model": m, "prompt": SHARED, "sampling": {"max_tokens": 1}} for m in ("sql", "chat", "base", "plain")]
-    [sql, chat, base, plain] = shop.serve([{"written": requests}])[0]
+def test_sharing_means_the_same_blocks(served: Any) -> None:
+    [[sql, chat, base, plain]] = served["same blocks"]
     assert sql["blocks"] == chat["blocks"] == base["blocks"]
     assert sql["content"] == chat["content"] == base["content"]
     assert set(plain["blocks"]).isdisjoint(base["blocks"])
 
 
-def test_two_tensor_parallel_ranks(shop: Shop, stock: Any) -> None:
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    check(shop, stock, shop.serve([ask(*MIXED)], threads="0|1", **ranks)[0])
+def test_two_tensor_parallel_ranks(shop: Shop, ranks: Any, stock: Any) -> None:
+    check(shop, stock, ranks["mixed"][0])
 
 
-def test_ranks_replace_an_adapter_together_or_not_at_all(shop: Shop) -> None:
+def test_ranks_replace_an_adapter_together_or_not_at_all(shop: Shop, ranks: Any) -> None:
     """One that cannot copy it would go on with the old weights, beside others with the new ones."""
-    reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
-    asked, files = ask(("sql", SHARED)), {"files": None}
-    refusals = [step for ranks in ([1], [0], [0, 1], [1]) for step in ({"spoil": ranks}, reload, asked, files)]
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    steps = [asked, files, *refusals, {"spoil": []}, reload, asked, files]
-    before, opened, *between, _, loaded, after, kept = shop.serve(steps, threads="0|1", **ranks)
+    before, opened = ranks["before"]
     assert of(before) == [shop.reference("sql", SHARED)]
+    between = ranks["refused"]
     for refused, still, left in zip(between[1::4], between[2::4], between[3::4], strict=True):
         assert "cannot be copied" in refused["error"]
         assert of(still) == of(before)
         assert left == opened
+    _, loaded, after, kept = ranks["after"]
     assert loaded is True
     assert of(after) == [shop.reference("chat", SHARED)]
     assert kept == opened
@@ -252,18 +273,15 @@ def test_a_connector_brings_one_specialist_what_another_one_stored(shop: Shop) -
     assert (none, brought) == (0, 96)
 
 
-def test_conventional_adapters_of_embeddings_and_of_the_head(shop: Shop) -> None:
-    asked = ask(*((model, prompt) for prompt in prompts(500) for model in ("base", "wide", "plain")))
-    stock = of(shop.serve([asked], plugin=False)[0])  # one slot stays empty, as above
-    assert of(shop.serve([asked])[0]) == stock
-    assert len({tuple(tokens) for tokens in stock[-3:]}) == 3
+def test_conventional_adapters_of_embeddings_and_of_the_head(served: Any, stock: Any) -> None:
+    wanted = of(stock["wide"][1])
+    assert of(served["wide"][0]) == wanted
+    assert len({tuple(tokens) for tokens in wanted[-3:]}) == 3
 
 
-def test_a_scored_prompt_has_nobodys_head(shop: Shop) -> None:
+def test_a_scored_prompt_has_nobodys_head(shop: Shop, served: Any) -> None:
     """Two rows are scored in a step that samples two, of which the first has an adapter there."""
-    step = ask(("wide", SHARED), ("base", SHARED[:3]))
-    step["ask"][1]["sampling"] = {"prompt_logprobs": 0, "max_tokens": 1}
-    _, scored = shop.serve([step])[0]
+    [[_, scored]] = served["scored beside a head"]
     assert scored["scored"] == pytest.approx(shop.scores("base", SHARED[:3]), abs=1e-3)
 
 
@@ -282,8 +300,8 @@ def test_an_evicted_adapter_outlives_its_folder(shop: Shop) -> None:
     assert other["tokens"] == last["tokens"] == shop.reference("chat", SHARED)
 
 
-def test_stock_operators_are_refused_on_a_cpu(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ICARUS_CPU_LORA", "0")
-    refused, [base] = shop.serve([ask(("sql", SHARED)), ask(("base", SHARED))])
+def test_stock_operators_are_refused_on_a_cpu(shop: Shop) -> None:
+    steps = [ask(("sql", SHARED)), ask(("base", SHARED))]
+    refused, [base] = shop.serve(steps, variables={"ICARUS_CPU_LORA": "0"})
     assert "unset ICARUS_CPU_LORA" in refused["error"]
     assert base["tokens"] == shop.reference("base", SHARED)
