@@ -1,7 +1,9 @@
-"""The equations of design.md section 1, literally and slowly, for Llama and Qwen3: plain tensors in, plain tensors out.
+"""The equations of docs/method.md, literally and slowly, for Llama and Qwen3: plain tensors in, plain tensors out.
 
-Knows nothing of Transformers, of PEFT, or of the code under test. One sequence, no cache, a row of both streams for
+They know nothing of Transformers, of PEFT, or of the code under test. One sequence, no cache, a row of both streams for
 every position. ``weights`` is a state dict; ``lora`` maps a projection's name to (A, B, s) with dW = s B A.
+
+``loss_everywhere`` is the other reference: the code under test, with a decoder row for every position in training.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
 
 Weights = dict[str, Tensor]
 Lora = dict[str, tuple[Tensor, Tensor, float]]
@@ -110,3 +115,15 @@ def _rope(x: Tensor, theta: float) -> Tensor:
     angle = torch.arange(x.shape[-2])[:, None] * theta ** (-torch.arange(half) / half)
     one, two = x[..., :half], x[..., half:]
     return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], -1)
+
+
+def loss_everywhere(streams: TwoStreams, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``TwoStreams.loss`` returns, from decoder rows at all positions, of which those with loss are picked."""
+    cache = EncoderCache()
+    streams.encode(batch.input_ids, cache, batch=batch)
+    rows, targets = batch.rows_with_loss()
+    every = torch.arange(batch.input_ids.shape[1], device=rows.device).expand_as(batch.input_ids)
+    logits = streams._decode(batch.input_ids, cache, batch.position_ids, streams._masks(batch, every))
+    logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
+    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total, logits, targets

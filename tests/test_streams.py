@@ -244,10 +244,14 @@ LAYOUTS: dict[str, Callable[[], tuple[Batch, list[Batch]]]] = {
 }
 
 
+def _loss(streams: TwoStreams, batch: Batch, everywhere: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.loss_everywhere(streams, batch) if everywhere else streams.loss(batch)
+
+
 def _trained(streams: TwoStreams, batches: list[Batch], everywhere: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, logits where there is loss, and the adapter's whole gradient, of some batches together."""
     streams.model.zero_grad()
-    results = [streams.loss(batch, everywhere=everywhere) for batch in batches]
+    results = [_loss(streams, batch, everywhere) for batch in batches]
     total = torch.stack([r[0] for r in results]).sum()
     total.backward()
     picked = torch.cat([logits[targets != IGNORED] for _, logits, targets in results])
@@ -403,7 +407,7 @@ def test_a_layer_without_the_cache_is_refused_not_trained_as_plain_lora(
         streams = _adapted()
         _bypass(streams)
     with pytest.raises(UnsupportedModelError, match="did not ask the cache"):
-        streams.loss(batch, everywhere=True)
+        reference.loss_everywhere(streams, batch)
     monkeypatch.setattr(TwoStreams, "_check_complete", lambda *_: None)  # what the guard prevents:
     with _must_fail():
         _assert_same(_trained(streams, [batch], everywhere=True), right, 0.01)
@@ -874,7 +878,7 @@ def test_loss_on_most_tokens_equals_decoder_rows_everywhere(family: str, padding
     assert batch.rows_with_loss()[0].shape[1] > 7
     for everywhere in (False, True):
         streams = _adapted(family)
-        loss, _, targets = streams.loss(batch, everywhere=everywhere)
+        loss, _, targets = _loss(streams, batch, everywhere)
         loss.backward()
         gradients = [p.grad for p in streams.model.parameters() if p.grad is not None]
         got.append((loss, (targets != IGNORED).sum(), gradients))

@@ -343,21 +343,15 @@ class TwoStreams:
         cache.length += 1
         return logits[len(token) :], logits[: len(token)]
 
-    def loss(self, batch: Batch, *, everywhere: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass: encoder rows for all tokens without gradient, decoder rows where a token carries loss.
 
         Returns the summed cross-entropy (scalar), the decoder's logits (B, R, V) and their targets (B, R; -100 pads).
-        ``everywhere`` computes a decoder row for each position instead: the same loss, for comparison.
         """
         cache = EncoderCache()
         self.encode(batch.input_ids, cache, batch=batch)
         rows, targets = batch.rows_with_loss()
-        length = batch.input_ids.shape[1]
-        if everywhere:
-            every = torch.arange(length, device=rows.device).expand_as(batch.input_ids)
-            logits = self._decode(batch.input_ids, cache, batch.position_ids, self._masks(batch, every))
-            logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
-        elif batch.is_plain and 2 * rows.shape[1] > length:
+        if batch.is_plain and 2 * rows.shape[1] > batch.input_ids.shape[1]:
             # Most positions carry loss: all of them, in causal attention that needs no mask, take less.
             logits = self._decode(batch.input_ids, cache, batch.position_ids, (batch.document_ids >= 0).long())
             predictable = torch.where(batch.position_ids > 0, batch.labels, IGNORED)
