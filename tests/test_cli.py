@@ -18,7 +18,7 @@ from icarus import Specialists, adapter, base_model, chat, cli, shipped_speciali
 from icarus.errors import InputError
 from saved import save_adapter, save_base, save_rows
 
-KEYS = {"model", "text", "token_ids", "finish_reason", "encoded_tokens", "reused_tokens", "kv_bytes", "seconds"}
+KEYS = {"model", "text", "token_ids", "finish_reason", "encoded_tokens", "cached_tokens", "kv_bytes", "seconds"}
 TURNS = [
     {"append": "abc", "model": "one", "max_new_tokens": 3},
     {"model": "two", "max_new_tokens": 2},
@@ -252,8 +252,8 @@ def test_generate_prints_one_object_a_turn(capsys: Capture, monkeypatch: pytest.
     assert [turn.keys() for turn in done] == [KEYS] * 3
     assert [turn["model"] for turn in done] == ["one", "two", "base"]
     first, second, third = done
-    assert (first["encoded_tokens"], first["reused_tokens"]) == (3 + len(first["token_ids"]) - 1, 0)
-    assert second["reused_tokens"] == first["encoded_tokens"]  # the cache that the other one left
+    assert (first["encoded_tokens"], first["cached_tokens"]) == (3 + len(first["token_ids"]) - 1, 0)
+    assert second["cached_tokens"] == first["encoded_tokens"]  # the cache that the other one left
     assert len(second["token_ids"]) <= 2
     assert third["kv_bytes"] > second["kv_bytes"] > first["kv_bytes"] > 0
 
@@ -336,7 +336,7 @@ def talk(team: Specialists, monkeypatch: pytest.MonkeyPatch, capsys: Capture) ->
     return run_chat
 
 
-FIGURES = re.compile(r"(\w+): (\d+) tokens encoded, (\d+) reused, [\d.]+ MB KV, [\d.]+ s\n$")
+FIGURES = re.compile(r"(\w+): (\d+) tokens encoded, (\d+) cached, [\d.]+ MB KV, [\d.]+ s\n$")
 
 
 def test_specialists_take_turns_in_one_chat(talk: Any) -> None:
@@ -345,8 +345,8 @@ def test_specialists_take_turns_in_one_chat(talk: Any) -> None:
     assert shown[0].startswith("Specialists: base, one, two. Commands: ")
     figures = [FIGURES.search(text) for text in shown[2:6]]
     assert [match and match[1] for match in figures] == ["one", "one", "two", "base"]
-    encoded, reused = ([int(match[i]) for match in figures if match] for i in (2, 3))
-    assert reused == [sum(encoded[:i]) for i in range(4)]
+    encoded, cached = ([int(match[i]) for match in figures if match] for i in (2, 3))
+    assert cached == [sum(encoded[:i]) for i in range(4)]
     assert encoded[2] <= 3  # went on where the other stopped, with nothing to encode anew
 
 

@@ -89,7 +89,7 @@ def _switch(team: Specialists, paper: Any, encoded: list[int], parallel: bool, l
         assert context.token_ids == want
         assert turn.finish_reason == ("stop" if want[-1] == END else "length")
         assert turn.finish_reason == "stop" or len(turn.token_ids) == length
-        assert turn.encoded_tokens + turn.reused_tokens == len(want) - 1
+        assert turn.encoded_tokens + turn.cached_tokens == len(want) - 1
     assert encoded == list(range(len(want) - 1))
 
 
@@ -123,17 +123,17 @@ def test_the_speakers_differ(team: Specialists) -> None:
 def test_every_token_of_a_long_conversation_is_encoded_once(
     team: Specialists, encoded: list[int], parallel: bool
 ) -> None:
-    context, counted, reused = team.context(parallel=parallel), 0, 0
+    context, counted, cached = team.context(parallel=parallel), 0, 0
     for number in range(8):
         context.append([{"role": "user", "content": f"Question {number}."}])
-        held = context.cached_tokens
+        held = context.length
         turn = context.generate(team.names[number % 3], generation_config=_fixed(9, ends=number % 2 == 0))
-        assert turn.reused_tokens == held
-        counted, reused = counted + turn.encoded_tokens, reused + held
-        assert turn.kv_bytes == context.kv_bytes == BYTES_A_TOKEN * context.cached_tokens
+        assert turn.cached_tokens == held
+        counted, cached = counted + turn.encoded_tokens, cached + held
+        assert turn.kv_bytes == context.kv_bytes == BYTES_A_TOKEN * context.length
     assert encoded == list(range(len(context.token_ids) - 1))
-    assert context.cached_tokens == context.encoded_tokens == counted == len(encoded)
-    assert context.reused_tokens == reused > 0
+    assert context.length == context.encoded_tokens == counted == len(encoded)
+    assert cached > 0
 
 
 @pytest.mark.parametrize("bare", [True, False])
@@ -169,7 +169,7 @@ def test_forks_continue_as_fresh_contexts_would(team: Specialists, encoded: list
     before, cost = origin.token_ids[:], len(encoded)
     forks = [origin.fork() for _ in range(2)]
     assert len(encoded) == cost
-    assert all(fork.kv_bytes == origin.kv_bytes and fork.cached_tokens == origin.cached_tokens for fork in forks)
+    assert all(fork.kv_bytes == origin.kv_bytes and fork.length == origin.length for fork in forks)
     for fork, who in zip(forks, ("two", BASE), strict=True):
         assert _same(go_on(fork, who), go_on(start(), who))
     assert origin.token_ids == before
@@ -208,7 +208,7 @@ def test_rollback_into_an_answer_is_as_if_it_had_been_cut_there(team: Specialist
     for context in (cut, rolled):
         context.rollback(start + kept)
         assert _same(context, fresh)
-        assert context.cached_tokens == start + kept
+        assert context.length == start + kept
     assert len(encoded) == cost
     for context in (cut, rolled, fresh):
         context.generate("two", generation_config=_fixed(3))
@@ -257,7 +257,7 @@ def test_score_is_the_references_and_changes_nothing(
     context, twin = (team.context().append(PROMPT) for _ in range(2))
     for each in (context, twin):
         _situations()[situation](each)
-    before, cached = list(context.token_ids), context.cached_tokens
+    before, cached = list(context.token_ids), context.length
     del encoded[:]
     scores = context.score(text)
     assert encoded == list(range(cached, len(before) + len(text) - 1))  # once for all speakers
@@ -268,8 +268,8 @@ def test_score_is_the_references_and_changes_nothing(
         torch.testing.assert_close(torch.tensor(scores[who]), want, rtol=1e-4, atol=1e-4)
     assert context.score(text, ["two"])["two"] == pytest.approx(scores["two"], abs=1e-4)
     assert context.token_ids == before
-    assert cached <= context.cached_tokens == context.encoded_tokens or situation == "all is encoded"
-    assert context.kv_bytes == BYTES_A_TOKEN * context.cached_tokens
+    assert cached <= context.length == context.encoded_tokens or situation == "all is encoded"
+    assert context.kv_bytes == BYTES_A_TOKEN * context.length
     for who in ("two", BASE, "one"):
         assert context.generate(who, max_new_tokens=3).token_ids == twin.generate(who, max_new_tokens=3).token_ids
 
@@ -521,7 +521,7 @@ def test_bad_input_is_named_and_changes_nothing(team: Specialists, act: Callable
         act(context)
     assert str(caught.value).endswith(".")
     assert context.token_ids in ([], context.team.codec.encode(PROMPT))
-    assert context.cached_tokens == 0
+    assert context.length == 0
 
 
 def test_messages_without_a_template_are_refused() -> None:
@@ -561,7 +561,6 @@ def test_an_accident_leaves_the_context_as_before_the_turn(
     with pytest.raises(AccidentError):
         context.generate("two", max_new_tokens=60, temperature=2.0, seed=1, stream=fail)
     assert _same(context, fresh)
-    assert context.reused_tokens == fresh.reused_tokens
     for each in (context, fresh):
         each.generate("two", generation_config=_fixed(4))
         each.append([{"role": "user", "content": "x"}] if chat else "x").generate("one", generation_config=_fixed(4))
@@ -620,3 +619,15 @@ def test_booleans_are_no_token_ids(team: Specialists) -> None:
 def test_options_that_cannot_hold_are_refused(team: Specialists, options: dict[str, Any], why: str) -> None:
     with pytest.raises(InputError, match=why):
         team.context().append([5, 6]).generate(**options)
+
+
+def test_former_names_give_what_they_gave_and_warn(team: Specialists) -> None:
+    context = team.context().append(PROMPT)
+    turns = [context.generate(who, max_new_tokens=2) for who in ("one", "two")]
+    with pytest.warns(DeprecationWarning, match=r"Context\.length"):
+        assert context.cached_tokens == context.length == len(context.token_ids) - 1
+    with pytest.warns(DeprecationWarning, match=r"add up Turn\.cached_tokens"):
+        assert context.reused_tokens == sum(turn.cached_tokens for turn in turns)
+    with pytest.warns(DeprecationWarning, match=r"Turn\.cached_tokens") as caught:
+        assert turns[1].reused_tokens == turns[1].cached_tokens == turns[0].encoded_tokens
+    assert caught[0].filename == __file__  # where the name is used

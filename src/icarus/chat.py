@@ -89,6 +89,6 @@ def _show(text: str) -> None:
 
 def _figures(turn: Turn) -> str:
     return (
-        f"{turn.model}: {turn.encoded_tokens} tokens encoded, {turn.reused_tokens} reused, "
+        f"{turn.model}: {turn.encoded_tokens} tokens encoded, {turn.cached_tokens} cached, "
         f"{turn.kv_bytes / 1e6:.1f} MB KV, {turn.seconds:.1f} s"
     )

@@ -10,6 +10,7 @@ encoder and decoder in one pass (``TwoStreams.step``).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -43,10 +44,16 @@ class Turn:
     finish_reason: Literal["stop", "length"]
     encoded_tokens: int
     """Positions whose K/V were computed in this turn."""
-    reused_tokens: int
-    """Positions that were in the cache before it, whichever speaker they were encoded for."""
+    cached_tokens: int
+    """Positions that it found in the cache, whichever speaker they were encoded for."""
     kv_bytes: int
     seconds: float
+
+    @property
+    def reused_tokens(self) -> int:
+        """The former name of ``cached_tokens``; it goes with version 0.3."""
+        _deprecated("Turn.reused_tokens", "read Turn.cached_tokens")
+        return self.cached_tokens
 
 
 @dataclass
@@ -124,8 +131,7 @@ class Context:
         self.token_ids: list[int] = []
         self.encoded_tokens = 0
         """Positions encoded so far, in all turns together."""
-        self.reused_tokens = 0
-        """Cached positions that turns found in place, summed over turns."""
+        self._found_cached = 0  # by all turns together, for ``reused_tokens``
         self._cache = EncoderCache()
         self._state = _State()
         self._journal: list[tuple[int, _State]] = []
@@ -138,9 +144,24 @@ class Context:
         return self._cache.bytes
 
     @property
-    def cached_tokens(self) -> int:
-        """Positions whose K/V are in the cache; the rest is encoded when a prediction needs it."""
+    def length(self) -> int:
+        """Positions whose K/V are in the cache; the rest of the tokens is encoded when a prediction needs it."""
         return self._cache.length
+
+    @property
+    def cached_tokens(self) -> int:
+        """The former name of ``length``; it goes with version 0.3.
+
+        It keeps that meaning until it goes, though ``Turn.cached_tokens`` is another count: what a turn found.
+        """
+        _deprecated("Context.cached_tokens", "read Context.length")
+        return self.length
+
+    @property
+    def reused_tokens(self) -> int:
+        """What turns found in the cache, summed over turns; it goes with version 0.3."""
+        _deprecated("Context.reused_tokens", "add up Turn.cached_tokens")
+        return self._found_cached
 
     @property
     def text(self) -> str:
@@ -227,7 +248,7 @@ class Context:
         _refuse_beams(config)
         if not self.token_ids:
             raise InputError("The context is empty; append text, messages or tokens before generating.")
-        started, origin, reused = time.perf_counter(), len(self.token_ids), self._cache.length
+        started, origin, cached = time.perf_counter(), len(self.token_ids), self.length
         if self._state.messages and not self._state.answering:
             self._open_answer()
         before = len(self.token_ids)
@@ -243,14 +264,14 @@ class Context:
         if self._state.answering:
             self._state.messages[-1]["content"] += text
         stopped_at = _first_stop(text, config)
-        self.reused_tokens += reused
+        self._found_cached += cached
         return Turn(
             model=model,
             text=text[:stopped_at],
             token_ids=new,
             finish_reason="stop" if stopped_at is not None or new[-1] in self._ends(config) else "length",
-            encoded_tokens=self._cache.length - reused,
-            reused_tokens=reused,
+            encoded_tokens=self.length - cached,
+            cached_tokens=cached,
             kv_bytes=self.kv_bytes,
             seconds=time.perf_counter() - started,
         )
@@ -458,6 +479,10 @@ class _Stream(TextStreamer):
         if end:
             self.callback(self.held[:end])
         self.held = self.held[end:]
+
+
+def _deprecated(name: str, instead: str) -> None:
+    warnings.warn(f"{name} goes with version 0.3; {instead} instead.", DeprecationWarning, stacklevel=3)
 
 
 def _config(

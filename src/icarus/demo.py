@@ -1,6 +1,6 @@
 """``icarus demo``: the shipped specialists take turns in one context, on a real model, on the CPU, in a minute.
 
-First live: who speaks, what was encoded, what was reused, what the one cache holds, and what the base model alone would
+First live: who speaks, what was encoded, what was cached, what the one cache holds, and what the base model alone would
 have said. Then the same tokens again both ways, alternating: an ordinary LoRA and KV cache for each model, and ICaRus.
 """
 
@@ -51,7 +51,7 @@ def run(threads: int | None = None) -> dict[str, Any]:
 def _counts(turn: Turn) -> dict[str, Any]:
     return {
         "encoded_tokens": turn.encoded_tokens,
-        "reused_tokens": turn.reused_tokens,
+        "cached_tokens": turn.cached_tokens,
         "kv_bytes": turn.kv_bytes,
         "seconds": round(turn.seconds, 3),
     }
@@ -72,7 +72,7 @@ def _converse(console: Console, team: Specialists, colors: dict[str, str]) -> tu
         turn = context.generate(step["model"], max_new_tokens=_LIMIT, stream=lambda text: console.out(text, end=""))
         turns.append((turn, len(context.token_ids) - len(turn.token_ids)))
         console.print()
-        _dim(console, f"          {turn.encoded_tokens} tokens encoded, {turn.reused_tokens} reused; ", end="")
+        _dim(console, f"          {turn.encoded_tokens} tokens encoded, {turn.cached_tokens} cached; ", end="")
         _dim(console, f"{turn.kv_bytes / 1e6:.1f} MB of KV held for all. Reference: {step['reference']}")
     return context, turns
 
