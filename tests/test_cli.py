@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from icarus import Specialists, adapter, base_model, chat, cli, shipped_specialists, turns
+from icarus import Specialists, adapter, chat, cli, shipped_specialists, turns
 from icarus.errors import InputError
 from saved import save_adapter, save_base, save_rows
 
@@ -87,7 +87,7 @@ BAD = {
     (*GENERATE, "--base", "one"): "one.*config.json",
     (*GENERATE, "--dtype", "int3"): "int3",
     (*GENERATE, *BASE, "--adapter", "one"): "'one' is not NAME=PATH",
-    (*GENERATE, *BASE, "--adapter", "a=one", "--adapter", "a=two"): "'a' twice",
+    (*GENERATE, *BASE, "--adapter", "a=one", "--adapter", "a=two"): "'a' is given twice",
     (*GENERATE, *BASE, "--adapter", "a=./nowhere"): "nowhere",
     (*GENERATE, *BASE, "--adapter", "base=one"): "'base'",
     (*GENERATE, *BASE): "'(one|two)'; there are base",
@@ -132,7 +132,7 @@ def test_debug_shows_the_traceback(capsys: Capture) -> None:
 def test_an_unexpected_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(turns, "read", lambda source: 1 / 0)
     assert cli.main(GENERATE) == 1
-    assert "ZeroDivisionError: division by zero (run with --debug" in sentence(capsys.readouterr().err)
+    assert "ZeroDivisionError: division by zero (icarus --debug ... shows" in sentence(capsys.readouterr().err)
     with pytest.raises(ZeroDivisionError):
         cli.main([*GENERATE, "--debug"])
 
@@ -268,9 +268,10 @@ def test_the_report_replaces_its_file_in_one_step(
     report = tmp_path / "report.json"
     report.write_text("old")
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert cli.main([*GENERATE, *TEAM, "--json", str(report)]) == 2
     assert report.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [report]
     assert "No space left" in sentence(capsys.readouterr().err)
     assert cli.main([*GENERATE, *TEAM, "--json", str(report)]) == 0
     assert [turn.keys() for turn in json.loads(report.read_text())["turns"]] == [KEYS] * 3
@@ -330,7 +331,7 @@ def talk(team: Specialists, monkeypatch: pytest.MonkeyPatch, capsys: Capture) ->
             return str(line)
 
         monkeypatch.setattr("builtins.input", read)
-        chat.run(team)
+        chat.talk(team)
         return prompts, [*shown, capsys.readouterr().out]
 
     return run_chat
@@ -397,7 +398,3 @@ def test_chat_from_a_pipe() -> None:
     done = run("-m", "icarus.cli", "chat", *TEAM, input="/max 2\n@one hi\n@two\n", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.findall(r"(\w+): \d+ tokens encoded", done.stdout) == ["one", "two"]
-
-
-def test_the_packaged_model_has_one_name() -> None:
-    assert cli._PACKAGED == base_model.PACKAGED  # written twice, so that --help need not import base_model

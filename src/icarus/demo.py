@@ -6,6 +6,7 @@ have said. Then the same tokens again both ways, alternating: an ordinary LoRA a
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from icarus import adapter, base_model, shipped_specialists
+from icarus import adapter, arguments, base_model, shipped_specialists
 from icarus.bench import measure, replay
 from icarus.context import BASE, Context, Specialists, Turn
 
@@ -24,10 +25,16 @@ _LIMIT = 48
 _ROUNDS = 2
 
 
-def run(threads: int | None = None) -> dict[str, Any]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus demo``."""
+    parser.add_argument("--threads", type=arguments.positive_int, help="CPU threads (default: all cores)")
+    arguments.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the demo; prints as it goes and returns the figures."""
-    if threads:
-        torch.set_num_threads(threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     console = Console()
     started = time.perf_counter()
     team = Specialists.load(base_model.PACKAGED, shipped_specialists.shipped())

@@ -8,6 +8,11 @@ IcarusError
 └── CheckFailed                a check ran and the answer is no         exit status 1
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 
 class IcarusError(Exception):
     """Root of all errors that this project raises on purpose."""
@@ -34,7 +39,11 @@ class UnsupportedModelError(InputError):
 
 
 class CheckFailed(IcarusError):
-    """A requested check ran to its end and failed."""
+    """A requested check ran to its end and failed; ``report`` is what ``--json`` writes of it."""
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def first_line(error: BaseException) -> str:

@@ -6,11 +6,27 @@ in ``experiments/wikisql_roles/``; ``icarus/shipped/figures.json`` holds what th
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from icarus import arguments
+
 _SHIPPED = Path(__file__).parent / "shipped"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus specialists``."""
+    arguments.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """``icarus specialists``: print the shipped specialists as ``--adapter`` takes them."""
+    folders = {name: str(folder) for name, folder in shipped().items()}
+    for name, folder in folders.items():
+        print(f"{name}={folder}")
+    return folders
 
 
 def shipped() -> dict[str, Path]:
@@ -26,5 +42,5 @@ def conversation() -> list[dict[str, Any]]:
 
 def figures() -> dict[str, Any]:
     """What each shipped specialist was trained on and scored: ``{name: {"task", "metric", "base", ...}}``."""
-    found: dict[str, Any] = json.loads((_SHIPPED / "figures.json").read_text(encoding="utf-8"))
-    return found
+    specialists: dict[str, Any] = json.loads((_SHIPPED / "figures.json").read_text(encoding="utf-8"))
+    return specialists

@@ -6,6 +6,7 @@ A turn: {"model": "sql", "append": "text" | "messages": [...], "max_new_tokens":
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from icarus import arguments, team
 from icarus.context import BASE, Specialists
 from icarus.errors import InputError
 
@@ -25,6 +27,23 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "seed": (int,),
 }
 _KEYS: dict[str, tuple[type, ...]] = {"model": (str,), "append": (str,), "messages": (list,), **_OPTIONS}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus generate``."""
+    team.add_arguments(parser)
+    parser.add_argument("--turns", required=True, metavar="FILE", help="JSON list of turns; - reads standard input")
+    arguments.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Print each turn as it ends: its text, or with ``--json -`` an object a line and no report at the end."""
+    script, as_json = read(options.turns), options.json == "-"
+    played = []
+    for turn in play(team.load(options), script):
+        played.append(turn)
+        print(json.dumps(turn, ensure_ascii=False) if as_json else turn["text"], flush=True)
+    return None if as_json else {"turns": played}
 
 
 def read(source: str) -> list[dict[str, Any]]:
@@ -57,11 +76,11 @@ def _check(turn: Any, where: str) -> None:
         raise InputError(f"{where} has both 'append' and 'messages'; give one of them.")
 
 
-def play(team: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def play(specialists: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Play checked turns in one context; yields each turn's figures as it ends."""
     for name in {turn.get("model", BASE) for turn in turns}:
-        team.adapter(name)  # an unknown name is said before anything runs
-    context = team.context()
+        specialists.adapter(name)  # an unknown name is said before anything runs
+    context = specialists.context()
     for turn in turns:
         content = turn.get("append") or turn.get("messages")
         if content:

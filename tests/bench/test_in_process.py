@@ -1,6 +1,7 @@
 """The measurements run and count right; their speeds are nobody's business here."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_bench_reports_every_side(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench.base_model, "load", lambda *args, **kwargs: (tiny("llama", vocab_size=2048), None))
     for name, value in {"CONTEXT": 16, "PROMPT": 16, "COMPLETION": 4, "RANK": 2}.items():
         monkeypatch.setattr(bench, name, value, raising=False)
-    report = bench.run("tiny", "float32", 2)
+    report = bench.run(Namespace(base="tiny", dtype="float32", repeats=2))
     assert json.loads(json.dumps(report)) == report
     if bench is decode:
         assert set(report["batches"]) == {"1", "8"}

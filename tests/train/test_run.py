@@ -312,7 +312,7 @@ def on_step_end(self, args, state, control, **kwargs):
         os.kill(os.getpid(), 9)
 
 Progress.on_step_end = on_step_end
-run.run(config.TrainConfig(**train), config.IcarusSFTConfig(**sft))
+run.train(config.TrainConfig(**train), config.IcarusSFTConfig(**sft))
 """
 
 

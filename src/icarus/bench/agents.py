@@ -6,6 +6,7 @@ once, so that a broken-off command goes on where it stopped.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,19 @@ from types import FrameType
 from typing import Any
 
 from icarus import base_model
-from icarus.bench import checkpoints, load, measure, plan, prometheus, report, systems, tables, trajectories, workloads
+from icarus.bench import (
+    checkpoints,
+    load,
+    measure,
+    options,
+    plan,
+    prometheus,
+    report,
+    systems,
+    tables,
+    trajectories,
+    workloads,
+)
 from icarus.bench.logs import last_lines
 from icarus.bench.plan import Requests, Unit
 from icarus.bench.profiles import SHAPES, Settings
@@ -36,7 +49,18 @@ from icarus.errors import IcarusError, InputError
 RUNS, LOGS = "runs.jsonl", "logs"
 
 
-def run(settings: Settings, output: Path) -> dict[str, Any]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus bench agents``."""
+    options.add(parser)
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure, or draw the report of an earlier command again; returns the report."""
+    output = options.output(given)
+    return redraw(output) if given.redraw else compare(options.settings(given), output)
+
+
+def compare(settings: Settings, output: Path) -> dict[str, Any]:
     """Measure what is not measured yet, write the report to ``output`` and return it.
 
     Raises InputError for settings that cannot run, and IcarusError, with the report written, if a server failed.

@@ -6,6 +6,7 @@ logits. The bound at batch 1 is memory: each weight is read once per pass.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,14 @@ from icarus.streams import EncoderCache, TwoStreams
 CONTEXT, RANK, BATCHES = 256, 16, (1, 8)
 
 
-def run(base: str, dtype: str, repeats: int) -> dict[str, Any]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus bench decode``."""
+    measure.add_arguments(parser, repeats=20)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return the report."""
+    base, dtype, repeats = options.base, options.dtype, options.repeats
     torch.manual_seed(0)
     plain, _ = base_model.load(base, dtype=dtype)
     conventional = _random(adapter.attach_conventional(base_model.load(base, dtype=dtype)[0], rank=RANK))

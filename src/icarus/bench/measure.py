@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.metadata
 import os
@@ -18,6 +19,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+
+from icarus import arguments, base_model
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "float32", repeats: int) -> None:
+    """What a measurement of one step is told."""
+    parser.add_argument(
+        "--base", default=base_model.PACKAGED, help=f"hub id, folder, or {base_model.PACKAGED} (default)"
+    )
+    parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--repeats",
+        type=arguments.positive_int,
+        default=repeats,
+        help=f"alternations of the sides (default: {repeats})",
+    )
+    arguments.add_json(parser)
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:

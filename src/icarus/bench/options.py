@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from icarus import arguments
 from icarus.bench.profiles import BUDGETS, PROFILES, QUICK, SYSTEMS, Settings
 from icarus.bench.workloads import MAKERS
 from icarus.errors import InputError
@@ -31,7 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="hub id, folder or packaged model")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS)
-    parser.add_argument("--models", nargs="+", type=_from_one, metavar="N", help="numbers of models")
+    parser.add_argument("--models", nargs="+", type=arguments.positive_int, metavar="N", help="numbers of models")
     parser.add_argument("--workloads", nargs="+", choices=list(MAKERS), help="the first is swept over the rates")
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, help="KV budgets; rates are swept with the first")
     parser.add_argument("--rates", nargs="+", type=_positive, metavar="R", help="arriving workflows a second")
@@ -48,8 +49,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         ("max-num-seqs", "of the server"),
         ("max-num-batched-tokens", "of the server"),
     ):
-        parser.add_argument(f"--{name}", type=_from_one, metavar="N", help=help)
+        parser.add_argument(f"--{name}", type=arguments.positive_int, metavar="N", help=help)
     parser.add_argument("--seed", type=int)
+    arguments.add_json(parser)
     parser.add_argument("--start-seconds", type=float, help="how long a server may take to start")
     parser.add_argument(
         "--serve-flags", metavar="FLAGS", help="more flags for vLLM, in one word; in place of the profile's"
@@ -92,15 +94,9 @@ def settings(options: argparse.Namespace) -> Settings:
     return found
 
 
-def _from_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text!r}")
     return int(text)
 
 
@@ -110,5 +106,5 @@ def _positive(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return number

@@ -13,6 +13,7 @@ so what is measured is the engine: scheduling, the model, sampling.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import statistics
@@ -28,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from icarus import base_model
+from icarus import arguments, base_model
 from icarus.bench import bounds, checkpoints, measure, micro_goals
 from icarus.bench.engine_process import EngineProcess
 from icarus.bench.micro_plan import (
@@ -70,7 +71,37 @@ Answers = dict[str, dict[str, list[Message]]]
 """Of one start of the engines, by measurement and side, in the order of rounds."""
 
 
-def run(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    measure.add_arguments(parser, dtype="bfloat16", repeats=5)
+    parser.add_argument(
+        "--systems",
+        type=lambda text: text.split(","),
+        default=["base", "stock", "conventional", "icarus"],
+        help="engines to compare (default: base,stock,conventional,icarus)",
+    )
+    count = arguments.positive_int
+    parser.add_argument("--starts", type=count, default=1, help="starts of all engines, as two differ (default: 1)")
+    parser.add_argument("--prompt-tokens", type=count, default=1000, help="of prefill and chain (default: 1000)")
+    parser.add_argument("--steps", type=count, default=32, help="decode steps of each sample (default: 32)")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="also profile each engine, a text file each")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line says; returns the report."""
+    return compare(
+        options.base,
+        options.dtype,
+        options.repeats,
+        starts=options.starts,
+        systems=options.systems,
+        prompt=options.prompt_tokens,
+        steps=options.steps,
+        profile=options.profile,
+    )
+
+
+def compare(
     base: str,
     dtype: str,
     repeats: int,

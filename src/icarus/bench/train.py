@@ -7,6 +7,7 @@ the loss is, which is what a careful trainer would do; both keep activations for
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,14 @@ from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
 PROMPT, COMPLETION, BATCH, RANK = 768, 96, 2, 16
 
 
-def run(base: str, dtype: str, repeats: int) -> dict[str, Any]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``icarus bench train``."""
+    measure.add_arguments(parser, repeats=5)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return the report."""
+    base, dtype, repeats = options.base, options.dtype, options.repeats
     torch.manual_seed(0)
     icarus = adapter.attach(base_model.load(base, dtype=dtype)[0], rank=RANK).train()
     conventional = adapter.attach_conventional(base_model.load(base, dtype=dtype)[0], rank=RANK).train()

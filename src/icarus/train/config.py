@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import SFTConfig, TrlParser
 
+from icarus.arguments import Parser
 from icarus.errors import InputError
 
 LEARNING_RATES = {"icarus": 2e-3, "lora": 1e-3}
@@ -83,9 +84,22 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
 _UNSET = "trainer_output"  # what TrainingArguments makes of an output_dir that nobody gave
 
 
-class _Parser(TrlParser):  # type: ignore[misc]
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; icarus train --help lists the flags.")
+class _Parser(TrlParser, Parser):  # type: ignore[misc]
+    """TRL's parser with our errors."""
+
+
+def _parser() -> Any:
+    parser: Any = _Parser  # whose constructor is TRL's
+    return parser(
+        (TrainConfig, IcarusSFTConfig),
+        prog="icarus train",
+        epilog="--json FILE writes the figures as JSON (- prints them as the last line); --debug shows tracebacks.",
+    )
+
+
+def help() -> str:
+    """The text of ``icarus train --help``."""
+    return str(_parser().format_help())
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
@@ -97,9 +111,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words and not "".join(words[words.index("--config") + 1 :][:1]):
         raise InputError("--config needs the name of a YAML file.")
-    parser = _Parser((TrainConfig, IcarusSFTConfig), prog="icarus train")
     try:
-        config, sft = parser.parse_args_and_config(words)
+        config, sft = _parser().parse_args_and_config(words)
     except ValueError as error:
         raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
     except OSError as error:

@@ -5,6 +5,8 @@ The adapter appears at ``output`` in one step when it is complete; checkpoints a
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,15 +16,31 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from icarus import adapter, base_model
+from icarus import adapter, arguments, base_model
 from icarus.errors import InputError
+from icarus.train import config as settings
 from icarus.train import data
 from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
 
 
-def run(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
+def add_arguments(parser: arguments.Parser) -> None:
+    """``--json``; all other flags are those of the dataclasses in ``icarus.train.config``, which TRL's parser reads."""
+    arguments.add_json(parser)
+    parser.pass_on(help=settings.help)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """``icarus train``: train, say what was done, and return it as the report, in one of several processes."""
+    report = train(*settings.parse(options.rest))
+    if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
+        return None
+    print(f"{report['output']}: {report['steps']} steps in {report['seconds']} s", file=sys.stderr)
+    return report
+
+
+def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     """Train one adapter. Returns what was done: paths, counts, seconds and the trainer's metrics.
 
     Raises:

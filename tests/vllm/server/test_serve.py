@@ -17,6 +17,7 @@ import pytest
 
 from conftest import tiny, tiny_tokenizer
 from icarus import adapter, cli
+from icarus.arguments import Parser
 from icarus.errors import AdapterError, InputError
 from icarus.vllm import counters
 from icarus.vllm.engine import counting
@@ -44,7 +45,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(*words: str, **environment: str) -> serve.Plan:
-    return serve.plan(*serve.parse(words), environment)
+    parser = Parser(prog="icarus serve")
+    serve.add_arguments(parser)
+    return serve.plan(parser.parse_args(words), environment)
 
 
 def value(made: serve.Plan, flag: str) -> list[str]:
@@ -146,11 +149,12 @@ def test_a_folder_makes_room_for_what_it_holds(home: Path, tmp_path: Path) -> No
 
 
 BAD = {
-    (): "BASE comes first",
-    ("--port", "8000", "{base}"): "BASE comes first",
+    (): "required: BASE",
+    ("--port", "8000", "{base}"): "BASE comes before --port",
+    ("--adapter-dir", "{home}/team", "--port=8000", "{base}"): "BASE comes before --port",
     ("./nowhere",): "nowhere",
     ("{base}", "--adapters", "sql"): "'sql' is not NAME=PATH",
-    ("{base}", "--adapters", "a={home}/plain", "a={home}/plain"): "'a' twice",
+    ("{base}", "--adapters", "a={home}/plain", "a={home}/plain"): "'a' is given twice",
     ("{base}", "--adapters", "a={home}/nowhere"): "nowhere is no adapter",
     ("{base}", "--adapters", "a={base}"): "is no adapter",
     ("{base}", "--lora-modules", "a=b"): "--adapters NAME=PATH",

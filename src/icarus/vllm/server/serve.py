@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from icarus import adapter, base_model, vllm_environment
+from icarus import adapter, arguments, base_model, vllm_environment
 from icarus.errors import InputError
 from icarus.vllm.server import folders, watch
 
@@ -59,16 +59,14 @@ class Plan:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def run(words: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> None:
     """Serve until a signal ends it. Raises InputError for what cannot be served, before the engine starts."""
-    options, rest = parse(words)
     _need_vllm()
-    made = plan(options, rest, os.environ)
-    _check_port(rest)
-    print(announcement(made, rest), flush=True)
+    made = plan(options, os.environ)
+    _check_port(options.rest)
+    print(announcement(made, options.rest), flush=True)
     os.environ.update(made.environment)
     _serve(["serve", made.model, *made.flags])
-    return 0
 
 
 def _check_port(rest: Sequence[str]) -> None:
@@ -129,23 +127,23 @@ def _need_vllm() -> None:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; icarus serve --help tells more.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="icarus serve",
-        usage="icarus serve BASE [--adapters NAME=PATH ...] [--adapter-dir DIR] [--allow-adapters-from DIR] "
-        "[any flag of vllm serve]",
-        description="Serve a base model and its specialists from one KV cache, with vLLM.",
-        epilog="All other flags are vLLM's: vllm serve --help=all lists them.",
-        allow_abbrev=False,
+def add_arguments(parser: arguments.Parser) -> None:
+    """Our options; all other flags are vLLM's."""
+    parser.pass_on()
+    parser.usage = (
+        "icarus serve BASE [--adapters NAME=PATH ...] [--adapter-dir DIR] [--allow-adapters-from DIR] "
+        "[any flag of vllm serve]"
     )
+    parser.description = "Serve a base model and its specialists from one KV cache, with vLLM."
+    parser.epilog = "All other flags are vLLM's: vllm serve --help=all lists them."
     parser.add_argument("base", metavar="BASE", help=f"hub id, folder, or {base_model.PACKAGED}")
     parser.add_argument(
-        "--adapters", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="specialists; repeatable"
+        "--adapters",
+        nargs="+",
+        action=arguments.NamedPaths,
+        default={},
+        metavar="NAME=PATH",
+        help="specialists; repeatable",
     )
     parser.add_argument(
         "--adapter-dir",
@@ -161,16 +159,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="clients may load adapters from here, besides the folders beside those of --adapters; repeatable",
     )
-    return parser
 
 
-def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and vLLM's words as they are. BASE comes first, because values of vLLM's flags look like one."""
-    if not {"-h", "--help"} & set(words) and (not words or words[0].startswith("-")):
-        raise InputError(
-            "BASE comes first: icarus serve BASE --adapters NAME=PATH ...; icarus serve --help tells more."
-        )
-    return _parser().parse_known_args(list(words))
+def _base_comes_first(options: argparse.Namespace) -> None:
+    """Behind a flag of vLLM's, a value of that flag would look like BASE."""
+    words, rest = options.words, options.rest
+    if rest and words.index(rest[0]) < words.index(options.base):
+        raise InputError(f"BASE comes before {rest[0]}: icarus serve BASE --adapters NAME=PATH ... [flags of vLLM].")
 
 
 def given(words: Iterable[str]) -> set[str]:
@@ -201,16 +196,18 @@ def _config(words: list[str]) -> Mapping[str, Any]:
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def plan(options: argparse.Namespace, rest: list[str], environment: Mapping[str, str]) -> Plan:
+def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     """Verify what is to be served, and decide how vLLM is called. Raises InputError."""
+    _base_comes_first(options)
+    rest: list[str] = options.rest
     present = given(rest)
     if "lora-modules" in present:
         raise InputError("--lora-modules is set by icarus serve; name the adapters with --adapters NAME=PATH.")
     made = Plan(options.base, base_model.resolve(options.base))
     # Of another revision only the engine has the weights; it verifies, too, and then at its start.
     base = None if "revision" in present else base_model.folder(options.base)
-    for name, folder in _named(options.adapters).items():
-        made.adapters.append(_served(name, folder, base))
+    for name, path in options.adapters.items():
+        made.adapters.append(_served(name, adapter.locate(path).resolve(), base))
     if options.adapter_dir is not None:
         if not options.adapter_dir.is_dir():
             raise InputError(f"--adapter-dir {options.adapter_dir} is no folder; make it, or name another.")
@@ -221,18 +218,6 @@ def plan(options: argparse.Namespace, rest: list[str], environment: Mapping[str,
     made.flags = [*_flags(made, present), *rest]
     made.environment = _environment(made, options.allow_adapters_from, environment, loading=not several)
     return made
-
-
-def _named(items: Iterable[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path):
-            raise InputError(f"--adapters {item!r} is not NAME=PATH.")
-        if name in named:
-            raise InputError(f"--adapters names {name!r} twice; give each specialist a name of its own.")
-        named[name] = adapter.locate(path).resolve()
-    return named
 
 
 def _served(name: str, folder: Path, base: Path | None) -> Served:

@@ -1,0 +1,28 @@
+"""The specialists that a command plays with: the flags that name them, and loading."""
+
+from __future__ import annotations
+
+import argparse
+
+from icarus import base_model
+from icarus.arguments import NamedPaths
+from icarus.context import Specialists
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--base``, ``--adapter`` and ``--dtype``."""
+    packaged = base_model.PACKAGED
+    parser.add_argument("--base", default=packaged, help=f"hub id, folder, or {packaged} (default)")
+    parser.add_argument(
+        "--adapter", action=NamedPaths, default={}, metavar="NAME=PATH", help="a specialist; repeatable"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+
+
+def load(options: argparse.Namespace) -> Specialists:
+    """The specialists of these options.
+
+    Raises:
+        InputError: a base model or an adapter cannot be read or is refused.
+    """
+    return Specialists.load(options.base, options.adapter, dtype=options.dtype)
