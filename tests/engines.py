@@ -76,13 +76,13 @@ class Shop:
         steps: list[Step],
         *,
         plugin: bool = True,
-        worth: int = 0,
+        min_paired_keys: int = 0,
         variables: dict[str, str] | None = None,
         **engine: Any,
     ) -> Any:
         """What one engine answers to steps, taken one after another.
 
-        ``worth`` stands in for the number of keys from which on decodes are computed together with their decoder rows;
+        ``min_paired_keys``: from how many keys on decodes are computed together with their decoder rows;
         ``variables`` are of its environment.
         """
         options = {
@@ -104,7 +104,7 @@ class Shop:
             for number, name in enumerate(("sql", "chat", "plain", "foreign", "wide"), 1)
         }
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else "", **(variables or {})}
-        job = {"engine": options, "adapters": adapters, "steps": steps, "worth": worth}
+        job = {"engine": options, "adapters": adapters, "steps": steps, "min_paired_keys": min_paired_keys}
         return self.launcher.run(self.folder, job, environment)
 
     def serve_parts(self, parts: dict[str, list[Step]], **options: Any) -> dict[str, Any]:

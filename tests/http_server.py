@@ -21,7 +21,7 @@ from engines import BLOCK, Shop
 
 CONTEXT, SLOTS, QUEUE = 384, 8, 20
 LETTERS = list(range(4, 128))  # tokens that are text
-GRACE = 5.0  # icarus.vllm.server.loading's, which imports vLLM
+UNLOAD_GRACE_S = 5.0  # icarus.vllm.server.loading's, which imports vLLM
 
 
 class Server:

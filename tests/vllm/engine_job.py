@@ -130,11 +130,11 @@ def counted(llm: Any, adapters: dict[str, dict[str, Any]], name: str) -> float:
     return float(next(metric.value for metric in llm.get_metrics() if metric.name == name))
 
 
-def set_worth(worker: Any, keys: int) -> None:
+def set_min_paired_keys(worker: Any, keys: int) -> None:
     """In a worker, which may be a process of its own."""
     from icarus.vllm.cpu import attention as cpu_attention
 
-    cpu_attention.WORTH = keys
+    cpu_attention.MIN_PAIRED_KEYS = keys
 
 
 def set_temporary(worker: Any, spoiled: list[int]) -> None:
@@ -183,7 +183,7 @@ def run(job: dict[str, Any]) -> None:
     from vllm import LLM
 
     llm = LLM(**job["engine"])
-    llm.collective_rpc(set_worth, args=(job["worth"],))
+    llm.collective_rpc(set_min_paired_keys, args=(job["min_paired_keys"],))
     results = []
     for step in job["steps"]:
         try:

@@ -135,7 +135,7 @@ def test_the_cache_is_shared_by_those_who_may(shop: Shop, served: Any) -> None:
 
 
 def test_prompt_logprobs_are_the_specialists(shop: Shop, served: Any) -> None:
-    assert sum(len(prompt) for _, prompt in SCORED) > 2 * limits.SCORED, "more than fits one step"
+    assert sum(len(prompt) for _, prompt in SCORED) > 2 * limits.MAX_SCORED_ROWS, "more than fits one step"
     for (model, prompt), reply in zip(SCORED, served["scored"][0], strict=True):
         assert len(reply["scored"]) == len(prompt) - 1
         if model != "plain":

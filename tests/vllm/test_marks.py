@@ -126,7 +126,7 @@ def test_buffers_have_room_only_where_adapters_can_be_served(folder: Path, lora:
     sizes = config.scheduler_config
     if lora:
         assert (sizes.max_num_active_seqs, sizes.max_num_scheduled_tokens) == (8, 64)
-        assert (sizes.max_num_seqs, sizes.max_num_batched_tokens) == (16, 64 + 8 + limits.SCORED)
+        assert (sizes.max_num_seqs, sizes.max_num_batched_tokens) == (16, 64 + 8 + limits.MAX_SCORED_ROWS)
         assert limits.refusal(config) == ""
     else:
         assert (sizes.max_num_seqs, sizes.max_num_batched_tokens) == (8, 64)

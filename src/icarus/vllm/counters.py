@@ -14,10 +14,10 @@ from typing import Any
 
 Hits = Counter[tuple[str, str]]  # tokens by writer and reader
 
-QUESTION = "icarus_figures"
+READ_COUNTERS = "icarus_counters"
 """What ``EngineCore.collective_rpc`` is asked for instead of a method of the workers."""
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+LOAD_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of loading times, in s."""
 
 BASE = ""
@@ -60,5 +60,5 @@ class Loads:
     loads: Counter[str] = field(default_factory=Counter)
     swaps: Counter[str] = field(default_factory=Counter)
     kept: int = 0  # blocks that stayed in the cache when an adapter that shares was replaced
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(LOAD_SECONDS_BUCKETS) + 1))
     seconds: float = 0.0  # of all loads

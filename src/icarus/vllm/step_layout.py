@@ -25,7 +25,7 @@ from torch import Tensor
 Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
-BASE = 0
+BASE_LORA_ID = 0
 """LoRA id of rows that run on base weights alone (vllm/lora/request.py: an adapter's id is at least 1)."""
 
 
@@ -78,7 +78,7 @@ def plan(batch: Batch) -> Rows:
     ends = np.cumsum(counts)
     # Row j of a decoder request doubles row j of the last ``count`` rows of its request.
     sources = np.arange(counts.sum()) + np.repeat(batch.starts[1:][requests] - ends, counts)
-    scheduled_ids = np.repeat(np.where(batch.shares, BASE, batch.lora_ids), lengths)
+    scheduled_ids = np.repeat(np.where(batch.shares, BASE_LORA_ID, batch.lora_ids), lengths)
     lora_ids = np.concatenate([scheduled_ids, np.repeat(batch.lora_ids[requests], counts)])
     return Rows(requests, sources, batch.scheduled + ends, lora_ids)
 

@@ -34,7 +34,7 @@ if hasattr(BUILD, "__wrapped__"):  # the plugin is loaded
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "WORTH", 0)
+    monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 0)
 
 
 class Layer:
@@ -164,14 +164,14 @@ def test_heads_that_differ_or_are_too_many_stay_apart(changes: dict[str, Any]) -
 
 
 def test_short_contexts_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "WORTH", 1902)
+    monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 1902)
     layer = Layer(torch.float32)
     layer.run(DECODES, DECODES.query(torch.float32), paired=True)
     assert layer.found is None
 
 
 def test_keys_beyond_a_window_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "WORTH", 202)  # of 1, 700 and 1,200 keys 201 are within 100
+    monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 202)  # of 1, 700 and 1,200 keys 201 are within 100
     layer = Layer(torch.float32, sliding_window=100)
     layer.run(DECODES, DECODES.query(torch.float32), paired=True)
     assert layer.found is None

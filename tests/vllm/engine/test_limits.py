@@ -33,7 +33,7 @@ def test_room(seqs: int, tokens: int, active: int | None, scheduled: int | None,
     running, budget = config.max_num_active_seqs, config.max_num_scheduled_tokens
     assert (running, budget) == before, "nothing more and nothing less is scheduled"
     assert config.max_num_seqs >= 2 * running
-    assert config.max_num_batched_tokens >= budget + sampled * running + limits.SCORED
+    assert config.max_num_batched_tokens >= budget + sampled * running + limits.MAX_SCORED_ROWS
     assert config.max_num_batched_tokens >= config.max_num_seqs, "vLLM refuses less"
     once = vars(config).copy()
     limits.reserve_room(config, sampled)
@@ -103,11 +103,11 @@ def test_refused_with_a_remedy(change: dict[str, Any], remedy: str) -> None:
 
 
 def test_stock_operators_on_a_cpu_would_write_adapters_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lora_rows.SWITCH, "0")
+    monkeypatch.setenv(lora_rows.SWITCH_VARIABLE, "0")
     assert "unset ICARUS_CPU_LORA" in limits.refusal(config())
     assert limits.refusal(config(device_type="cuda")) == ""
-    monkeypatch.setenv(lora_rows.SWITCH, "off")
-    with pytest.raises(InputError, match="neither 1"):
+    monkeypatch.setenv(lora_rows.SWITCH_VARIABLE, "off")
+    with pytest.raises(InputError, match="must be 1"):
         limits.refusal(config())
 
 

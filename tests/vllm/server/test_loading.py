@@ -41,7 +41,7 @@ class Models:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "GRACE", 0.0)
+    monkeypatch.setattr(loading, "UNLOAD_GRACE_S", 0.0)
     sleep = asyncio.sleep
     monkeypatch.setattr(loading.asyncio, "sleep", lambda seconds: sleep(0))
 

@@ -111,13 +111,13 @@ def test_ranks_are_vllms() -> None:
 
     from vllm.config.lora import MaxLoRARanks
 
-    assert get_args(MaxLoRARanks) == serve.RANKS
+    assert get_args(MaxLoRARanks) == serve.LORA_RANKS
 
 
 def test_environment(home: Path) -> None:
     base, adapters = str(home / "base"), ["--adapters", f"sql={home}/team/sql"]
     made = planned(base, *adapters, "--allow-adapters-from", str(home / "plain"))
-    assert made.environment[folders.ALLOWED].split(os.pathsep) == [str(home / "team"), str(home / "plain")]
+    assert made.environment[folders.ALLOWED_VARIABLE].split(os.pathsep) == [str(home / "team"), str(home / "plain")]
     assert made.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert made.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert "VLLM_PLUGINS" not in made.environment, "vLLM loads all plugins then"
@@ -144,8 +144,8 @@ def test_a_folder_makes_room_for_what_it_holds(home: Path, tmp_path: Path) -> No
     (tmp_path / "a0" / "adapter_model.safetensors").write_text("no")
     made = planned(str(home / "base"), "--adapter-dir", str(tmp_path), "--max-num-seqs", "4")
     assert value(made, "--max-loras") == ["8"], "the sound ones"
-    assert made.environment[watch.WATCHED] == str(tmp_path)
-    assert made.environment[folders.ALLOWED] == str(tmp_path)
+    assert made.environment[watch.WATCHED_VARIABLE] == str(tmp_path)
+    assert made.environment[folders.ALLOWED_VARIABLE] == str(tmp_path)
 
 
 BAD = {
@@ -240,11 +240,11 @@ def test_a_port_that_is_taken(home: Path) -> None:
 
 
 def test_allowed_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(folders.ALLOWED, raising=False)
+    monkeypatch.delenv(folders.ALLOWED_VARIABLE, raising=False)
     assert folders.allowed() is None
-    monkeypatch.setenv(folders.ALLOWED, "")
+    monkeypatch.setenv(folders.ALLOWED_VARIABLE, "")
     assert folders.allowed() == []
-    monkeypatch.setenv(folders.ALLOWED, f"{tmp_path}{os.pathsep}{tmp_path / 'x'}")
+    monkeypatch.setenv(folders.ALLOWED_VARIABLE, f"{tmp_path}{os.pathsep}{tmp_path / 'x'}")
     assert folders.allowed() == [tmp_path.resolve(), tmp_path.resolve() / "x"]
 
 
@@ -456,7 +456,7 @@ def test_loads_and_swaps() -> None:
     counters.count_rows(worker.model_runner, 2, 2)
     ask = counting.wrap_collective_rpc(lambda self, method, *args: f"workers: {method}")
     assert ask(core, "other") == "workers: other"
-    told = ask(core, counters.QUESTION)
+    told = ask(core, counters.READ_COUNTERS)
     assert told["loads"] == {"a": 2, "b": 2}
     assert told["swaps"] == {"a": 1, "b": 1}
     assert told["blocks_kept"] == 3, "of the adapter that shares"

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import tiny, tiny_tokenizer, tokens
 from engines import BLOCK, SHAPE
-from http_server import CONTEXT, GRACE, LETTERS, QUEUE, Server, body, eventually, serving
+from http_server import CONTEXT, LETTERS, QUEUE, UNLOAD_GRACE_S, Server, body, eventually, serving
 from icarus import adapter
 from strict_skips import needs_vllm
 
@@ -320,7 +320,7 @@ def test_load_and_unload(server: Server) -> None:
 
 
 def test_an_unloaded_adapter_leaves_the_engine_with_its_last_request(server: Server) -> None:
-    time.sleep(GRACE + 2)  # what other tests have unloaded leaves first
+    time.sleep(UNLOAD_GRACE_S + 2)  # what other tests have unloaded leaves first
     assert server.load("leaving", server.shop.folder / "sql").status_code == 200
     copies = server.copies()
     asked, got = prompt(40), list[int]()

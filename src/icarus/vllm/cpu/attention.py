@@ -34,11 +34,11 @@ from vllm import envs
 from icarus.vllm.patching import Original
 from icarus.vllm.step_layout import Ints, Rows, pairs
 
-WORTH = 1536
+MIN_PAIRED_KEYS = 1536
 """Keys of all pairs of a step from which on one pass costs less than two, which read them twice but move no heads:
 some 1,500, where sides alternated in one engine (SmolLM2-135M, bfloat16, two cores; docs/log.md)."""
 
-_TOGETHER = {"amx": 16}
+_MAX_SPLIT_HEADS = {"amx": 16}
 """Query heads of one head of the cache that vLLM's csrc/cpu/cpu_attn_impl.hpp takes at most where it divides keys.
 
 Others take 8 (``vec``): twice as many would be computed one by one."""
@@ -78,7 +78,7 @@ def wrap_build(original: Original) -> Original:
         first, second = pairs(common.query_start_loc.numpy(), rows)
         lengths = common.seq_lens[first]
         read = lengths if self.window_size < 0 else lengths.clamp(max=self.window_size)
-        if not len(first) or int(read.sum()) < WORTH:
+        if not len(first) or int(read.sum()) < MIN_PAIRED_KEYS:
             return original(self, common_prefix_len, common, *args, **kwargs)
         rest = common.seq_lens.clone()
         rest[first] = rest[second] = 1
@@ -95,7 +95,7 @@ def _is_plain(builder: Any) -> bool:
         context = builder.vllm_config.compilation_config.static_forward_context
         layers = [context[name].impl for name in builder.layer_names]
         builder._icarus_plain = (
-            2 * builder.num_heads // builder.num_kv_heads <= _TOGETHER.get(builder.isa, 8)
+            2 * builder.num_heads // builder.num_kv_heads <= _MAX_SPLIT_HEADS.get(builder.isa, 8)
             and not (builder.is_cross_attention or builder.is_encoder_only_attention)
             and all(layer.alibi_slopes is None and layer.sinks is None for layer in layers)
         )

@@ -27,11 +27,11 @@ from icarus.errors import InputError
 
 logger = logging.getLogger("vllm.icarus.lora_rows")  # below vLLM's own logger, so that it prints like one
 
-SWITCH = "ICARUS_CPU_LORA"
+SWITCH_VARIABLE = "ICARUS_CPU_LORA"
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-_VECTORS = {
+_VECTOR_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
@@ -40,9 +40,9 @@ _VECTORS = {
 
 def wanted() -> bool:
     """Whether the environment asks for this operator; it is on unless switched off. Raises InputError."""
-    value = os.environ.get(SWITCH, "1")
+    value = os.environ.get(SWITCH_VARIABLE, "1")
     if value not in ("0", "1"):
-        raise InputError(f"{SWITCH}={value!r} is neither 1 (ICaRus's LoRA operators on CPUs) nor 0 (vLLM's own).")
+        raise InputError(f"{SWITCH_VARIABLE}={value!r} must be 1 (ICaRus's LoRA operator on CPUs) or 0 (vLLM's own).")
     return value == "1"
 
 
@@ -125,7 +125,7 @@ def _run(command: list[str]) -> None:
 
 
 def _flags() -> list[str]:
-    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
     return ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", *vectors]
 
 

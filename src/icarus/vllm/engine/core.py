@@ -161,7 +161,7 @@ def wrap_reserve_prefill_lookahead(original: Original) -> Original:
             return count
         step, used = getattr(self, "_icarus_scored", (None, 0))
         used = used if step == self.current_step else 0
-        count = min(count, limits.SCORED - used)
+        count = min(count, limits.MAX_SCORED_ROWS - used)
         self._icarus_scored = (self.current_step, used + count)
         return count
 

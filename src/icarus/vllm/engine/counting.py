@@ -13,7 +13,7 @@ from collections import Counter
 from functools import wraps
 from typing import Any
 
-from icarus.vllm.counters import BASE, QUESTION, SECONDS, Hits, Loads, rows_of
+from icarus.vllm.counters import BASE, LOAD_SECONDS_BUCKETS, READ_COUNTERS, Hits, Loads, rows_of
 from icarus.vllm.patching import Original
 
 # ------------------------------------------------------------------------------------------------- prefix cache
@@ -90,7 +90,7 @@ def count_load(core: Any, request: Any, seconds: float, *, shares: bool) -> None
     swapped = request.lora_int_id in loads.ids
     loads.ids.add(request.lora_int_id)
     loads.loads[request.lora_name] += 1
-    loads.buckets[bisect_left(SECONDS, seconds)] += 1
+    loads.buckets[bisect_left(LOAD_SECONDS_BUCKETS, seconds)] += 1
     loads.seconds += seconds
     if swapped:
         loads.swaps[request.lora_name] += 1
@@ -109,11 +109,11 @@ def _loads(core: Any) -> Loads:
 
 
 def wrap_collective_rpc(original: Original) -> Original:
-    """``EngineCore.collective_rpc``: answers ``QUESTION`` itself."""
+    """``EngineCore.collective_rpc``: answers ``READ_COUNTERS`` itself."""
 
     @wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return read(self) if method == QUESTION else original(self, method, *args, **kwargs)
+        return read(self) if method == READ_COUNTERS else original(self, method, *args, **kwargs)
 
     return collective_rpc
 

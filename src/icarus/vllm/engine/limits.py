@@ -14,18 +14,18 @@ import torch
 
 from icarus.vllm.cpu import lora_rows
 
-CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
+SHAREABLE_CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
 """Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
 
-_MODELS = {"Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"}
+_LAYER_EMBEDDING_MODELS = {"Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"}
 """Architectures with ``per_layer_embeddings`` (vllm/model_executor/models/gemma4_mm.py), which decoder rows lack."""
 
-SCORED = 256
+MAX_SCORED_ROWS = 256
 """Rows of prompts that are scored (``prompt_logprobs``) in one step: each needs a decoder row."""
 
-Check = tuple[Callable[[Any], Any], str]
+Limit = tuple[Callable[[Any], Any], str]
 
-_CHECKS: tuple[Check, ...] = (
+_LIMITS: tuple[Limit, ...] = (
     (
         lambda c: c.use_v2_model_runner,
         "decoder rows are built for model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0",
@@ -34,7 +34,7 @@ _CHECKS: tuple[Check, ...] = (
         # torch_ops/lora_ops.py indexes with the slot -1 of rows without an adapter.
         lambda c: c.device_config.device_type == "cpu" and not lora_rows.wanted(),
         "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and these rows write the "
-        f"shared cache: unset {lora_rows.SWITCH}",
+        f"shared cache: unset {lora_rows.SWITCH_VARIABLE}",
     ),
     (
         lambda c: c.device_config.device_type == "cpu" and not lora_rows.available(),
@@ -109,7 +109,7 @@ _CHECKS: tuple[Check, ...] = (
         "attention within an image looks ahead, and its ranges are kept per request: serve a causal base model",
     ),
     (
-        lambda c: _MODELS & set(c.model_config.architectures),
+        lambda c: _LAYER_EMBEDDING_MODELS & set(c.model_config.architectures),
         "this model hands its layers embeddings that it keeps by scheduled row: serve another base model",
     ),
     (
@@ -121,7 +121,7 @@ _CHECKS: tuple[Check, ...] = (
 
 def refusal(config: Any) -> str:
     """Why ICaRus adapters cannot be served with this ``VllmConfig``; empty where they can."""
-    return next((reason for holds, reason in _CHECKS if holds(config)), "")
+    return next((reason for holds, reason in _LIMITS if holds(config)), "")
 
 
 def room_refusal(scheduler: Any) -> str:
@@ -136,7 +136,7 @@ def room_refusal(scheduler: Any) -> str:
 def cache_refusal(specs: Iterable[object]) -> str:
     """Why adapters cannot share a cache of these ``KVCacheSpec`` objects; empty where they can."""
     kinds = {type(part).__name__ for spec in specs for part in getattr(spec, "kv_cache_specs", {"": spec}).values()}
-    if odd := sorted(kinds - CACHES):
+    if odd := sorted(kinds - SHAREABLE_CACHES):
         return f"this model keeps a cache of kind {odd[0]}: serve a base model with plain attention in all layers"
     return ""
 
@@ -147,11 +147,11 @@ def reserve_room(scheduler: Any, sampled: int = 1) -> None:
     ``max_num_seqs`` and ``max_num_batched_tokens`` size everything in the workers, the LoRA buffers and CUDA graphs
     included; ``max_num_active_seqs`` and ``max_num_scheduled_tokens`` bound what is scheduled (vllm/config/
     scheduler.py:55-75). Every running request may need a decoder request with ``sampled`` rows, and scored prompts up
-    to ``SCORED`` rows together. Calling it again changes nothing.
+    to ``MAX_SCORED_ROWS`` rows together. Calling it again changes nothing.
     """
     active = scheduler.max_num_active_seqs or scheduler.max_num_seqs
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     scheduler.max_num_active_seqs, scheduler.max_num_scheduled_tokens = active, budget
     scheduler.max_num_seqs = max(scheduler.max_num_seqs, 2 * active)
-    room = max(budget + sampled * active + SCORED, scheduler.max_num_seqs)
+    room = max(budget + sampled * active + MAX_SCORED_ROWS, scheduler.max_num_seqs)
     scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, room)

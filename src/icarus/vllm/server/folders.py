@@ -15,7 +15,7 @@ from icarus import adapter
 from icarus.adapter.checks import CONFIG, read_tensors
 from icarus.errors import AdapterError
 
-ALLOWED = "ICARUS_ADAPTER_FOLDERS"
+ALLOWED_VARIABLE = "ICARUS_ADAPTER_FOLDERS"
 """Environment variable: folders, parted as in ``PATH``, below which clients may load adapters. Unset: anywhere."""
 
 
@@ -62,8 +62,8 @@ def _conventional_rank(folder: Path) -> int:
 
 
 def allowed() -> list[Path] | None:
-    """The folders of ``ALLOWED`` with their symbolic links resolved; None where any folder is allowed."""
-    listed = os.environ.get(ALLOWED)
+    """The folders of ``ALLOWED_VARIABLE`` with their symbolic links resolved; None where any folder is allowed."""
+    listed = os.environ.get(ALLOWED_VARIABLE)
     if listed is None:
         return None
     return [Path(item).resolve() for item in listed.split(os.pathsep) if item]

@@ -26,7 +26,7 @@ from icarus.vllm.server import folders
 
 logger = init_logger("vllm.icarus.loading")
 
-GRACE = 5.0
+UNLOAD_GRACE_S = 5.0
 """Seconds in which a request that has looked up its model reaches the engine's list of requests."""
 
 
@@ -81,7 +81,7 @@ _releases: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 async def _release(models: Any, lora_id: int) -> None:
     """A request that comes after all is refused here: the engine would have to read the adapter anew, in a step."""
     engine = models.engine_client
-    await asyncio.sleep(GRACE)
+    await asyncio.sleep(UNLOAD_GRACE_S)
     while _used(engine.output_processor.request_states.values(), lora_id):
         await asyncio.sleep(1.0)
     policy_of(models.input_processor).retire(lora_id)  # vLLM's front end gives each load a new id

@@ -13,9 +13,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-from icarus.vllm.counters import QUESTION, SECONDS
+from icarus.vllm.counters import LOAD_SECONDS_BUCKETS, READ_COUNTERS
 
-PATIENCE = 2.0
+SCRAPE_TIMEOUT_S = 2.0
 """Seconds that a scrape waits for engines in a long step; after them it gets what they said last."""
 
 Figures = list[dict[str, Any]]
@@ -32,7 +32,7 @@ class Scraper:
         """What all engines counted, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
         if self._asking is None:
             self._asking = asyncio.ensure_future(_ask(client.engine_core))
-        done, _ = await asyncio.wait([self._asking], timeout=PATIENCE)
+        done, _ = await asyncio.wait([self._asking], timeout=SCRAPE_TIMEOUT_S)
         if done:
             asked, self._asking = self._asking, None
             if not asked.cancelled() and asked.exception() is None:
@@ -42,9 +42,9 @@ class Scraper:
 
 async def _ask(core: Any) -> Figures:
     if hasattr(core, "call_utility_all_async"):
-        found: Figures = await core.call_utility_all_async("collective_rpc", QUESTION)
+        found: Figures = await core.call_utility_all_async("collective_rpc", READ_COUNTERS)
         return found
-    return [await core.call_utility_async("collective_rpc", QUESTION)]  # vLLM 0.31 tells of the first engine only
+    return [await core.call_utility_async("collective_rpc", READ_COUNTERS)]  # vLLM 0.31 tells of the first engine only
 
 
 def exposition(engines: Figures) -> bytes:
@@ -97,7 +97,7 @@ class _Snapshot:
             for name, count in engine["swaps"].items():
                 swaps.add_metric([*of, name], count)
             kept.add_metric(of, engine["blocks_kept"])
-            bounds = [*map(str, SECONDS), "+Inf"]
+            bounds = [*map(str, LOAD_SECONDS_BUCKETS), "+Inf"]
             buckets = list(zip(bounds, accumulate(engine["load_buckets"]), strict=True))
             seconds.add_metric(of, buckets, engine["load_seconds"])
         yield from (hits, scheduled, decoder, loads, swaps, kept, seconds)

@@ -26,16 +26,16 @@ from icarus.errors import InputError
 from icarus.vllm.engine.core import policy_of
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.server.metrics import Scraper
-from icarus.vllm.server.watch import WATCHED, State, Watcher, scan
+from icarus.vllm.server.watch import WATCHED_VARIABLE, State, Watcher, scan
 
 logger = init_logger("vllm.icarus.middleware")
 
-SECONDS = 1.0
+WATCH_INTERVAL_S = 1.0
 """Time between two looks at that folder."""
 
-ALIASES = {path: f"/v1{path}" for path in ("/load_lora_adapter", "/unload_lora_adapter")}
+PATH_ALIASES = {path: f"/v1{path}" for path in ("/load_lora_adapter", "/unload_lora_adapter")}
 
-UNGUARDED = ("/adapters", "/invocations")
+UNGUARDED_PATHS = ("/adapters", "/invocations")
 """SageMaker's paths, which load, unload and answer, and which vLLM's ``--api-key`` leaves open."""
 
 Scope = MutableMapping[str, Any]
@@ -60,11 +60,11 @@ class Middleware:
         if path == "/metrics" and scope.get("method") == "GET":
             await self._metrics(scope, receive, send)
             return
-        if path.startswith(UNGUARDED) and (keys := _keys(scope["app"].state.args)):
+        if path.startswith(UNGUARDED_PATHS) and (keys := _keys(scope["app"].state.args)):
             await self._guard(path, keys, scope, receive, send)
             return
-        if path in ALIASES:
-            scope = {**scope, "path": scope.get("root_path", "") + ALIASES[path]}
+        if path in PATH_ALIASES:
+            scope = {**scope, "path": scope.get("root_path", "") + PATH_ALIASES[path]}
         await self.app(scope, receive, send)
 
     async def _guard(self, path: str, keys: list[str], scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +97,7 @@ class Middleware:
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The server's life. What the watched folder holds at its start is served from the first request on."""
         task = None
-        if folder := os.environ.get(WATCHED):
+        if folder := os.environ.get(WATCHED_VARIABLE):
             models = scope["app"].state.openai_serving_models
             if why := await asyncio.to_thread(_refusal, Path(folder), policy_of(models.input_processor)):
                 await receive()
@@ -105,7 +105,7 @@ class Middleware:
                 return
             watcher = _watcher(Path(folder), models)
             await watcher.look(first=True)
-            task = asyncio.create_task(watcher.run(SECONDS))
+            task = asyncio.create_task(watcher.run(WATCH_INTERVAL_S))
         try:
             await self.app(scope, receive, send)
         finally:

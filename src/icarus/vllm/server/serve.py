@@ -25,15 +25,15 @@ from icarus import adapter, arguments, base_model, vllm_environment
 from icarus.errors import InputError
 from icarus.vllm.server import folders, watch
 
-SLOTS = 8
+MIN_LORA_SLOTS = 8
 """Least number of adapters that can be in one step (``--max-loras``)."""
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
 
 DEFAULT_RANK = 16
 
-PLUGIN = "icarus"  # the name of the entry point
+PLUGIN_NAME = "icarus"  # the name of the entry point
 MIDDLEWARE = "icarus.vllm.server.middleware.Middleware"
 
 
@@ -241,7 +241,7 @@ def _flags(made: Plan, present: set[str]) -> list[str]:
     ranks = [served.rank for served in made.adapters] + _ranks_in(made.watched)
     defaults = {
         "enable-lora": [],
-        "max-loras": [str(max(SLOTS, len(ranks)))],
+        "max-loras": [str(max(MIN_LORA_SLOTS, len(ranks)))],
         "max-lora-rank": [str(allowed_rank(max(ranks, default=DEFAULT_RANK)))],
         "enable-prompt-tokens-details": [],
         "served-model-name": [made.base],
@@ -276,9 +276,9 @@ def _ranks_in(watched: Path | None) -> list[int]:
 
 def allowed_rank(rank: int) -> int:
     """The least value of ``--max-lora-rank`` with room for an adapter of this rank."""
-    if rank > RANKS[-1]:
-        raise InputError(f"vLLM serves ranks up to {RANKS[-1]} and an adapter has {rank}; retrain it with less.")
-    return next(allowed for allowed in RANKS if allowed >= rank)
+    if rank > LORA_RANKS[-1]:
+        raise InputError(f"vLLM serves ranks up to {LORA_RANKS[-1]} and an adapter has {rank}; retrain it with less.")
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
 
 
 def _beside(served: Served) -> Path:
@@ -291,13 +291,13 @@ def _environment(made: Plan, more: list[Path], current: Mapping[str, str], *, lo
     """Variables to set; vLLM's processes inherit them."""
     within = [*map(_beside, made.adapters), *more, *filter(None, [made.watched])]
     wanted = {
-        folders.ALLOWED: os.pathsep.join(dict.fromkeys(str(folder.resolve()) for folder in within)),
+        folders.ALLOWED_VARIABLE: os.pathsep.join(dict.fromkeys(str(folder.resolve()) for folder in within)),
         **vllm_environment.variables(current),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": current.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", str(int(loading))),
-        watch.WATCHED: str(made.watched or ""),
+        watch.WATCHED_VARIABLE: str(made.watched or ""),
     }
-    if (plugins := current.get("VLLM_PLUGINS")) is not None and PLUGIN not in plugins.split(","):
-        wanted["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, PLUGIN]))
+    if (plugins := current.get("VLLM_PLUGINS")) is not None and PLUGIN_NAME not in plugins.split(","):
+        wanted["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, PLUGIN_NAME]))
     return wanted
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from icarus.adapter.checks import CONFIG, WEIGHTS
 
-WATCHED = "ICARUS_ADAPTER_DIR"
+WATCHED_VARIABLE = "ICARUS_ADAPTER_DIR"
 """Environment variable: the folder whose subfolders a server serves under their names; empty or unset for none."""
 
 State = tuple[tuple[int, int, int], ...]  # of each file: inode, size in bytes, time of change in ns

@@ -22,14 +22,14 @@ from typing import BinaryIO
 from icarus.adapter.checks import CONFIG, WEIGHTS
 from icarus.errors import AdapterError
 
-_FILES = (CONFIG, WEIGHTS)
+_ADAPTER_FILES = (CONFIG, WEIGHTS)
 
 
 def digest(folder: Path) -> str:
     """SHA-256 of the files of an adapter. Raises AdapterError where one cannot be read."""
     with ExitStack() as opened:
         try:
-            return _digest([opened.enter_context((folder / name).open("rb")) for name in _FILES])
+            return _digest([opened.enter_context((folder / name).open("rb")) for name in _ADAPTER_FILES])
         except OSError as error:
             raise AdapterError(
                 f"{error.filename} cannot be read ({error.strerror}); save the adapter again."
@@ -58,7 +58,7 @@ class _Copy:
     def folder(self) -> Iterator[Path]:
         """A folder that shows them under their names, for this process and for a while."""
         with tempfile.TemporaryDirectory(prefix="icarus-adapter-") as made:
-            for name, file in zip(_FILES, self.files, strict=True):
+            for name, file in zip(_ADAPTER_FILES, self.files, strict=True):
                 file.seek(0)
                 (Path(made) / name).symlink_to(f"/dev/fd/{file.fileno()}")
             yield Path(made)
@@ -130,7 +130,7 @@ class Copies:
 def _copy(folder: Path, generation: int, sha256: str) -> _Copy:
     with ExitStack() as made:
         try:
-            files = tuple(made.enter_context(_unnamed(folder / name)) for name in _FILES)
+            files = tuple(made.enter_context(_unnamed(folder / name)) for name in _ADAPTER_FILES)
         except OSError as error:
             raise AdapterError(f"{folder} cannot be copied ({error}); load the adapter again.") from error
         if _digest(files) != sha256:
