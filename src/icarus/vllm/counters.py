@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from icarus.vllm.state import Attached
+
 Hits = Counter[tuple[str, str]]  # tokens by writer and reader
 
 READ_COUNTERS = "icarus_counters"
@@ -35,17 +37,19 @@ class RowCount:
     decoder: int = 0
 
 
+_ROW_COUNT = Attached[RowCount]("row_count")
+
+
 def count_rows(runner: Any, scheduled: int, decoder: int) -> None:
     """Add the rows of one step."""
-    if (count := getattr(runner, "_icarus_row_count", None)) is None:
-        count = runner._icarus_row_count = RowCount()
+    count = _ROW_COUNT.get_or_make(runner, RowCount)
     count.scheduled += scheduled
     count.decoder += decoder
 
 
 def rows_of(worker: Any) -> tuple[int, int]:
     """Scheduled and decoder rows of one worker; sent to all of them, which count the same."""
-    count = getattr(worker.model_runner, "_icarus_row_count", None) or RowCount()
+    count = _ROW_COUNT.get_or_make(worker.model_runner, RowCount)
     return count.scheduled, count.decoder
 
 

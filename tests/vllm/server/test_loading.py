@@ -13,6 +13,7 @@ from strict_skips import WITHOUT_VLLM
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from icarus.errors import AdapterError
+from icarus.vllm.engine.core import POLICY
 from icarus.vllm.engine.policy import Policy, Verdict
 from icarus.vllm.server import loading
 
@@ -29,7 +30,8 @@ class Models:
         )
         policy = Policy(lambda: pytest.fail("no base model is needed"))
         policy.restore(7, Verdict("/nowhere", "fingerprint" if shares else ""))
-        self.input_processor = SimpleNamespace(_icarus_policy=policy)
+        self.input_processor = SimpleNamespace()
+        POLICY.set(self.input_processor, policy)
 
     async def remove(self, lora_id: int) -> None:
         self.removed.append(lora_id)

@@ -17,6 +17,7 @@ from httpx import ASGITransport, AsyncClient
 
 from conftest import tiny
 from icarus import adapter
+from icarus.vllm.engine.core import POLICY
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.server.middleware import Middleware
 
@@ -67,7 +68,8 @@ def test_a_watched_folder_that_cannot_be_served_stops_the_start(
     adapter.save(adapter.attach(tiny(), rank=2), watched / "sql")
     monkeypatch.setenv("ICARUS_ADAPTER_DIR", str(watched))
     policy = Policy(lambda: pytest.fail("no base model is needed"), refusal="set --pipeline-parallel-size 1")
-    models = SimpleNamespace(input_processor=SimpleNamespace(_icarus_policy=policy))
+    models = SimpleNamespace(input_processor=SimpleNamespace())
+    POLICY.set(models.input_processor, policy)
     sent: list[Any] = []
 
     async def never(scope: Any, receive: Any, send: Any) -> None:

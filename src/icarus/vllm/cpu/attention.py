@@ -32,6 +32,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 
 from icarus.vllm.patching import Original
+from icarus.vllm.state import Attached
 from icarus.vllm.step_layout import Ints, Rows, pairs
 
 MIN_PAIRED_KEYS = 1536
@@ -42,8 +43,6 @@ _MAX_SPLIT_HEADS = {"amx": 16}
 """Query heads of one head of the cache that vLLM's csrc/cpu/cpu_attn_impl.hpp takes at most where it divides keys.
 
 Others take 8 (``vec``): twice as many would be computed one by one."""
-
-_PAIRS = "_icarus_pairs"  # attribute of a step's attention metadata
 
 _step: ContextVar[Rows | None] = ContextVar("icarus_step", default=None)
 
@@ -67,6 +66,13 @@ class Pairs:
     back: Tensor | None  # its inverse, the same shape; None if the step has other rows too
 
 
+PAIRS = Attached[Pairs]("pairs")
+"""On a step's attention metadata: its pairs, where they are computed together."""
+
+_PLAIN = Attached[bool]("plain")
+"""On a metadata builder: what ``_is_plain`` says."""
+
+
 def wrap_build(original: Original) -> Original:
     """``CPUAttentionMetadataBuilder.build``: finds the pairs; for stock's pass they are requests of one key."""
 
@@ -83,7 +89,7 @@ def wrap_build(original: Original) -> Original:
         rest = common.seq_lens.clone()
         rest[first] = rest[second] = 1
         metadata = original(self, common_prefix_len, replace(common, seq_lens=rest), *args, **kwargs)
-        setattr(metadata, _PAIRS, _bring_together(self, common, metadata, lengths, first, second))
+        PAIRS.set(metadata, _bring_together(self, common, metadata, lengths, first, second))
         return metadata
 
     return build
@@ -91,15 +97,17 @@ def wrap_build(original: Original) -> Original:
 
 def _is_plain(builder: Any) -> bool:
     """Whether query heads differ in nothing but their values, and the kernel takes twice as many."""
-    if not hasattr(builder, "_icarus_plain"):
+
+    def look() -> bool:
         context = builder.vllm_config.compilation_config.static_forward_context
         layers = [context[name].impl for name in builder.layer_names]
-        builder._icarus_plain = (
+        return (
             2 * builder.num_heads // builder.num_kv_heads <= _MAX_SPLIT_HEADS.get(builder.isa, 8)
             and not (builder.is_cross_attention or builder.is_encoder_only_attention)
             and all(layer.alibi_slopes is None and layer.sinks is None for layer in layers)
         )
-    return bool(builder._icarus_plain)
+
+    return _PLAIN.get_or_make(builder, look)
 
 
 def _bring_together(builder: Any, common: Any, metadata: Any, lengths: Tensor, first: Ints, second: Ints) -> Pairs:
@@ -158,7 +166,7 @@ def wrap_forward(original: Original) -> Original:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        found: Pairs | None = getattr(attn_metadata, _PAIRS, None)
+        found = PAIRS.get(attn_metadata)
         if found is None or found.back is None:
             original(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if found is not None:

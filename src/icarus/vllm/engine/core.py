@@ -6,7 +6,6 @@ what their upstream text is.
 
 from __future__ import annotations
 
-import threading
 import time
 from functools import cache, partial, wraps
 from inspect import signature
@@ -25,11 +24,16 @@ from icarus.vllm.engine.marking import marked, to_load
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.marks import SharedLoRARequest
 from icarus.vllm.patching import Original
+from icarus.vllm.state import Attached
 from icarus.vllm.worker.adapters import stage, unstage
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
 
-_building = threading.Lock()
+POLICY = Attached[Policy]("policy")
+"""On an engine core, or the input processor of a front end."""
+
+_SCORED = Attached[tuple[int, int]]("scored")
+"""On a scheduler: a step, and how many rows of scored prompts it has."""
 
 
 def policy_of(owner: Any) -> Policy:
@@ -37,20 +41,19 @@ def policy_of(owner: Any) -> Policy:
 
     The scheduler of an engine core knows the kinds of cache that the model keeps; a front end leaves that to the core.
     """
-    with _building:
-        if not hasattr(owner, "_icarus_policy"):
-            config = owner.vllm_config
-            layout = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
-            groups = layout.kv_cache_groups if layout else ()
-            why = (
-                limits.refusal(config)
-                or limits.room_refusal(config.scheduler_config)
-                or limits.cache_refusal(group.kv_cache_spec for group in groups)
-            )
-            base = cache(partial(_base_folder, config))
-            owner._icarus_policy = Policy(base, why, get_adapter_absolute_path)
-    policy: Policy = owner._icarus_policy
-    return policy
+    return POLICY.get_or_make(owner, partial(_policy, owner))
+
+
+def _policy(owner: Any) -> Policy:
+    config = owner.vllm_config
+    layout = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
+    groups = layout.kv_cache_groups if layout else ()
+    why = (
+        limits.refusal(config)
+        or limits.room_refusal(config.scheduler_config)
+        or limits.cache_refusal(group.kv_cache_spec for group in groups)
+    )
+    return Policy(cache(partial(_base_folder, config)), why, get_adapter_absolute_path)
 
 
 def _base_folder(config: Any) -> Path:
@@ -159,10 +162,10 @@ def wrap_reserve_prefill_lookahead(original: Original) -> Original:
             return count
         if num_computed_tokens >= request.num_prompt_tokens:  # it decodes, for which there is room besides
             return count
-        step, used = getattr(self, "_icarus_scored", (None, 0))
+        step, used = _SCORED.get(self) or (None, 0)
         used = used if step == self.current_step else 0
         count = min(count, limits.MAX_SCORED_ROWS - used)
-        self._icarus_scored = (self.current_step, used + count)
+        _SCORED.set(self, (self.current_step, used + count))
         return count
 
     return _reserve_prefill_lookahead

@@ -15,6 +15,16 @@ from typing import Any
 
 from icarus.vllm.counters import BASE, LOAD_SECONDS_BUCKETS, READ_COUNTERS, Hits, Loads, rows_of
 from icarus.vllm.patching import Original
+from icarus.vllm.state import Attached
+
+WRITERS = Attached[dict[int, str]]("writers")
+"""On a block pool: the model whose request wrote a block, by the block's id."""
+
+HITS = Attached[Hits]("hits")
+"""On a cache manager: tokens by writer and reader."""
+
+LOADS = Attached[Loads]("loads")
+"""On an engine core."""
 
 # ------------------------------------------------------------------------------------------------- prefix cache
 
@@ -33,9 +43,7 @@ def wrap_cache_full_blocks(original: Original) -> Original:
     ) -> Any:
         result = original(self, request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
         if num_cached_blocks < num_full_blocks:
-            if (writers := getattr(self, "_icarus_writers", None)) is None:
-                writers = self._icarus_writers = {}
-            model = model_of(request)
+            writers, model = WRITERS.get_or_make(self, dict), model_of(request)
             for block in blocks[num_cached_blocks:num_full_blocks]:
                 writers[block.block_id] = model
         return result
@@ -53,13 +61,10 @@ def wrap_record_prefix_cache_stats(original: Original) -> Original:
     @wraps(original)
     def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> Any:
         if num_hits and not request.num_preemptions and self.prefix_cache_lookup_enabled(request):
-            if not hasattr(self, "_icarus_hits"):
-                self._icarus_hits = Counter()
-            writers: dict[int, str] = getattr(self.block_pool, "_icarus_writers", {})
+            writers = WRITERS.get(self.block_pool) or {}
             groups = self.coordinator.get_blocks(request.request_id)
             sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
-            found = _hits(groups, sizes, writers, model_of(request), num_hits)
-            self._icarus_hits.update(found)
+            HITS.get_or_make(self, Counter).update(_hits(groups, sizes, writers, model_of(request), num_hits))
         return original(self, request, num_hits)
 
     return record_prefix_cache_stats
@@ -86,7 +91,7 @@ def _hits(groups: Any, sizes: list[int], writers: dict[int, str], reader: str, t
 
 def count_load(core: Any, request: Any, seconds: float, *, shares: bool) -> None:
     """Note that an adapter was loaded, verification included; under an id that is known it replaced another."""
-    loads = _loads(core)
+    loads = LOADS.get_or_make(core, Loads)
     swapped = request.lora_int_id in loads.ids
     loads.ids.add(request.lora_int_id)
     loads.loads[request.lora_name] += 1
@@ -96,13 +101,6 @@ def count_load(core: Any, request: Any, seconds: float, *, shares: bool) -> None
         loads.swaps[request.lora_name] += 1
         if shares:
             loads.kept += len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
-
-
-def _loads(core: Any) -> Loads:
-    if (found := getattr(core, "_icarus_loads", None)) is None:
-        found = core._icarus_loads = Loads()
-    loads: Loads = found
-    return loads
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -120,9 +118,9 @@ def wrap_collective_rpc(original: Original) -> Original:
 
 def read(core: Any) -> dict[str, Any]:
     """All counters of one engine, in types that vLLM sends between processes without further ado."""
-    config, loads = core.vllm_config, _loads(core)
+    config, loads = core.vllm_config, LOADS.get_or_make(core, Loads)
     base: str = config.model_config.served_model_name
-    hits: Hits = getattr(core.scheduler.kv_cache_manager, "_icarus_hits", None) or Counter()
+    hits = HITS.get(core.scheduler.kv_cache_manager) or Counter()
     scheduled, decoder = core.model_executor.collective_rpc(rows_of)[0]
     return {
         "engine": config.parallel_config.data_parallel_index,

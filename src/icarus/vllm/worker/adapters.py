@@ -13,6 +13,7 @@ from icarus import adapter
 from icarus.errors import AdapterError
 from icarus.vllm.marks import SharedLoRARequest
 from icarus.vllm.patching import Original
+from icarus.vllm.state import Attached
 from icarus.vllm.worker.copies import Copies
 
 
@@ -70,12 +71,12 @@ def _folder(lora_request: Any) -> Path:
     return Path(get_adapter_absolute_path(lora_request.lora_path))
 
 
+_COPIES = Attached[Copies]("copies")
+
+
 def _copies(manager: Any) -> Copies:
     """Of one worker."""
-    if not hasattr(manager, "_icarus_copies"):
-        manager._icarus_copies = Copies()
-    copies: Copies = manager._icarus_copies
-    return copies
+    return _COPIES.get_or_make(manager, Copies)
 
 
 def _check_conventional(folder: Path) -> None:

@@ -26,15 +26,11 @@ from icarus.vllm.counters import count_rows
 from icarus.vllm.cpu import attention as cpu_attention
 from icarus.vllm.marks import decoded_ids
 from icarus.vllm.patching import Original
+from icarus.vllm.state import Attached
 from icarus.vllm.step_layout import Batch, Ints, Rows
 
-_ROWS = "_icarus_rows"  # attribute of the runner: the decoder rows of the step it is in
-
-
-def _rows(runner: Any) -> Rows | None:
-    """The decoder rows of this step; None in warm-up, in idle steps, and where no request needs any."""
-    rows: Rows | None = getattr(runner, _ROWS, None)
-    return rows
+_ROWS = Attached[Rows]("rows")
+"""On a runner: the decoder rows of its step; none in warm-up, in idle steps, and where no request needs any."""
 
 
 # ------------------------------------------------------------------------------------------------- plan
@@ -64,7 +60,7 @@ def wrap_set_active_loras(original: Original) -> Original:
         count_rows(self, rows.scheduled, len(rows))
         if len(rows):
             _check_room(self, starts, rows)
-            setattr(self, _ROWS, rows)
+            _ROWS.set(self, rows)
         # No set, as in stock: requests are equal by name, and one that was unloaded and loaded again has two ids.
         requests = list(input_batch.lora_id_to_lora_request.values())
         per_sample, per_row = tuple(np.repeat(lora_ids, sampled).tolist()), tuple(rows.lora_ids.tolist())
@@ -91,7 +87,7 @@ def wrap_execute_model(original: Original) -> Original:
         try:
             return original(self, *args, **kwargs)
         finally:
-            setattr(self, _ROWS, None)
+            _ROWS.set(self, None)
 
     return execute_model
 
@@ -105,7 +101,7 @@ def wrap_prepare_inputs(original: Original) -> Original:
     @wraps(original)
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         logits_indices, *others = original(self, scheduler_output, num_scheduled_tokens)
-        if rows := _rows(self):
+        if rows := _ROWS.get(self):
             _write_requests(self, rows)
             logits_indices = _on_device(self, step_layout.readers(rows))[logits_indices]
         return logits_indices, *others
@@ -141,7 +137,7 @@ def wrap_preprocess(original: Original) -> Original:
     @wraps(original)
     def _preprocess(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, scheduler_output, *args, **kwargs)
-        if rows := _rows(self):
+        if rows := _ROWS.get(self):
             _write_rows(self, rows.scheduled, _on_device(self, rows.sources))
         return result
 
@@ -167,7 +163,7 @@ def wrap_model_forward(original: Original) -> Original:
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        if (rows := _rows(self)) and self.num_prompt_logprobs:
+        if (rows := _ROWS.get(self)) and self.num_prompt_logprobs:
             decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # of the memory that is written
             hidden[_on_device(self, rows.sources)] = decoded
         return hidden
@@ -191,7 +187,7 @@ def wrap_determine_batch_execution_and_padding(original: Original) -> Original:
 
     @wraps(original)
     def _determine_batch_execution_and_padding(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kw: Any) -> Any:
-        if rows := _rows(self):
+        if rows := _ROWS.get(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
             kw["force_num_active_loras"] = len(self.input_batch.lora_id_to_lora_request) + 1
         return original(self, num_tokens, num_reqs, *args, **kw)
@@ -206,7 +202,7 @@ def wrap_get_slot_mappings(original: Original) -> Original:
     def _get_slot_mappings(
         self: Any, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, *args: Any, **kw: Any
     ) -> Any:
-        if rows := _rows(self):
+        if rows := _ROWS.get(self):
             num_tokens_padded = max(num_tokens_padded, num_tokens_unpadded + len(rows))
             num_reqs_padded = max(num_reqs_padded, self.input_batch.num_reqs + len(rows.requests))
         return original(self, num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kw)
@@ -219,7 +215,7 @@ def wrap_build_attention_metadata(original: Original) -> Original:
 
     @wraps(original)
     def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
-        if rows := _rows(self):
+        if rows := _ROWS.get(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
         with cpu_attention.step(rows):
             return original(self, num_tokens, num_reqs, *args, **kwargs)
@@ -232,7 +228,7 @@ def wrap_prepare_padding_mask(original: Original) -> Original:
 
     @wraps(original)
     def _prepare_padding_mask(self: Any, num_tokens_unpadded: int, num_tokens_padded: int) -> Any:
-        rows = _rows(self)
+        rows = _ROWS.get(self)
         return original(self, num_tokens_unpadded + (len(rows) if rows else 0), num_tokens_padded)
 
     return _prepare_padding_mask
