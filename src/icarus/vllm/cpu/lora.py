@@ -6,6 +6,7 @@ each row when that changes (vllm/lora/punica_wrapper/punica_cpu.py).
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 from weakref import finalize
@@ -22,6 +23,9 @@ from vllm.platforms import current_platform
 from icarus.vllm.cpu import lora_rows
 from icarus.vllm.patching import Original
 
+_scoring_prompt: ContextVar[bool] = ContextVar("icarus_scoring_prompt", default=False)
+"""Whether logits are of a prompt's rows, and not of sampled rows."""
+
 
 class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
     """A ``PunicaWrapperCPU`` whose operator takes runs of rows, and skips layers that no adapter of the step touches.
@@ -29,8 +33,6 @@ class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to
     vLLM hands over a layer's tensors with each call; ``lora_rows.cpp`` knows layers by the address of the first, and
     runs by what it was told with them, so that a graph that is compiled once asks in every step for what its rows need.
     """
-
-    scoring = False  # whether logits are of prompts, and not of sampled rows; a worker has one thread
 
     def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(max_num_batched_tokens, *args, **kwargs)
@@ -81,7 +83,7 @@ class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to
         ``lm_head`` is left out of them. On GPUs such logprobs are not right either (vllm issue 51594). Stock operators
         stop the engine there.
         """
-        if not RowsWrapper.scoring:
+        if not _scoring_prompt.get():
             torch.ops.icarus.add_lora(y, x, lora_a_stacked)
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -116,11 +118,11 @@ def wrap_get_prompt_logprobs_dict(original: Original) -> Original:
 
     @wraps(original)
     def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        RowsWrapper.scoring = True
+        token = _scoring_prompt.set(True)
         try:
             return original(self, *args, **kwargs)
         finally:
-            RowsWrapper.scoring = False
+            _scoring_prompt.reset(token)
 
     return _get_prompt_logprobs_dict
 
