@@ -14,16 +14,18 @@ from typing import Any
 
 from icarus.vllm.state import Attached
 
-Hits = Counter[tuple[str, str]]  # tokens by writer and reader
+Model = str | None
+"""A model in counters: the adapter's name, or None for the base model, whose served name takes its place when counters
+are read. So an adapter may have any name."""
+
+Hits = Counter[tuple[Model, Model]]
+"""Tokens by writer and reader."""
 
 READ_COUNTERS = "icarus_counters"
 """What ``EngineCore.collective_rpc`` is asked for instead of a method of the workers."""
 
 LOAD_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of loading times, in s."""
-
-BASE = ""
-"""The base model, in counters by model; its served name takes the place when they are read."""
 
 
 # ------------------------------------------------------------------------------------------------- workers

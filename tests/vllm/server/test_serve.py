@@ -395,7 +395,7 @@ def blocks(*ids: int) -> list[Any]:
 
 def manager(*groups: list[Any]) -> Any:
     pool = SimpleNamespace()
-    counting.WRITERS.set(pool, {1: "sql", 2: ""})
+    counting.WRITERS.set(pool, {1: "sql", 2: None})
     return SimpleNamespace(
         block_pool=pool,
         coordinator=SimpleNamespace(get_blocks=lambda request_id: groups),
@@ -418,13 +418,13 @@ def test_hits_are_counted_by_writer_and_reader() -> None:
     count(cache, request(None), 16)
     count(cache, request("chat", preemptions=1), 48)
     count(cache, request("chat"), 0)
-    assert counting.HITS.get(cache) == Counter({("sql", "chat"): 32, ("", "chat"): 16, ("sql", ""): 16})
+    assert counting.HITS.get(cache) == Counter({("sql", "chat"): 32, (None, "chat"): 16, ("sql", None): 16})
 
 
 def test_the_group_with_most_blocks_tells() -> None:
     cache = manager(blocks(0, 0, 1), blocks(2, 2, 2))
     counting.wrap_record_prefix_cache_stats(lambda self, request, num_hits: None)(cache, request("chat"), 48)
-    assert counting.HITS.get(cache) == Counter({("", "chat"): 48})
+    assert counting.HITS.get(cache) == Counter({(None, "chat"): 48})
 
 
 def test_the_writer_is_whose_request_filled_the_block() -> None:
@@ -432,7 +432,7 @@ def test_the_writer_is_whose_request_filled_the_block() -> None:
     write(pool, request("sql"), blocks(5, 6, 7), 1, 3, 16, 0)
     write(pool, request(None), blocks(5, 6, 7), 0, 1, 16, 0)
     write(pool, request("chat"), blocks(5, 6, 7), 3, 3, 16, 0)
-    assert counting.WRITERS.get(pool) == {6: "sql", 7: "sql", 5: ""}
+    assert counting.WRITERS.get(pool) == {6: "sql", 7: "sql", 5: None}
 
 
 def test_loads_and_swaps() -> None:

@@ -13,11 +13,11 @@ from collections import Counter
 from functools import wraps
 from typing import Any
 
-from icarus.vllm.counters import BASE, LOAD_SECONDS_BUCKETS, READ_COUNTERS, Hits, Loads, rows_of
+from icarus.vllm.counters import LOAD_SECONDS_BUCKETS, READ_COUNTERS, Hits, Loads, Model, rows_of
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
 
-WRITERS = Attached[dict[int, str]]("writers")
+WRITERS = Attached[dict[int, Model]]("writers")
 """On a block pool: the model whose request wrote a block, by the block's id."""
 
 HITS = Attached[Hits]("hits")
@@ -29,9 +29,9 @@ LOADS = Attached[Loads]("loads")
 # ------------------------------------------------------------------------------------------------- prefix cache
 
 
-def model_of(request: Any) -> str:
+def model_of(request: Any) -> Model:
     """The model that a scheduled request is for."""
-    return request.lora_request.lora_name if request.lora_request else BASE
+    return request.lora_request.lora_name if request.lora_request else None
 
 
 def wrap_cache_full_blocks(original: Original) -> Original:
@@ -70,7 +70,7 @@ def wrap_record_prefix_cache_stats(original: Original) -> Original:
     return record_prefix_cache_stats
 
 
-def _hits(groups: Any, sizes: list[int], writers: dict[int, str], reader: str, tokens: int) -> Hits:
+def _hits(groups: Any, sizes: list[int], writers: dict[int, Model], reader: Model, tokens: int) -> Hits:
     """Tokens by writer and reader.
 
     A model with sliding windows keeps null blocks where nobody looks; so the group of layers that has most blocks tells
@@ -82,7 +82,7 @@ def _hits(groups: Any, sizes: list[int], writers: dict[int, str], reader: str, t
         if len(here) * size > found.total():
             found = Counter()
             for block in here:
-                found[writers.get(block, BASE), reader] += size
+                found[writers.get(block), reader] += size
     return found
 
 
