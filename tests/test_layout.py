@@ -1,4 +1,4 @@
-"""The direction of imports (docs: layout): a module imports from below, never from above or from a sibling."""
+"""The direction of imports (docs/architecture.md): a module imports from below, never from above or from a sibling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEVELS = [
     {"lora"},
     {"streams"},
     {"context"},
-    {"train", "evaluate", "vllm", "bench"},
+    {"train", "vllm", "bench"},
     {"team"},
     {"demo", "turns", "chat", "verify"},
     {"cli"},
@@ -32,7 +32,7 @@ LEVELS = [
 # a step are what all share. ``plugin`` is called by vLLM and stands above all.
 PLUGIN = ["cpu", "worker", "engine", "server", "plugin"]
 HEIGHT = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train", "evaluate"}, "vllm": {"vllm"}}
+ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train"}, "vllm": {"vllm"}}
 VAGUE = {"utils", "common", "helpers", "misc", "base"}
 
 

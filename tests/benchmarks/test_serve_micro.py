@@ -15,23 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny, tiny_tokenizer
+from conftest import tiny
 from icarus import cli
 from icarus.adapter.checks import is_icarus
 from icarus.bench import bounds, micro_goals, serve_micro
 from icarus.bench.engine_process import EngineFailed, EngineProcess
 from icarus.bench.micro_plan import ADAPTERS, BLOCK, SYSTEMS, Side, Sizes, measurements, rest_of
+from saved import save_base
 
 SIZES = Sizes(prompt=100, steps=4, starts=1, repeats=3, vocabulary=50, seed=0)
 PLAN = {measurement.name: measurement for measurement in measurements(SYSTEMS)}
 OURS, THEIRS, LENT = Side("icarus", True), Side("stock", True), Side("icarus", False)
-
-
-def save_base(folder: Path) -> Path:
-    """Like ``saved.save_base``, which needs the packages for training."""
-    tiny().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 # ----------------------------------------------------------------------------------------- order and prompts

@@ -1,4 +1,4 @@
-"""What one run of workflows comes to, under the names that ``vllm bench serve`` writes (benchmarks/serve.py).
+"""What one run of workflows comes to, under the names that ``vllm bench serve`` writes (its ``benchmarks/serve.py``).
 
 TPOT is (latency - TTFT) / (output tokens - 1) of a call; ITL is the time between chunks of its stream. A workflow's
 latency counts from its arrival to the end of its last call.

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from icarus.chat_template import Codec, Message
-from icarus.errors import DataError, InputError
+from icarus.errors import DataError, InputError, first_line
 from icarus.streams import IGNORED
 
 LINE = "line"
@@ -106,9 +106,9 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     try:
         dataset = load_dataset(name, split=split or "train")
     except Exception as error:  # offline, missing, gated: the hub has many exceptions and one meaning
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"Data set {source!r} is no local file and could not be had from the hub ({reason})."
+            f"Data set {source!r} is no local file and could not be loaded from the Hub ({first_line(error)}); "
+            "check its name and the connection."
         ) from error
     yield from ({**_without_none(row), LINE: index} for index, row in enumerate(dataset))
 

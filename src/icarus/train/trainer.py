@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTConfig, SFTTrainer
 
 from icarus import adapter, base_model
-from icarus.errors import InputError
+from icarus.errors import InputError, first_line
 from icarus.streams import IGNORED, Batch, TwoStreams
 from icarus.train import data
 from icarus.train.config import LEARNING_RATES
@@ -197,5 +197,6 @@ def _tokenizer_of(model: Any, *, trust: bool) -> Any:
         source = base_model.resolve(name) if name == base_model.PACKAGED else name
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"The tokenizer of {name!r} could not be loaded ({reason}); give processing_class.") from error
+        raise InputError(
+            f"The tokenizer of {name!r} could not be loaded ({first_line(error)}); give processing_class."
+        ) from error

@@ -15,20 +15,15 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny, tiny_tokenizer
+from conftest import tiny
 from icarus import adapter, cli
 from icarus.arguments import Parser
 from icarus.errors import AdapterError, InputError
 from icarus.vllm import counters
 from icarus.vllm.engine import counting
 from icarus.vllm.server import folders, serve, watch
+from saved import save_base
 from strict_skips import needs_vllm
-
-
-def save_base(folder: Path, seed: int = 0) -> Path:
-    tiny(seed=seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
