@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from icarus import adapter
-from saved import save_base
+from saved import save_adapter, save_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -28,3 +30,17 @@ def test_a_specialist_is_trained_and_scored(
     assert adapter.verify(output, base).rank == 8
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split(":")[0].strip() for line in lines] == ["base", "dates"]
+
+
+def test_a_team_works_in_one_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: list[object] = ["--base", save_base(tmp_path / "base"), "--limit", 4, "--columns", "a", "--question", "b"]
+    for seed, name in enumerate(("planner", "sql", "explainer"), 1):
+        words += ["--specialist", f"{name}={save_adapter(tmp_path / name, seed)}"]
+    run("team.py", *words, monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    turns = [(int(new), int(cached)) for new, cached in re.findall(r"(\d+) tokens encoded, (\d+) from", out)]
+    assert len(turns) == 3
+    assert all(sum(before) == after[1] for before, after in pairwise(turns))  # nothing is encoded twice
+    assert out.splitlines()[-1].endswith("one copy for 4 models")
