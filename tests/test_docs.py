@@ -1,4 +1,4 @@
-"""What the pages name exists: the files and headings that they link to."""
+"""What the pages name exists: files, headings and commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from icarus import cli
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = [".", "docs", "docs/decisions", "examples", "experiments", "benchmarks", "results", "src/icarus/shipped"]
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+LIVING = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]  # the others tell what was
+SOURCE = ROOT / "src" / "icarus"
+MAP = ROOT / "docs" / "architecture.md"
+PLACES = (ROOT, SOURCE.parent, SOURCE, SOURCE / "vllm", SOURCE / "vllm" / "cpu")  # where a page may begin a path
+OF_OTHERS = {"lora/ops/torch_ops/lora_ops.py", "vllm/config/vllm.py", "vllm/lora/ops/torch_ops/lora_ops.py"}
+OF_OTHERS |= {"vllm/v1/worker/gpu_model_runner.py"}  # all of vLLM
 
 _FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`[^`\n]*`")
@@ -68,3 +76,84 @@ def test_a_link_to_nowhere_is_seen(tmp_path: Path) -> None:
         "other.md#no-heading: no such heading",
         "nowhere.png: no such file",
     ]
+
+
+# ------------------------------------------------------------------------------------------- files and names
+
+
+def quoted(text: str) -> list[str]:
+    """What stands in backquotes within a line."""
+    return [code[1:-1] for code in _CODE.findall(_FENCED.sub("", text))]
+
+
+def lost_files(text: str, beside: Path = ROOT) -> list[str]:
+    """Files that a page names as ours and that there are not: sources anywhere, others by their folder.
+
+    ``beside`` is the page's folder, of whose folders it may name files, too.
+    """
+    ours = re.compile(r"[\w./-]+\.(?:py|cpp)|(?:src|tests|docs|results|examples|experiments|benchmarks)/[\w./-]*")
+    named = [name for name in quoted(text) if ours.fullmatch(name) and name not in OF_OTHERS]
+    places = [*PLACES, *(path for path in beside.iterdir() if path.is_dir())]
+    return [name for name in named if not any((place / name).exists() for place in places)]
+
+
+def undefined(text: str) -> list[str]:
+    """Classes and methods that a page names, and that the package does not define."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
+    known = set(re.findall(r"^ *(?:class|def|async def) (\w+)", source, re.MULTILINE))
+    names = [name for name in quoted(text) if re.fullmatch(r"[A-Z][a-z]\w*(\.\w+)?", name)]
+    return [name for name in names if not known.issuperset(name.split("."))]
+
+
+@pytest.mark.parametrize("page", LIVING, ids=[str(page.relative_to(ROOT)) for page in LIVING])
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    assert lost_files(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+def test_a_lost_name_is_seen() -> None:
+    assert lost_files(
+        "`src/icarus/gone.py` `gone.cpp` `docs/gone` `cli.py` `data/rows` `tests/`\n```\n`gone.py`\n```"
+    ) == [
+        "src/icarus/gone.py",
+        "gone.cpp",
+        "docs/gone",
+    ]
+    assert undefined("`TwoStreams.loss` `TwoStreams.gone` `Gone` `gone`") == ["TwoStreams.gone", "Gone"]
+
+
+def test_names_in_the_map_are_defined() -> None:
+    assert undefined(MAP.read_text(encoding="utf-8")) == []
+
+
+def test_the_picture_shows_what_is_there() -> None:
+    shown = re.findall(r">([\w/]+(?:\.py|/))<", (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8"))
+    assert len(shown) > 10
+    assert [name for name in shown if not any((place / name).exists() for place in PLACES)] == []
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def commands(text: str, program: str) -> set[str]:
+    """The words behind a program's name, in code."""
+    code = "\n".join(_FENCED.findall(text) + quoted(text))
+    return set(re.findall(rf"(?<!from )(?<![\w.-]){program} ([a-z][a-z-]*)(?![\w=.])", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", LIVING, ids=[str(page.relative_to(ROOT)) for page in LIVING])
+def test_commands_on_a_page_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    bench = cli.COMMANDS["bench"]
+    assert isinstance(bench, cli.Group)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands(text, "icarus") <= {*cli.COMMANDS}
+    assert commands(text, "icarus bench") <= {*bench.commands}
+    assert commands(text, "make") <= {*targets}
+
+
+def test_a_command_is_seen() -> None:
+    page = "```\nicarus serve BASE\nbin/icarus bench agents --quick\nmake test-fast\n```\n"
+    page += "`icarus verify DIR`, icarus flies\n```python\nfrom icarus import adapter\nimport icarus\n```\n"
+    assert commands(page, "icarus") == {"serve", "bench", "verify"}
+    assert commands(page, "icarus bench") == {"agents"}
+    assert commands(page, "make") == {"test-fast"}
