@@ -54,7 +54,6 @@ COMMANDS: dict[str, Command | Group] = {
         commands={
             "decode": Command("one decode step beside conventional LoRA's, in process", "icarus.bench.decode"),
             "train": Command("one training step beside conventional LoRA's", "icarus.bench.train"),
-            "serve-micro": Command("vLLM's decode, prefill and a chain of specialists", "icarus.bench.serve_micro"),
             "agents": Command(
                 "workflows of agents on served models, each system beside the others", "icarus.bench.agents"
             ),

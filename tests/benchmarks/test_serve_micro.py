@@ -1,7 +1,8 @@
-"""The parts of ``icarus bench serve-micro`` that need no vLLM, and a whole run with engines that only pretend."""
+"""The parts of ``benchmarks/serve_micro`` that need no vLLM, and a whole run with engines that only pretend."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.serve_micro import __main__ as command
+from benchmarks.serve_micro import bounds, engines, ratios, report
+from benchmarks.serve_micro.engine_process import EngineFailed, EngineProcess
+from benchmarks.serve_micro.plan import ADAPTERS, BLOCK, SYSTEMS, Side, Sizes, measurements, rest_of
 from conftest import tiny
-from icarus import cli
-from icarus.adapter.checks import is_icarus
-from icarus.bench import bounds, micro_goals, serve_micro
-from icarus.bench.engine_process import EngineFailed, EngineProcess
-from icarus.bench.micro_plan import ADAPTERS, BLOCK, SYSTEMS, Side, Sizes, measurements, rest_of
+from icarus import adapter
 from saved import save_base
 
 SIZES = Sizes(prompt=100, steps=4, starts=1, repeats=3, vocabulary=50, seed=0)
@@ -64,14 +65,14 @@ def test_prompts_are_new_in_every_round_and_equal_on_all_engines(name: str) -> N
 
 def test_requests_of_a_batch_take_the_adapters_in_turn() -> None:
     requests = PLAN["decode, batch 16"].command(OURS, 1, SIZES)["requests"]
-    assert [request["adapter"] for request in requests] == [f"specialist{(1 + i) % 8}" for i in range(16)]
+    assert [request["adapter"] for request in requests] == [f"agent-{(1 + i) % 8}" for i in range(16)]
     lent = PLAN["decode, batch 8"].command(LENT, 1, SIZES)["requests"]
     assert {request["adapter"] for request in lent} == {None}
     prefill = PLAN["prefill"].command(OURS, 1, SIZES)["requests"]
-    assert [request["adapter"] for request in prefill] == ["specialist1", "specialist2", "specialist3"]
+    assert [request["adapter"] for request in prefill] == ["agent-1", "agent-2", "agent-3"]
     assert len({tuple(request["prompt"]) for request in prefill}) == len(prefill)
     chain = PLAN["chain"].command(OURS, 2, SIZES)["requests"]
-    assert [request["adapter"] for request in chain] == [f"specialist{i}" for i in range(8)]
+    assert [request["adapter"] for request in chain] == [f"agent-{i}" for i in range(8)]
 
 
 def test_what_a_figure_is() -> None:
@@ -83,54 +84,47 @@ def test_what_a_figure_is() -> None:
     assert chain.figure(chain.seconds({"turns": [{"seconds": 0.5}, {"seconds": 1}]}), SIZES) == 1.5
 
 
-# ----------------------------------------------------------------------------------------- goals
+# ----------------------------------------------------------------------------------------- ratios
 
 
-def test_the_goals_are_the_issues() -> None:
-    wanted = {(goal.measurement, goal.side, goal.peer): goal.least for goal in micro_goals.GOALS if goal.least}
-    for batch in (1, 8, 16):
-        assert wanted.pop((f"decode, batch {batch}", "icarus", "stock")) == 1.5
-        assert wanted.pop((f"decode, batch {batch}", "icarus", "conventional")) == 0.9
-    assert wanted.pop(("decode, batch 1", "icarus", "base")) == 0.7
-    assert wanted.pop(("prefill", "icarus", "base")) == 0.97
-    assert wanted.pop(("chain", "icarus", "stock")) == 10
-    assert wanted.pop(("chain", "icarus", "conventional")) == 2.5
-    assert all(side.startswith("base model on") and least == 0.97 for (_, side, _), least in wanted.items())
-    assert len(wanted) == 6
+def test_icarus_is_compared_with_every_peer_and_the_base_model_with_itself() -> None:
+    pairs = {(ratio.measurement, ratio.side, ratio.peer) for ratio in ratios.RATIOS}
+    assert len(pairs) == len(ratios.RATIOS)
+    for name in ("decode, batch 1", "decode, batch 8", "decode, batch 16", "prefill"):
+        assert {(name, "icarus", peer) for peer in ("base", "stock", "conventional")} <= pairs
+    assert {("chain", "icarus", peer) for peer in ("stock", "conventional")} <= pairs
+    assert all(peer == "base" for _, side, peer in pairs if side.startswith("base model on"))
+    measured = {name: {side.name for side in measurement.sides} for name, measurement in PLAN.items()}
+    assert all({side, peer} <= measured[name] for name, side, peer in pairs)
 
 
 def test_a_ratio_is_of_medians_with_the_range_of_rounds() -> None:
-    goal = micro_goals.Goal("m", "us", "them", 2.0)
-    result = goal.result([{"us": [1.0, 2.0, 1.0], "them": [2.0, 3.0, 9.0]}])
-    assert (result["value"], result["lowest"], result["highest"], result["met"]) == (3.0, 1.5, 9.0, True)
-    assert goal.result([{"us": [2.0], "them": [3.0]}])["met"] is False
-    assert micro_goals.Goal("m", "us", "them", 0.0).result([{"us": [2.0], "them": [3.0]}])["met"] is None
+    result = ratios.Ratio("m", "us", "them").result([{"us": [1.0, 2.0, 1.0], "them": [2.0, 3.0, 9.0]}])
+    assert (result["value"], result["lowest"], result["highest"]) == (3.0, 1.5, 9.0)
 
 
 def test_starts_are_compared_each_by_itself() -> None:
     """The machine may be slower in one of them, for both sides."""
     starts = [{"us": [1.0], "them": [2.0]}, {"us": [10.0], "them": [30.0]}, {"us": [2.0], "them": [2.0]}]
-    result = micro_goals.Goal("m", "us", "them", 2.0).result(starts)
-    assert (result["value"], result["lowest"], result["highest"], result["met"]) == (2.0, 1.0, 3.0, True)
+    result = ratios.Ratio("m", "us", "them").result(starts)
+    assert (result["value"], result["lowest"], result["highest"]) == (2.0, 1.0, 3.0)
     assert result["starts"] == [2.0, 3.0, 1.0]
 
 
 def test_a_side_that_took_part_once_is_compared() -> None:
-    result = micro_goals.Goal("chain", "icarus", "stock", 10.0).result([{"icarus": [1.0, 2.0, 3.0], "stock": [30.0]}])
+    result = ratios.Ratio("chain", "icarus", "stock").result([{"icarus": [1.0, 2.0, 3.0], "stock": [30.0]}])
     assert (result["value"], result["lowest"], result["highest"]) == (15.0, 30.0, 30.0)
 
 
-def test_goals_of_engines_that_were_left_out_are_left_out() -> None:
-    found = micro_goals.results([{"prefill": {"icarus": [1.0], "base": [1.0]}, "chain": {"icarus": [1.0]}}])
-    assert [goal["what"] for goal in found] == ["prefill: icarus over base"]
+def test_ratios_of_engines_that_were_left_out_are_left_out() -> None:
+    results = ratios.results([{"prefill": {"icarus": [1.0], "base": [1.0]}, "chain": {"icarus": [1.0]}}])
+    assert [ratio["what"] for ratio in results] == ["prefill: icarus over base"]
 
 
-@pytest.mark.parametrize(("cached", "met"), [(992, True), (960, False), (0, False)])
-def test_the_prompt_is_prefilled_once(cached: int, met: bool) -> None:
+@pytest.mark.parametrize(("cached", "computed"), [(992, 1056), (960, 1280), (0, 8000)])
+def test_what_was_not_in_the_cache_was_prefilled(cached: int, computed: int) -> None:
     turns = [{"prompt_tokens": 1000, "cached_tokens": 0 if turn == 0 else cached} for turn in range(8)]
-    result = micro_goals.prefilled_once([{"turns": turns}], 1000)
-    assert (result["value"], result["at_most"]) == (1000 + 7 * (1000 - cached), 1056)
-    assert result["met"] is met
+    assert report.prefilled({"turns": turns}) == computed
 
 
 @pytest.mark.parametrize(("prompt", "rest"), [(1, 1), (BLOCK, BLOCK), (BLOCK + 1, 1), (1000, 8)])
@@ -197,12 +191,12 @@ def test_the_machine_is_measured() -> None:
 
 def test_random_adapters_differ_and_none_is_zero(tmp_path: Path) -> None:
     base = str(save_base(tmp_path / "base"))
-    made = serve_micro._adapters(base, tmp_path, ["base", "stock", "icarus"])
-    assert made["base"] == {}
+    adapters = engines.make_adapters(base, tmp_path, ["base", "stock", "icarus"])
+    assert adapters["base"] == {}
     for system, ours in (("stock", False), ("icarus", True)):
-        assert len(made[system]) == ADAPTERS
-        assert {is_icarus(folder) for folder in made[system].values()} == {ours}
-        one, other, *_ = (_tensors(folder) for folder in made[system].values())
+        assert len(adapters[system]) == ADAPTERS
+        assert {adapter.is_icarus(folder) for folder in adapters[system].values()} == {ours}
+        one, other, *_ = (_tensors(folder) for folder in adapters[system].values())
         assert all(weight.any() and not torch.equal(weight, other[name]) for name, weight in one.items())
         assert any("k_proj" in name for name in one) != ours
 
@@ -264,7 +258,7 @@ def test_an_error_of_an_engine_is_raised(tmp_path: Path) -> None:
 INTERRUPTED = """if True:
     import sys
     from pathlib import Path
-    from icarus.bench.engine_process import EngineProcess
+    from benchmarks.serve_micro.engine_process import EngineProcess
     with EngineProcess("echo", Path(sys.argv[1]), {}, [sys.executable, "-c", sys.argv[2]]) as engine:
         print(engine._process.pid, flush=True)
         engine.ask({"do": "sleep"})
@@ -321,55 +315,55 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, name: str, log: Path, environment: dict[str, str]) -> None:
             super().__init__(name, log, environment, [sys.executable, "-c", PRETENDED])
 
-    monkeypatch.setattr(serve_micro, "EngineProcess", Pretended)
-    monkeypatch.setattr(serve_micro, "_has_vllm", lambda: True)
+    monkeypatch.setattr(engines, "EngineProcess", Pretended)
+    monkeypatch.setattr(engines, "has_vllm", lambda: True)
     monkeypatch.setattr(bounds.Machine, "measured", classmethod(lambda cls, dtype: MACHINE))
-    monkeypatch.setattr(serve_micro, "RANK", 2)
+    monkeypatch.setattr(engines, "RANK", 2)
     monkeypatch.setenv("ICARUS_CPU_LORA", "0")
 
 
-WORDS = ["bench", "serve-micro", "--starts", "3", "--repeats", "2", "--prompt-tokens", "40", "--steps", "3"]
+WORDS = ["--starts", "3", "--repeats", "2", "--prompt-tokens", "40", "--steps", "3"]
 
 
 def test_a_whole_run(pretended: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, target, profile = save_base(tmp_path / "base"), tmp_path / "report.json", tmp_path / "deep" / "profile"
-    assert cli.main([*WORDS, "--base", str(base), "--json", str(target), "--profile", str(profile)]) == 0
+    assert command.main([*WORDS, "--base", str(base), "--json", str(target), "--profile", str(profile)]) == 0
     report = json.loads(target.read_text())
-    assert set(report) == {"settings", "machine", "goals", "measurements"}
+    assert set(report) == {"settings", "machine", "ratios", "measurements"}
     assert {name: about["plugins"] for name, about in report["settings"]["engines"].items()} == {
         "base": "",
         "stock": "",
         "conventional": "icarus",
         "icarus": "icarus",
     }
-    assert len(report["measurements"]["prefill"]["sides"]["icarus"]["samples"]) == 3 * 2
-    assert len(report["measurements"]["chain"]["sides"]["stock"]["samples"]) == 3
-    goals = {goal["what"]: goal for goal in report["goals"]}
-    assert goals["decode, batch 8: icarus over stock"]["starts"] == [100, 100, 100]
-    assert goals["chain: icarus over conventional"]["met"] is False
-    assert goals["prefill: icarus over base"]["met"] is True
+    samples = json.loads(gzip.decompress((tmp_path / "report-samples.json.gz").read_bytes()))
+    assert (len(samples["prefill"]["icarus"]), len(samples["chain"]["stock"])) == (3 * 2, 3)
+    ratio = {entry["what"]: entry for entry in report["ratios"]}
+    assert ratio["decode, batch 8: icarus over stock"]["starts"] == [100, 100, 100]
+    assert ratio["chain: icarus over conventional"]["value"] == 1
+    assert report["measurements"]["chain"]["sides"]["icarus"]["prefilled_tokens"] == 40 + 7 * 8
     assert sorted(path.name for path in profile.iterdir()) == sorted(f"{system}.txt" for system in SYSTEMS)
     assert (profile / "icarus.txt").read_text().count("aten::mm") == 4
     printed = capsys.readouterr()
-    assert "MISSED" in printed.out
+    assert "icarus over stock" in printed.out
     assert printed.err.count("decode, batch 1, round 2 of 2") == 3
 
 
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["--systems", "base,vapour"], "'vapour'"),
+        (["--systems", "base", "vapour"], "'vapour'"),
         (["--prompt-tokens", "2048"], "2048 tokens"),
         (["--profile", "/dev/null/here"], "/dev/null/here"),
     ],
     ids=["systems", "prompt", "profile"],
 )
 def test_bad_input(words: list[str], found: str, pretended: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*WORDS, *words]) == 2
+    assert command.main([*WORDS, *words]) == 2
     assert found in capsys.readouterr().err
 
 
 def test_without_vllm_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(serve_micro, "_has_vllm", lambda: False)
-    assert cli.main(WORDS) == 2
+    monkeypatch.setattr(engines, "has_vllm", lambda: False)
+    assert command.main(WORDS) == 2
     assert "pip install 'icarus-llm[cpu]'" in capsys.readouterr().err

@@ -44,6 +44,11 @@ def kv_bytes_per_token(base: Path, dtype: str) -> int:
     return int(2 * shapes["num_hidden_layers"] * shapes.get("num_key_value_heads", heads) * size * _BYTES[dtype])
 
 
+def adapter_name(number: int) -> str:
+    """What the adapters are called, from 0 on; served models have these names too."""
+    return f"agent-{number}"
+
+
 def make_adapters(base: Path, folder: Path, kinds: Iterable[str], count: int, rank: int, seed: int) -> None:
     """``count`` adapters of each kind ('icarus', 'conventional') as ``folder/KIND/agent-K``, with random weights.
 
@@ -63,7 +68,7 @@ def make_adapters(base: Path, folder: Path, kinds: Iterable[str], count: int, ra
                 for name, tensor in model.state_dict().items()
                 if ".lora_" in name
             }
-            target = folder / kind / f"agent-{number}"
+            target = folder / kind / adapter_name(number)
             if kind == "icarus":
                 adapter.save(model, target, base_fingerprint=fingerprint, dtype=torch.bfloat16, state_dict=state)
             else:

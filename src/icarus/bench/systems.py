@@ -39,7 +39,11 @@ class ServerKind:
     @property
     def names(self) -> list[str]:
         """The models that are asked, in the order of the roles."""
-        return ["base"] * self.models if self.system == "single" else [f"agent-{k}" for k in range(self.models)]
+        return (
+            ["base"] * self.models
+            if self.system == "single"
+            else [checkpoints.adapter_name(k) for k in range(self.models)]
+        )
 
 
 def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, port: int) -> list[str]:

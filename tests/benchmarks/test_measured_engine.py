@@ -1,4 +1,4 @@
-"""The engine that ``icarus bench serve-micro`` measures answers each kind of command, with and without the plugin."""
+"""The engine that ``benchmarks/serve_micro`` measures answers each kind of command, with and without the plugin."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from strict_skips import WITHOUT_VLLM
 
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
+from benchmarks.serve_micro.engine_process import EngineFailed, EngineProcess
 from conftest import tokens
 from engines import BLOCK, Shop
-from icarus.bench.engine_process import EngineFailed, EngineProcess
 
 pytestmark = pytest.mark.engine
 

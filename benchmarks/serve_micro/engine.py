@@ -1,6 +1,6 @@
-"""One engine in a process of its own, which ``icarus bench serve-micro`` asks for measurements.
+"""One engine in a process of its own, which ``run.py`` asks for measurements.
 
-    python -m icarus.vllm.measured
+    python -P engine.py
 
 reads one JSON object a line from standard input and answers each with one line on standard output. Everything that
 vLLM prints goes to standard error. The first line says what to start; it is answered when the engine is ready:

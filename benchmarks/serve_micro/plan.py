@@ -1,4 +1,4 @@
-"""What ``icarus bench serve-micro`` asks engines for, in which order, and the work that is in each measurement.
+"""What the engines are asked for, in which order, and the work that is in each measurement.
 
 A side is an engine and whom its requests are for: its adapters, or the base model. Sides of one measurement take
 turns; every other round goes backwards, so that none always runs behind the same neighbour.
@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icarus.bench.bounds import Work
+from benchmarks.serve_micro.bounds import Work
+from icarus.bench.checkpoints import adapter_name
 
 SYSTEMS = ("base", "stock", "conventional", "icarus")
 BATCHES = (1, 8, 16)
 ADAPTERS, RANK = 8, 16
+SEED = 0
 DECODED_PROMPT = 128
 CHAIN_TOKENS = 16
 PREFILLED = 3
@@ -77,7 +79,7 @@ class Measurement:
             yield number, tuple(side for side in sides if number <= 0 or side.system not in self.once)
 
     def command(self, side: Side, round_: int, sizes: Sizes) -> Message:
-        """For ``icarus.vllm.measured``. Prompts are new in every round, and the same on all engines of a round."""
+        """For ``engine.py``. Prompts are new in every round, and the same on all engines of a round."""
         source = random.Random(f"{sizes.seed} {self.name} {round_} {side.adapted}")
 
         def prompt(length: int) -> list[int]:
@@ -132,11 +134,6 @@ class Measurement:
         return [*works, whole, replace(rest, times=self.turns - 1)]
 
 
-def adapter_name(number: int) -> str:
-    """What the adapters are called, from 0 on."""
-    return f"specialist{number}"
-
-
 def rest_of(prompt: int) -> int:
     """Tokens of a prompt that are computed when all of its whole blocks are cached: at least one has to be."""
     return (prompt - 1) % BLOCK + 1
@@ -173,7 +170,7 @@ def measurements(systems: Sequence[str]) -> list[Measurement]:
     own = tuple(Side(system, adapted=system != "base") for system in systems)
     lent = tuple(Side(system, adapted=False) for system in systems if system != "base")
     serving = tuple(side for side in own if side.adapted)
-    # The base model on the other engines is asked where there is a goal for it.
+    # The largest batch of the base model is asked of its own engine alone: what adapters cost it shows in the others.
     decode = [
         Measurement(f"decode, batch {batch}", "tokens/s", own + (lent if batch < max(BATCHES) else ()), batch=batch)
         for batch in BATCHES

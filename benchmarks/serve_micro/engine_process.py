@@ -1,6 +1,6 @@
 """An engine under test as a process: it gets one JSON object a line and answers each with one line.
 
-What the process is (``icarus.vllm.measured``) is known here by its name only, since the benchmarks import no vLLM.
+What runs in it is ``engine.py``, which imports vLLM; nothing else here does.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from icarus.bench.logs import last_lines
 from icarus.errors import IcarusError
 
-COMMAND = (sys.executable, "-m", "icarus.vllm.measured")
+COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("engine.py")))
 
 
 class EngineFailed(IcarusError):
@@ -77,7 +79,6 @@ class EngineProcess:
         return answer
 
     def cpu_seconds(self) -> float:
-        """Processor time that the process has used, in all of its threads (proc(5), stat)."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        user, system = int(fields[11]), int(fields[12])
-        return (user + system) / os.sysconf("SC_CLK_TCK")
+        """Processor time that the process has used, in all of its threads."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
