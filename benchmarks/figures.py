@@ -60,7 +60,7 @@ def served(measurement: str, side: str) -> float:
 def ratio(measurement: str, side: str, peer: str) -> float:
     """How many times as fast ``side`` is in ``serve_micro``: the median over starts of the engines."""
     what = f"{measurement}: {side} over {peer}"
-    return next(float(goal["value"]) for goal in result("serve-micro")["goals"] if goal["what"] == what)
+    return next(float(entry["value"]) for entry in result("serve-micro")["ratios"] if entry["what"] == what)
 
 
 def agents(system: str, models: int, *, rate: float | None = None, budget: str = "tight") -> Mapping[str, float]:
@@ -215,7 +215,7 @@ def serve_micro() -> Table:
 
 def agent_workflows() -> Table:
     """What is served a minute, how long a workflow takes, and what is prefilled."""
-    systems = (("conventional", 8), ("icarus", 8), (BASE_SYSTEM, 1))
+    systems = (("conventional", 8), ("icarus", 8), ("base", 1))
     usual, ours, base = (agents(system, models) for system, models in systems)
     rated = [p95(agents(system, models, rate=0.2)) for system, models in systems]
     rows = [
@@ -249,9 +249,6 @@ def agent_workflows() -> Table:
     return rows
 
 
-BASE_SYSTEM = "single"
-
-
 def _times(models: int, run: Mapping[str, float]) -> str:
     times = gain(models, "conventional")["throughput"]
     return f"**{minute(run)}** ({times:.1f}x)" if times > 1.05 else f"{minute(run)} ({times:.2f}x)"
@@ -273,7 +270,7 @@ def agent_gains() -> Table:
         paper = {key: f" ({by_models[models]:g})" if models in by_models else "" for key, by_models in PAPER.items()}
         best = f"{fast['p95']:.1f}{paper['p95']}"
         throughput = f"{at_once['throughput']:.2f}{paper['throughput']}"
-        over_base = gain(models, BASE_SYSTEM)["throughput"]
+        over_base = gain(models, "base")["throughput"]
         rows.append(
             [
                 str(models),

@@ -24,7 +24,7 @@ def command(kind: Any, settings: Any, base: Path, adapters: Path, port: int) -> 
     system, _, calls = os.environ.get("FAKE_DIES", "").partition(":")
     if system == kind.system:
         words += ["--dies-after", calls]
-    return [*words, "--shared"] if kind.system in ("icarus", "single") else words
+    return [*words, "--shared"] if kind.system in ("icarus", "base") else words
 
 
 def install(patch: Any) -> None:

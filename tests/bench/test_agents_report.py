@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from icarus.bench import figures, plan, profiles, prometheus, report, systems, tables
+from icarus.bench import figures, plan, profiles, prometheus, records, report, systems, tables
 from icarus.bench.records import Records
 from icarus.errors import IcarusError, InputError
 
@@ -57,7 +58,7 @@ def test_report_takes_medians_and_the_largest_gap_at_one_rate() -> None:
     records += [record("conventional", repeat=r, seconds=s) for r, s in enumerate((8.0, 8.0, 1.0))]
     records += [record(rate=0.1, seconds=1.0), record("conventional", rate=0.1, seconds=3.0)]
     records += [record(rate=0.2, seconds=2.0), record("conventional", rate=0.2, seconds=10.0)]
-    records += [record("single", models=1, seconds=1.0), record("stock", models=4, seconds=1.0)]
+    records += [record("base", models=1, seconds=1.0), record("stock", models=4, seconds=1.0)]
     records += [record(models=2, seconds=1.0), record("conventional", models=2, seconds=2.0)]
     protocol = {"settings": {"workloads": ["react", "control"]}, "KV": {}, "machine": {}}
     found = report.build(protocol, records, ["icarus: it\ndied"])
@@ -66,7 +67,7 @@ def test_report_takes_medians_and_the_largest_gap_at_one_rate() -> None:
     assert (two["models"], two["throughput"], two["p95"]) == (2, 2.0, None)
     assert (eight["p95_at_rate"], eight["p95_all_at_once"]) == (0.2, 4.0)
     peers = {(gain["over"], gain["models"], gain["rate"]): gain["throughput"] for gain in found["gains"]}
-    assert peers["single", 8, None] == 1.0  # it has the first repeat alone
+    assert peers["base", 8, None] == 1.0  # it has the first repeat alone
     assert ("stock", 8, None) not in peers  # measured with four models only
     text = tables.markdown(found, ["speedup"])
     assert "| tight | 8 | 4.00x | 3.80x | 5.00x | 0.2 | 11.10x |" in text
@@ -96,7 +97,7 @@ vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
 SETTINGS = {"seed": 0, "rank": 16, "models": [1, 2], "repeats": 1}
 
 
-def test_records_go_on_where_they_were_broken_off(tmp_path: Path) -> None:
+def test_an_interrupted_file_of_records_resumes(tmp_path: Path) -> None:
     file = tmp_path / "new" / "runs.jsonl"
     unit = plan.Unit("icarus", 2, "tight", "react", 0.5, 0).key
     first = Records(file, SETTINGS)
@@ -109,6 +110,21 @@ def test_records_go_on_where_they_were_broken_off(tmp_path: Path) -> None:
     other = {**unit, "rate": None}
     again.add(other, {"duration": 2.0})
     assert [found["duration"] for found in Records(file, SETTINGS).units] == [1.0, 2.0]
+
+
+def test_a_compressed_file_of_records_is_read_and_resumed(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    unit = plan.Unit("icarus", 2, "tight", "react", 0.5, 0).key
+    Records(file, SETTINGS).add(unit, {"duration": 1.0})
+    text = file.read_text()
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    file.unlink()
+    assert records.read(file) == text
+    again = Records(file, SETTINGS)
+    assert again.done(unit)
+    again.add({**unit, "rate": None}, {"duration": 2.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
+    assert len(Records(file, SETTINGS).units) == 2
 
 
 def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -132,7 +148,7 @@ def test_the_plan_alternates_and_repeats_nothing() -> None:
     ]  # fmt: skip
     assert units[-1].system == "stock", "what takes longest comes last"
     assert {unit.models for unit in units if unit.budget == "roomy"} == {8}
-    assert {unit.models for unit in units if unit.system == "single"} == {1}
+    assert {unit.models for unit in units if unit.system == "base"} == {1}
     quick = list(plan.units(profiles.QUICK))
     assert {(u.system, u.models, u.rate is None) for u in quick} >= {("conventional", 8, True), ("icarus", 8, False)}
 
@@ -182,7 +198,7 @@ def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     assert lines["stock"] == lines["conventional"]
     assert lines["icarus"] == [word.replace("made/conventional", "made/icarus") for word in lines["conventional"]]
     lora = lines["icarus"].index("--enable-lora")
-    assert lines["icarus"][:lora] == lines["single"]
+    assert lines["icarus"][:lora] == lines["base"]
     assert (
         lines["icarus"][lora:]
         == (
@@ -190,12 +206,12 @@ def test_systems_differ_in_adapters_and_plugin_alone() -> None:
             "--lora-modules agent-0=made/icarus/agent-0 agent-1=made/icarus/agent-1"
         ).split()
     )
-    assert lines["single"][lines["single"].index("--num-gpu-blocks-override") + 1] == "200"
+    assert lines["base"][lines["base"].index("--num-gpu-blocks-override") + 1] == "200"
     variables = {system: systems.environment(kind, 2**30 + 1) for system, kind in kinds.items()}
     assert [variables[system].pop("VLLM_PLUGINS") for system in profiles.SYSTEMS] == ["", "icarus", "icarus", ""]
     assert all(variables[system] == variables["icarus"] for system in profiles.SYSTEMS)
     assert variables["icarus"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
-    assert kinds["single"].names == ["base", "base"]
+    assert kinds["base"].names == ["base", "base"]
 
 
 def test_servers_get_what_the_caller_has_set_and_the_protocol_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,10 +225,10 @@ def test_servers_get_what_the_caller_has_set_and_the_protocol_says_so(monkeypatc
 
 
 def test_systems_are_compared_over_repeats_that_both_have() -> None:
-    records = [record(repeat=0, seconds=1.0), record(repeat=1, seconds=9.0), record("single", models=1, seconds=2.0)]
+    records = [record(repeat=0, seconds=1.0), record(repeat=1, seconds=9.0), record("base", models=1, seconds=2.0)]
     records.append(record("conventional", repeat=2, seconds=5.0))
     (gain,) = report.build({"settings": {"workloads": ["react"]}}, records)["gains"]
-    assert (gain["over"], gain["throughput"], gain["p95"]) == ("single", 2.0, 2.0)
+    assert (gain["over"], gain["throughput"], gain["p95"]) == ("base", 2.0, 2.0)
 
 
 def test_a_mixture_of_commits_is_said_first() -> None:

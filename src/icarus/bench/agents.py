@@ -31,6 +31,7 @@ from icarus.bench import (
     options,
     plan,
     prometheus,
+    records,
     report,
     systems,
     tables,
@@ -110,7 +111,7 @@ def redraw(output: Path) -> dict[str, Any]:
         before = json.loads((output / "report.json").read_text(encoding="utf-8"))
         protocol, failures = before["protocol"], before["failures"]
         missing = Settings().as_dict().keys() - protocol["settings"].keys()
-        _, *units = [json.loads(line) for line in (output / RUNS).read_text(encoding="utf-8").splitlines()]
+        _, *units = [json.loads(line) for line in records.read(output / RUNS).splitlines()]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{output} holds no report to draw again ({error}); name the --output of a run.") from error
     if missing:

@@ -105,17 +105,17 @@ def units(settings: Settings) -> Iterator[Unit]:
                 for repeat in range(settings.repeats):
                     for system in systems[:: -1 if repeat % 2 else 1]:
                         if _runs(system, models, budget, repeat, settings):
-                            counted = 1 if system == "single" else models
+                            counted = 1 if system == "base" else models
                             for workload, rate in _loads(system, models, budget, repeat, settings):
                                 yield Unit(system, counted, budget, workload, rate, repeat)
 
 
 def _runs(system: str, models: int, budget: str, repeat: int, settings: Settings) -> bool:
-    """``stock`` and ``single`` are points to compare with at the headline; other budgets are for the most models."""
+    """``stock`` and ``base`` are points to compare with at the headline; other budgets are for the most models."""
     first = budget == settings.budgets[0]
     headline = first and models == settings.most_models
-    if system in ("stock", "single"):
-        return headline and (system == "single" or not repeat)
+    if system in ("stock", "base"):
+        return headline and (system == "base" or not repeat)
     return (headline or not repeat) and (first or models == settings.most_models)
 
 
@@ -124,7 +124,7 @@ def _loads(
 ) -> Iterator[tuple[str, float | None]]:
     swept, *others = settings.workloads
     yield swept, None
-    if budget != settings.budgets[0] or system == "stock" or (system == "single" and repeat):
+    if budget != settings.budgets[0] or system == "stock" or (system == "base" and repeat):
         return
     for rate in settings.rates[: 1 if repeat else None]:
         yield swept, rate

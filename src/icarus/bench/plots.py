@@ -22,7 +22,7 @@ STYLES = {
     "icarus": ("ICaRus", "#2b7bb0", "o"),
     "conventional": ("conventional", "#d1495b", "s"),
     "stock": ("stock vLLM", "#9aa0a6", "^"),
-    "single": ("single base model", "#5b8c5a", "D"),
+    "base": ("one base model in all roles", "#5b8c5a", "D"),
 }
 """Label, colour and marker of each system, in the order of the legends."""
 
@@ -100,9 +100,9 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
 
 
 def _rates(rows: Sequence[Row], title: str) -> Any:
-    """Latency and throughput against arrival rate, a column for each N; ``single`` is the same in all."""
+    """Latency and throughput against arrival rate, a column for each N; ``base`` is the same in all."""
     rated = [row for row in rows if row["rate"] is not None]
-    counts = sorted({row["models"] for row in rated if row["system"] != "single"})
+    counts = sorted({row["models"] for row in rated if row["system"] != "base"})
     if not counts:
         return None
     figure, axes = plt.subplots(
@@ -116,10 +116,10 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
     )
     for column, models in enumerate(counts):
         for system, (label, color, marker) in STYLES.items():
-            points = [r for r in rated if r["system"] == system and (r["models"] == models or system == "single")]
+            points = [r for r in rated if r["system"] == system and (r["models"] == models or system == "base")]
             points.sort(key=lambda row: row["rate"])
             rates = [row["rate"] for row in points]
-            style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if system == "single" else "-"}
+            style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if system == "base" else "-"}
             if points:
                 axes[0, column].plot(rates, [row["p95_workflow_ms"] / 1e3 for row in points], **style)
                 axes[1, column].plot(rates, [row["workflow_throughput"] for row in points], **style)
@@ -147,9 +147,9 @@ def _tokens(rows: Sequence[Row], swept: str) -> Any:
     if not shown:
         return None
     order = list(STYLES)
-    shown.sort(key=lambda r: (r["budget"] != TIGHT, r["system"] == "single", r["models"], order.index(r["system"])))
+    shown.sort(key=lambda r: (r["budget"] != TIGHT, r["system"] == "base", r["models"], order.index(r["system"])))
     labels = [
-        STYLES[row["system"]][0] + ("" if row["system"] == "single" else f", N={row['models']}") + f", {row['budget']}"
+        STYLES[row["system"]][0] + ("" if row["system"] == "base" else f", N={row['models']}") + f", {row['budget']}"
         for row in shown
     ]
     figure, axis = plt.subplots(figsize=(9, 1.6 + 0.3 * len(shown)), layout="constrained")
@@ -173,7 +173,7 @@ def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
     wanted = [u for u in units if u["unit"]["workload"] == swept and u["unit"]["budget"] == budget]
     wanted = [u for u in wanted if u["unit"]["rate"] is None and u["unit"]["repeat"] == 0]
     most = max((u["unit"]["models"] for u in wanted), default=0)
-    shown = [u for u in wanted if u["unit"]["system"] == "single" or u["unit"]["models"] == most]
+    shown = [u for u in wanted if u["unit"]["system"] == "base" or u["unit"]["models"] == most]
     if not shown:
         return None
     present = [system for system in STYLES if any(u["unit"]["system"] == system for u in shown)]

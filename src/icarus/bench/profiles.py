@@ -8,7 +8,7 @@ from typing import Any
 
 from icarus.bench.workloads import MAKERS, Sizes
 
-SYSTEMS = ("stock", "conventional", "icarus", "single")  # what they are: systems.py
+SYSTEMS = ("stock", "conventional", "icarus", "base")  # what they are: systems.py
 TIGHT, ROOMY = "tight", "roomy"
 BUDGETS = (TIGHT, ROOMY)
 
@@ -90,7 +90,7 @@ class Settings:
 CPU = Settings()
 QUICK = replace(
     CPU,
-    systems=("conventional", "icarus", "single"),
+    systems=("conventional", "icarus", "base"),
     models=(8,),
     workloads=("react",),
     budgets=(TIGHT,),

@@ -1,10 +1,12 @@
 """Raw results in a file of JSON lines: the settings first, then one line for each finished unit, appended at once.
 
-A run that is broken off goes on where it stopped. Settings that give a finished unit another meaning are refused.
+An interrupted run resumes. Settings that give a finished unit another meaning are refused. A file that has been
+compressed (``runs.jsonl.gz``) is read as well.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ class Records:
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         """Opens the file, or starts it. Raises InputError for a file of other settings or of no such run."""
         self.file = file
+        _unpack(file)
         self.units: list[dict[str, Any]] = []
         meaning = _plain({key: value for key, value in settings.items() if key not in GRID})
         if file.exists() and file.stat().st_size:
@@ -64,6 +67,27 @@ class Records:
             handle.write(json.dumps(line) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def read(file: Path) -> str:
+    """The text of a file of runs, or of ``FILE.gz`` in its place."""
+    packed = _packed(file)
+    if packed.exists() and not file.exists():
+        return gzip.decompress(packed.read_bytes()).decode()
+    return file.read_text(encoding="utf-8")
+
+
+def _packed(file: Path) -> Path:
+    return file.with_name(file.name + ".gz")
+
+
+def _unpack(file: Path) -> None:
+    """Lines can be appended to a plain file only."""
+    if _packed(file).exists() and not file.exists():
+        scratch = file.with_name(file.name + ".tmp")
+        scratch.write_text(read(file), encoding="utf-8")
+        scratch.replace(file)
+        _packed(file).unlink()
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

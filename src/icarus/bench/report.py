@@ -49,7 +49,7 @@ def medians(records: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _gains(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], place: Row) -> Iterable[Row]:
-    """ICaRus in one place against every peer there; single has one model whatever N is.
+    """ICaRus in one place against every peer there; base has one model whatever N is.
 
     Repeats have texts and arrivals of their own, so only those that both have are compared.
     """
@@ -57,7 +57,7 @@ def _gains(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], place: Row
         same = all(other[key] == place[key] for key in ("budget", "workload", "rate"))
         if other["system"] == "icarus" or not same:
             continue
-        if other["models"] != place["models"] and other["system"] != "single":
+        if other["models"] != place["models"] and other["system"] != "base":
             continue
         at_ours, at_peer = _by_repeat(records, place), _by_repeat(records, other)
         both = at_ours.keys() & at_peer.keys()

@@ -3,7 +3,7 @@
     stock          vLLM without the plugin, ordinary LoRA on all linear projections
     conventional   the same adapters with the plugin loaded, whose CPU LoRA operators are then in use
     icarus         ICaRus adapters with the plugin
-    single         vLLM without plugin and LoRA: the base model plays all roles, a bound for what sharing can give
+    base           vLLM without plugin and LoRA: one base model in all roles, the upper bound for what sharing can give
 
 Everything else is the same: model, flags, KV budget, rank, requests.
 """
@@ -23,9 +23,9 @@ from icarus.bench.server import Server, free_port
 from icarus.vllm_environment import variables
 
 ADAPTERS = {"stock": "conventional", "conventional": "conventional", "icarus": "icarus"}
-"""The kind of adapter that a system serves; ``single`` has none."""
+"""The kind of adapter that a system serves; ``base`` has none."""
 
-_WITHOUT_PLUGIN = {"stock", "single"}
+_WITHOUT_PLUGIN = {"stock", "base"}
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +41,7 @@ class ServerKind:
         """The models that are asked, in the order of the roles."""
         return (
             ["base"] * self.models
-            if self.system == "single"
+            if self.system == "base"
             else [checkpoints.adapter_name(k) for k in range(self.models)]
         )
 
