@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from icarus import base_model, hub
-from icarus.adapter.fingerprints import fingerprint
+from icarus.adapter import fingerprint
 from icarus.errors import InputError
 from saved import save_base
 

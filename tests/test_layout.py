@@ -33,6 +33,7 @@ LEVELS = [
 PLUGIN = ["cpu", "worker", "engine", "server", "plugin"]
 HEIGHT = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train"}, "vllm": {"vllm"}}
+DOORS = {"adapter"}  # packages of which others import the names in ``__init__`` alone
 VAGUE = {"utils", "common", "helpers", "misc", "base"}
 
 
@@ -58,6 +59,11 @@ def room(module: str) -> int:
     return PLUGIN.index(inner) + 1 if part == "vllm" and inner in PLUGIN else 0
 
 
+def is_module(path: str) -> bool:
+    """Whether a path within the package is a file of a package, and not a name in it."""
+    return any((ROOT / part).with_suffix(".py").is_file() for part in (path, str(Path(path).parent)))
+
+
 def violations(root: Path) -> list[str]:
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -73,6 +79,8 @@ def violations(root: Path) -> list[str]:
             target = rest.split(".")[0]
             if top in ONLY_IN and part not in ONLY_IN[top]:
                 found.append(f"{module} imports {top}")
+            if top == "icarus" and target in DOORS and target != part and is_module(rest.replace(".", "/")):
+                found.append(f"{module} imports {name}, and not its door")
             above = target != part and HEIGHT.get(target, HEIGHT[""]) >= HEIGHT[part]
             if top == "icarus" and (above or (part == "vllm" and room(rest) > room(module))):
                 found.append(f"{module} imports {name}")
@@ -110,6 +118,13 @@ def test_imports_go_one_way() -> None:
         ),
         ("vllm/cpu/lora.py", "import icarus.vllm.worker.runner", "vllm.cpu.lora imports icarus.vllm.worker.runner"),
         ("train/run.py", "from icarus import cli", "train.run imports icarus.cli"),
+        (
+            "context.py",
+            "from icarus.adapter.checks import verify",
+            "context imports icarus.adapter.checks.verify, and not its door",
+        ),
+        ("context.py", "from icarus.adapter import checks", "context imports icarus.adapter.checks, and not its door"),
+        ("context.py", "import icarus.adapter.checks", "context imports icarus.adapter.checks, and not its door"),
         ("train/utils.py", "", "train.utils: a vague name"),
         ("helpers/__init__.py", "", "helpers: a vague name"),
         ("new.py", "", "new: in no level of this test"),
@@ -125,7 +140,8 @@ def test_a_planted_violation_is_found(file: str, line: str, found: str, tmp_path
 def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "run.py").write_text(
-        "import torch, trl\nfrom icarus import adapter\nfrom icarus.train import data\nfrom . import config\n"
+        "import torch, trl\nfrom icarus import adapter\nfrom icarus.adapter import feeds_kv\n"
+        "from icarus.train import data\nfrom . import config\n"
     )
     (tmp_path / "adapter.py").write_text("from peft import LoraConfig\nfrom icarus.errors import InputError\n")
     assert violations(tmp_path) == []

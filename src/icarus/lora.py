@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from icarus.adapter.checks import feeds_kv
+from icarus.adapter import feeds_kv
 from icarus.errors import InputError, UnsupportedModelError
 
 Forward = Callable[..., Tensor]

@@ -25,7 +25,6 @@ from specimens import (
     both,
     deepseek,
     drop_module,
-    edit,
     gpt2,
     hf,
     kv_tensors,
@@ -84,15 +83,6 @@ def test_info(good: Path) -> None:
         tensors=20,
         bytes=sum(4 * tensor.numel() for tensor in file.values()),
     )
-
-
-def test_is_icarus(good: Path, tmp_path: Path) -> None:
-    assert checks.is_icarus(good)
-    assert not checks.is_icarus(tmp_path)
-    edit(lambda config: config.pop("icarus"))(good)
-    assert not checks.is_icarus(good)
-    (good / "adapter_config.json").write_text("[")
-    assert not checks.is_icarus(good)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -1,6 +1,7 @@
 """The adapters of specialists: PEFT directories that may share a KV cache, on disk and on a loaded model.
 
-    checks         reading a directory: may this adapter share a cache?
+    files          the files of a directory, and reading them
+    checks         may the adapter in a directory share a cache?
     fingerprints   the identity of a base model: one hash of its weights
     projections    the linear projections of a base model, by name
     location       from a path or a Hub repository to a local directory
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icarus.adapter.attachment import attach, attach_conventional, check_attached, decoder_targets, names
-    from icarus.adapter.checks import MARKER_VERSION, AdapterInfo, feeds_kv, is_icarus, problems, verify
+    from icarus.adapter.checks import AdapterInfo, feeds_kv, problems, verify
+    from icarus.adapter.files import CONFIG_NAME, MARKER_VERSION, WEIGHTS_NAME, is_icarus, read_tensors
     from icarus.adapter.fingerprints import fingerprint
     from icarus.adapter.location import locate
     from icarus.adapter.storage import from_pretrained, load, push_to_hub, save, save_conventional
 
 _HOMES = {
-    "MARKER_VERSION": "checks",
+    "CONFIG_NAME": "files",
+    "MARKER_VERSION": "files",
+    "WEIGHTS_NAME": "files",
     "AdapterInfo": "checks",
     "attach": "attachment",
     "attach_conventional": "attachment",
@@ -32,19 +36,22 @@ _HOMES = {
     "feeds_kv": "checks",
     "fingerprint": "fingerprints",
     "from_pretrained": "storage",
-    "is_icarus": "checks",
+    "is_icarus": "files",
     "load": "storage",
     "locate": "location",
     "names": "attachment",
     "problems": "checks",
     "push_to_hub": "storage",
+    "read_tensors": "files",
     "save": "storage",
     "save_conventional": "storage",
     "verify": "checks",
 }
 
 __all__ = [
+    "CONFIG_NAME",
     "MARKER_VERSION",
+    "WEIGHTS_NAME",
     "AdapterInfo",
     "attach",
     "attach_conventional",
@@ -59,6 +66,7 @@ __all__ = [
     "names",
     "problems",
     "push_to_hub",
+    "read_tensors",
     "save",
     "save_conventional",
     "verify",

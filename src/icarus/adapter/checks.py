@@ -7,7 +7,6 @@ config. All is read without PEFT and, but for ``projections.of_empty_model``, wi
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,18 +15,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icarus.adapter import projections
-from icarus.adapter.fingerprints import StrPath, fingerprint
+from icarus.adapter.files import MARKER_VERSION, WEIGHTS_NAME, StrPath, read_config, read_tensors
+from icarus.adapter.fingerprints import fingerprint
 from icarus.errors import AdapterError
-
-MARKER_VERSION = 1
-"""Version of the ``icarus`` object in ``adapter_config.json`` that is written and read."""
-
-CONFIG, WEIGHTS, CARD, PICKLE = "adapter_config.json", "adapter_model.safetensors", "README.md", "adapter_model.bin"
 
 Config = Mapping[str, Any]
 Base = nn.Module | StrPath | None  # loaded, its safetensors folder, or nothing to compare with
@@ -70,14 +63,6 @@ def feeds_kv(module_name: str) -> bool:
     return leaf in _KV_NAMES or leaf.startswith(_KV_PREFIX) or not _KV_PARTS.isdisjoint(parts)
 
 
-def is_icarus(directory: StrPath) -> bool:
-    """Whether the directory's config carries the ICaRus marker; says nothing about its soundness."""
-    try:
-        return "icarus" in _read_config(Path(directory))
-    except AdapterError:
-        return False
-
-
 def verify(directory: StrPath, base: Base = None, *, base_fingerprint: str | None = None) -> AdapterInfo:
     """Checks that an adapter is sound and may share a KV cache; see ``problems`` for what is checked and how.
 
@@ -112,7 +97,7 @@ def problems(directory: StrPath, base: Base = None, *, base_fingerprint: str | N
 
 def _inspect(directory: Path, base: Base, mark: str | None) -> tuple[list[str], Config, dict[str, Tensor]]:
     try:
-        config = _read_config(directory)
+        config = read_config(directory)
     except AdapterError as error:
         return [str(error)], {}, {}
     malformed = _malformed_settings(config)
@@ -132,33 +117,6 @@ def _inspect(directory: Path, base: Base, mark: str | None) -> tuple[list[str], 
     if base is not None:
         found += _layout_problems(config, tensors, base)
     return found, config, tensors
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise AdapterError("there is no such directory: give the folder of an adapter, with adapter_config.json")
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{CONFIG} is missing: give the folder of an adapter, or copy it again") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{CONFIG} is not readable JSON ({error}): copy or save the adapter again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG} is not a JSON object: copy or save the adapter again")
-    return config
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors by their names in the file; raises AdapterError where they cannot be read without risk."""
-    if not (directory / WEIGHTS).is_file():
-        if (directory / PICKLE).is_file():
-            raise AdapterError(f"only {PICKLE} is there, a pickle that could run code: save it as {WEIGHTS}")
-        raise AdapterError(f"{WEIGHTS} is missing: copy or save the adapter again")
-    try:
-        tensors: dict[str, Tensor] = load_file(directory / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{WEIGHTS} is truncated or no safetensors file ({error}): copy or save it again") from None
-    return tensors
 
 
 # ---------------------------------------------------------------------------------------------- the config
@@ -268,7 +226,7 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, list[Tensor | None]]:
 
 def _tensor_problems(tensors: dict[str, Tensor]) -> list[str]:
     if not tensors:
-        return [f"{WEIGHTS} holds no tensors: save the adapter again"]
+        return [f"{WEIGHTS_NAME} holds no tensors: save the adapter again"]
     found = []
     for name, tensor in tensors.items():
         if not _TENSOR.fullmatch(name):

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icarus.adapter.files import StrPath
 from icarus.errors import InputError
 
 FULL_HASH_LIMIT = 512 * 1024**2
@@ -57,7 +58,6 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
-StrPath = str | os.PathLike[str]
 Ranges = Iterable[tuple[int, int]]  # [start, stop) of elements in row-major order
 
 

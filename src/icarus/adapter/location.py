@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from icarus import hub
-from icarus.adapter.checks import CARD, CONFIG, PICKLE, WEIGHTS
-from icarus.adapter.fingerprints import StrPath
+from icarus.adapter.files import CARD_NAME, CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, StrPath
 from icarus.errors import AdapterError
 
 
@@ -21,7 +20,9 @@ def locate(source: StrPath, revision: str | None = None, token: str | bool | Non
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         return path
     try:
-        return hub.snapshot(str(source), [CONFIG, WEIGHTS, PICKLE, CARD], revision=revision, token=token)
+        return hub.snapshot(
+            str(source), [CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, CARD_NAME], revision=revision, token=token
+        )
     except hub.DownloadError as error:
         raise AdapterError(
             f"{source} is no local folder and could not be downloaded from the Hub ({error}); check its name and the "

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from icarus.adapter.fingerprints import StrPath, base_of, checkpoint_shapes
+from icarus.adapter.files import StrPath
+from icarus.adapter.fingerprints import base_of, checkpoint_shapes
 
 Shapes = dict[str, tuple[int, int]]
 """Module name to (out features, in features)."""

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 from icarus import atomic
 from icarus.adapter import model_card
 from icarus.adapter.attachment import check_name, names, peft_errors, set_training_modes, training_modes
-from icarus.adapter.checks import CARD, CONFIG, MARKER_VERSION, PICKLE, WEIGHTS, problems, read_tensors
+from icarus.adapter.checks import problems
 from icarus.adapter.checks import verify as check_directory  # in ``load``, ``verify`` is the caller's choice
-from icarus.adapter.fingerprints import StrPath, fingerprint
+from icarus.adapter.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    MARKER_VERSION,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    StrPath,
+    read_tensors,
+)
+from icarus.adapter.fingerprints import fingerprint
 from icarus.adapter.location import locate
 from icarus.errors import AdapterError
 
@@ -52,14 +61,14 @@ def save(
     target = Path(directory).expanduser().resolve()
     if name not in names(model):
         raise AdapterError(f"The model has no adapter {name!r} to save: it has {', '.join(names(model)) or 'none'}.")
-    with atomic.replacing(target, key=CONFIG, obsolete=[PICKLE]) as folder:
+    with atomic.replacing(target, key=CONFIG_NAME, obsolete=[PICKLE_NAME]) as folder:
         _write(model, folder, name, dtype, state_dict)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()  # a set in memory; equal adapters shall give equal files
         config["icarus"] = {"version": MARKER_VERSION, "base_fingerprint": base_fingerprint or fingerprint(model)}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(model_card.text(config, card or {}), encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card.text(config, card or {}), encoding="utf-8")
         if found := problems(folder):
             raise AdapterError(f"Adapter {name!r} is not saved to {target}: {found[0]}.")
     return target
@@ -74,7 +83,7 @@ def save_conventional(
 ) -> Path:
     """Writes a conventional adapter as a plain PEFT directory, atomically as ``save`` does; returns the directory."""
     target = Path(directory).expanduser().resolve()
-    with atomic.replacing(target, key=CONFIG, obsolete=[PICKLE]) as folder:
+    with atomic.replacing(target, key=CONFIG_NAME, obsolete=[PICKLE_NAME]) as folder:
         _write(model, folder, "default", dtype, state_dict)
     return target
 
@@ -90,8 +99,8 @@ def _write(
         for file in list((folder / name).iterdir()):
             file.rename(folder / file.name)
         (folder / name).rmdir()
-    mode = (folder / CONFIG).stat().st_mode
-    (folder / WEIGHTS).chmod(mode)  # safetensors writes files that only their owner can read
+    mode = (folder / CONFIG_NAME).stat().st_mode
+    (folder / WEIGHTS_NAME).chmod(mode)  # safetensors writes files that only their owner can read
 
 
 def load(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icarus import adapter
-from icarus.adapter.checks import CONFIG, read_tensors
 from icarus.errors import AdapterError
 
 ALLOWED_VARIABLE = "ICARUS_ADAPTER_FOLDERS"
@@ -46,16 +45,17 @@ def describe(folder: Path, base: Path | None) -> Described:
 def _conventional_rank(folder: Path) -> int:
     """Raises AdapterError where vLLM could not read it, or would only say so while it serves others."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / adapter.CONFIG_NAME).read_text(encoding="utf-8"))
         rank = config["r"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"{folder} is no adapter: its {CONFIG} cannot be read or has no rank r ({error}); copy or save it again."
+            f"{folder} is no adapter: its {adapter.CONFIG_NAME} cannot be read or has no rank r ({error}); "
+            "copy or save it again."
         ) from error
     if type(rank) is not int or rank < 1:
         raise AdapterError(f"{folder}: r is {rank!r} and not a positive whole number; save the adapter again.")
     try:
-        read_tensors(folder)
+        adapter.read_tensors(folder)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}.") from error
     return rank

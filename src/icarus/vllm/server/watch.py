@@ -14,7 +14,7 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from icarus.adapter.checks import CONFIG, WEIGHTS
+from icarus.adapter import CONFIG_NAME, WEIGHTS_NAME
 
 WATCHED_VARIABLE = "ICARUS_ADAPTER_DIR"
 """Environment variable: the folder whose subfolders a server serves under their names; empty or unset for none."""
@@ -36,7 +36,7 @@ def scan(root: Path) -> dict[str, State]:
         if entry.name.startswith("."):
             continue
         try:
-            files = [(Path(entry.path) / name).stat() for name in (CONFIG, WEIGHTS)]
+            files = [(Path(entry.path) / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
         except OSError:  # no folder, not complete yet, or just renamed
             continue
         found[entry.name] = tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)

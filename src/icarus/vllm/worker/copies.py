@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from icarus.adapter.checks import CONFIG, WEIGHTS
+from icarus.adapter import CONFIG_NAME, WEIGHTS_NAME
 from icarus.errors import AdapterError
 
-_ADAPTER_FILES = (CONFIG, WEIGHTS)
+_ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def digest(folder: Path) -> str:
