@@ -157,3 +157,17 @@ def test_a_command_is_seen() -> None:
     assert commands(page, "icarus") == {"serve", "bench", "verify"}
     assert commands(page, "icarus bench") == {"agents"}
     assert commands(page, "make") == {"test-fast"}
+
+
+# ------------------------------------------------------------------------------------------- decisions
+
+RECORDS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=[record.stem for record in RECORDS])
+def test_a_decision_is_a_page_in_the_index(record: Path) -> None:
+    text = record.read_text(encoding="utf-8")
+    headings = ["Context", "Decision", "What was weighed", "Consequences", "When to look again"]
+    assert re.findall("^## (.+)$", text, re.MULTILINE) == headings
+    assert len(text.split()) < 500
+    assert f"]({record.name})" in (record.parent / "README.md").read_text(encoding="utf-8")
