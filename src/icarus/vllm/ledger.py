@@ -66,7 +66,7 @@ LEDGER = (
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         parameters="self request_id prompt params supported_tasks arrival_time lora_request tokenization_kwargs "
         "trace_headers priority data_parallel_rank resumable session_id kv_hints",
-        by="icarus.vllm.engine.core:wrap_process_inputs",
+        by="icarus.vllm.server.requests:wrap_process_inputs",
         what="requests for refused adapters end as bad requests",
         why="an error in the engine core is the server's (500) and not the client's (400)",
         upstream="vllm/v1/engine/input_processor.py:373",

@@ -13,7 +13,7 @@ from strict_skips import WITHOUT_VLLM
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from icarus.errors import AdapterError
-from icarus.vllm.engine.core import POLICY
+from icarus.vllm.engine.attached_policy import POLICY
 from icarus.vllm.engine.policy import Policy, Verdict
 from icarus.vllm.server import loading
 

@@ -17,7 +17,7 @@ from httpx import ASGITransport, AsyncClient
 
 from conftest import tiny
 from icarus import adapter
-from icarus.vllm.engine.core import POLICY
+from icarus.vllm.engine.attached_policy import POLICY
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.server.middleware import Middleware
 

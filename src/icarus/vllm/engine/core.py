@@ -1,27 +1,21 @@
-"""Cache keys, marking and refusals: what the plugin wraps outside of the workers.
+"""What changes in the engine core: room for decoder rows, cache keys, marks, loading, and prefill of scored prompts.
 
-Each function below takes a function of vLLM and gives the one that stands in for it; ledger.py says which, why, and
-what their upstream text is.
+Each ``wrap_`` function takes a function of vLLM and returns its replacement; see ledger.py.
 """
 
 from __future__ import annotations
 
 import time
-from functools import cache, partial, wraps
-from inspect import signature
-from pathlib import Path
+from functools import wraps
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
-from vllm.lora.utils import get_adapter_absolute_path
 
-from icarus import hub
-from icarus.errors import AdapterError, InputError
+from icarus.errors import AdapterError
 from icarus.vllm.engine import limits
+from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.engine.counting import count_load
 from icarus.vllm.engine.marking import marked, to_load
-from icarus.vllm.engine.policy import Policy
 from icarus.vllm.marks import SharedLoRARequest
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
@@ -29,55 +23,12 @@ from icarus.vllm.worker.adapters import stage, unstage
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
 
-POLICY = Attached[Policy]("policy")
-"""On an engine core, or the input processor of a front end."""
-
-_SCORED = Attached[tuple[int, int]]("scored")
-"""On a scheduler: a step, and how many rows of scored prompts it has."""
-
-
-def policy_of(owner: Any) -> Policy:
-    """The policy of an engine core or a front end, made when it is first asked for.
-
-    The scheduler of an engine core knows the kinds of cache that the model keeps; a front end leaves that to the core.
-    """
-    return POLICY.get_or_make(owner, partial(_policy, owner))
-
-
-def _policy(owner: Any) -> Policy:
-    config = owner.vllm_config
-    layout = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
-    groups = layout.kv_cache_groups if layout else ()
-    why = (
-        limits.refusal(config)
-        or limits.room_refusal(config.scheduler_config)
-        or limits.cache_refusal(group.kv_cache_spec for group in groups)
-    )
-    return Policy(cache(partial(_base_folder, config)), why, get_adapter_absolute_path)
-
-
-def _base_folder(config: Any) -> Path:
-    """The folder of weights that the engine has loaded."""
-    model = config.model_config.model
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return hub.snapshot(
-            model,
-            ["*.json", "*.safetensors"],
-            revision=config.model_config.revision,
-            cache=config.load_config.download_dir,
-            cached=True,  # what the engine has loaded, and no newer revision
-        )
-    except hub.DownloadError as error:
-        raise InputError(
-            f"The weights of {model} are not in a local folder or the hub's cache, so adapters cannot be "
-            "checked against them: serve the base model from a local folder."
-        ) from error
+_SCORED_ROWS = Attached[tuple[int, int]]("scored_rows")
+"""On a scheduler: the number of a step, and how many rows of scored prompts that step has so far."""
 
 
 def wrap_post_init(original: Original) -> Original:
-    """``VllmConfig.__post_init__``: room for decoder rows, before anything is sized."""
+    """``VllmConfig.__post_init__``: makes room for decoder rows before any buffer is sized."""
 
     @wraps(original)
     def __post_init__(self: Any) -> None:  # noqa: N807  # its name in vLLM
@@ -90,7 +41,7 @@ def wrap_post_init(original: Original) -> Original:
 
 
 def wrap_gen_lora_extra_hash_keys(original: Original) -> Original:
-    """``_gen_lora_extra_hash_keys``: nothing of an adapter that shares; of all others what stock says."""
+    """``_gen_lora_extra_hash_keys``: an adapter that shares adds nothing to the cache key; others do, as in vLLM."""
 
     @wraps(original)
     def _gen_lora_extra_hash_keys(request: Any) -> Any:
@@ -100,7 +51,7 @@ def wrap_gen_lora_extra_hash_keys(original: Original) -> Original:
 
 
 def wrap_preprocess_add_request(original: Original) -> Original:
-    """``EngineCore.preprocess_add_request``: every request enters the core here, and before its blocks are hashed."""
+    """``EngineCore.preprocess_add_request``: marks requests. Each one enters the core here, before it is hashed."""
 
     @wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
@@ -112,33 +63,37 @@ def wrap_preprocess_add_request(original: Original) -> Original:
 
 
 def wrap_add_lora(original: Original) -> Original:
-    """``EngineCore.add_lora``: verified before a worker reads it."""
+    """``EngineCore.add_lora``: verifies an adapter before a worker reads it."""
 
     @wraps(original)
     def add_lora(self: Any, lora_request: Any) -> Any:
-        started, policy, name = time.perf_counter(), policy_of(self), lora_request.lora_int_id
+        started, policy, adapter_id = time.perf_counter(), policy_of(self), lora_request.lora_int_id
         request, verdict = to_load(policy, lora_request)
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
             _stage(self.model_executor, request)
-        done = original(self, request)
-        policy.restore(name, verdict)
+        loaded = original(self, request)
+        policy.restore(adapter_id, verdict)
         count_load(self, lora_request, time.perf_counter() - started, shares=shares)
-        return done
+        return loaded
 
     return add_lora
 
 
 def _stage(executor: Any, request: SharedLoRARequest) -> None:
-    """All workers of this engine have a copy afterwards, or none has and AdapterError is raised."""
-    if refused := [said for said in executor.collective_rpc(stage, args=(request,)) if said]:
+    """Have all workers of this engine copy an adapter; if one cannot, none keeps its copy.
+
+    Raises:
+        AdapterError: a worker could not copy it.
+    """
+    if refusals := [refusal for refusal in executor.collective_rpc(stage, args=(request,)) if refusal]:
         executor.collective_rpc(unstage, args=(request.lora_int_id,))
-        raise AdapterError(refused[0])
+        raise AdapterError(refusals[0])
 
 
 def wrap_remove_lora(original: Original) -> Original:
-    """``EngineCore.remove_lora``: what comes under the same id later is another adapter."""
+    """``EngineCore.remove_lora``: forgets the verdict, since another adapter may come under the same id."""
 
     @wraps(original)
     def remove_lora(self: Any, lora_id: int) -> Any:
@@ -149,9 +104,9 @@ def wrap_remove_lora(original: Original) -> Original:
 
 
 def wrap_reserve_prefill_lookahead(original: Original) -> Original:
-    """``Scheduler._reserve_prefill_lookahead``: a prompt that is scored is prefilled in pieces that there is room for.
+    """``Scheduler._reserve_prefill_lookahead``: cuts the prefill of a scored prompt into chunks that there is room for.
 
-    vLLM asks it for the length of every chunk before it takes it from the step's budget.
+    vLLM calls it for the length of every chunk, before it takes the chunk from the step's budget.
     """
 
     @wraps(original)
@@ -160,29 +115,12 @@ def wrap_reserve_prefill_lookahead(original: Original) -> Original:
         params, shares = request.sampling_params, isinstance(request.lora_request, SharedLoRARequest)
         if not shares or params is None or params.prompt_logprobs is None:
             return count
-        if num_computed_tokens >= request.num_prompt_tokens:  # it decodes, for which there is room besides
+        if num_computed_tokens >= request.num_prompt_tokens:  # it decodes, and there is other room for that
             return count
-        step, used = _SCORED.get(self) or (None, 0)
+        step, used = _SCORED_ROWS.get(self) or (None, 0)
         used = used if step == self.current_step else 0
         count = min(count, limits.MAX_SCORED_ROWS - used)
-        _SCORED.set(self, (self.current_step, used + count))
+        _SCORED_ROWS.set(self, (self.current_step, used + count))
         return count
 
     return _reserve_prefill_lookahead
-
-
-def wrap_process_inputs(original: Original) -> Original:
-    """``InputProcessor.process_inputs``: an adapter that is refused is the client's error (400), and no engine's."""
-    position = list(signature(original).parameters).index("lora_request")
-
-    @wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = kwargs.get("lora_request", args[position - 1] if len(args) >= position else None)
-        if request is not None and self.lora_config:
-            try:
-                policy_of(self).decide(request.lora_int_id, request.lora_path)
-            except InputError as error:
-                raise VLLMValidationError(str(error), parameter="model") from error
-        return original(self, *args, **kwargs)
-
-    return process_inputs

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
 from icarus.errors import InputError
-from icarus.vllm.engine.core import policy_of
+from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.patching import Original
 from icarus.vllm.server import folders
 

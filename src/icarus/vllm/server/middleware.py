@@ -23,7 +23,7 @@ from vllm.logger import init_logger
 
 from icarus import adapter
 from icarus.errors import InputError
-from icarus.vllm.engine.core import policy_of
+from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.server.metrics import Scraper
 from icarus.vllm.server.watch import WATCHED_VARIABLE, State, Watcher, scan
