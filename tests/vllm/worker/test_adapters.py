@@ -1,0 +1,112 @@
+"""A worker reads copies of adapters that share, and their folders for all others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conftest import tiny
+from icarus import adapter
+from icarus.errors import AdapterError
+from strict_skips import WITHOUT_VLLM
+
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
+
+from vllm.lora.request import LoRARequest
+
+from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.worker import adapters
+from icarus.vllm.worker.copies import digest
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    adapter.save(adapter.attach(tiny(), rank=2), folder / "ours")
+    adapter.save_conventional(adapter.attach_conventional(tiny(), rank=2), folder / "plain")
+    return folder
+
+
+class Reader:
+    """vLLM's manager of a worker's adapters, and what it read: path and weights."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[str, bytes]] = []
+
+    def original(self, request: Any) -> None:
+        self.read.append((request.lora_path, Path(request.lora_path, WEIGHTS).read_bytes()))
+
+    load = adapters.wrap_load_adapter(original)
+
+
+def shared(folder: Path, **fields: Any) -> SharedLoRARequest:
+    sha256 = digest(folder) if folder.exists() else ""
+    return SharedLoRARequest(lora_name="a", lora_int_id=1, lora_path=str(folder), **{"sha256": sha256, **fields})
+
+
+def test_what_shares_is_read_from_a_copy(folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder / "ours", tmp_path / "moved")
+    reader, request = Reader(), shared(moved, generation=1)
+    reader.load(request)
+    shutil.rmtree(moved)
+    reader.load(request)
+    whole = (folder / "ours" / WEIGHTS).read_bytes()
+    assert [weights for _, weights in reader.read] == [whole, whole]
+    assert str(moved) not in {path for path, _ in reader.read}
+
+
+def test_a_copy_goes_with_its_adapter(folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder / "ours", tmp_path / "moved")
+    reader, request = Reader(), shared(moved, generation=1)
+    reader.load(request)
+    shutil.rmtree(moved)
+    remove = adapters.wrap_remove_lora(lambda self, lora_id: True)
+    assert remove(SimpleNamespace(lora_manager=reader), 1)
+    with pytest.raises(AdapterError, match="cannot be copied"):
+        reader.load(request)
+
+
+def test_a_conventional_adapter_is_read_from_its_folder(folder: Path) -> None:
+    reader = Reader()
+    reader.load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "plain")))
+    assert [path for path, _ in reader.read] == [str(folder / "plain")]
+
+
+def test_a_conventional_adapter_that_became_another_is_refused(folder: Path) -> None:
+    with pytest.raises(AdapterError, match="load it again"):
+        Reader().load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "ours")))
+
+
+def test_a_staged_copy_is_read_whatever_becomes_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder / "ours", tmp_path / "moved")
+    reader, request = Reader(), shared(moved, generation=1)
+    assert adapters.stage(worker_of(reader), request) == ""
+    shutil.rmtree(moved)
+    reader.load(request)
+    assert len(reader.read) == 1
+
+
+def test_an_unstaged_copy_is_gone(folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder / "ours", tmp_path / "moved")
+    reader, request = Reader(), shared(moved, generation=1)
+    adapters.stage(worker_of(reader), request)
+    adapters.unstage(worker_of(reader), 1)
+    shutil.rmtree(moved)
+    with pytest.raises(AdapterError, match="cannot be copied"):
+        reader.load(request)
+
+
+def test_why_a_worker_cannot_copy_is_its_answer(tmp_path: Path) -> None:
+    """An exception would leave the answers of other workers in their queues."""
+    reason = adapters.stage(worker_of(Reader()), shared(tmp_path / "gone", generation=1))
+    assert "cannot be copied" in reason
+
+
+def worker_of(manager: Reader) -> Any:
+    return SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager, _ensure_lora_enabled=lambda: None))
