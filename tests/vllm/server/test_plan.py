@@ -1,0 +1,139 @@
+"""What ``icarus serve`` calls vLLM with. Needs no vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny
+from icarus import adapter
+from icarus.arguments import Parser
+from icarus.errors import AdapterError, InputError
+from icarus.vllm.server import folders, plan, serve, watch
+from icarus.vllm.server.plan import Plan
+from saved import save_base
+from strict_skips import needs_vllm
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    save_base(folder / "base")
+    for name in ("team/sql", "team/chat", "plain"):
+        adapter.save(adapter.attach(tiny(), rank=4), folder / name)
+    plain = folder / "plain"
+    config = json.loads((plain / "adapter_config.json").read_text())
+    del config["icarus"]
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def plan_of(*words: str, **environment: str) -> Plan:
+    parser = Parser(prog="icarus serve")
+    serve.add_arguments(parser)
+    return plan.plan(parser.parse_args(words), environment)
+
+
+def value(planned: Plan, flag: str) -> list[str]:
+    """The words that follow a flag, up to the next one; once and not twice."""
+    assert planned.flags.count(flag) == 1, planned.flags
+    after = planned.flags[planned.flags.index(flag) + 1 :]
+    end = next((index for index, word in enumerate(after) if word.startswith("--")), len(after))
+    return after[:end]
+
+
+def test_adapters_are_lora_modules_and_all_else_is_vllms(home: Path) -> None:
+    planned = plan_of(
+        *(str(home / "base"), "--adapters", f"sql={home}/team/sql", f"chat={home}/team/chat"),
+        *("--port", "8123", "--adapters", f"plain={home}/plain", "--compilation-config.level", "0", "--enforce-eager"),
+    )
+    assert planned.flags[-5:] == ["--port", "8123", "--compilation-config.level", "0", "--enforce-eager"]
+    modules = [json.loads(word) for word in value(planned, "--lora-modules")]
+    assert modules == [
+        {"name": name, "path": str(home / path), "base_model_name": str(home / "base")}
+        for name, path in (("sql", "team/sql"), ("chat", "team/chat"), ("plain", "plain"))
+    ]
+    assert [bool(served.base_fingerprint) for served in planned.adapters] == [True, True, False]
+    assert value(planned, "--max-lora-rank") == ["8"]
+    assert value(planned, "--max-loras") == ["8"]
+    assert value(planned, "--served-model-name") == [str(home / "base")]
+    assert value(planned, "--enable-prompt-tokens-details") == value(planned, "--enable-lora") == []
+
+
+@pytest.mark.parametrize("word", ["--max-lora-rank=64", "--max_lora_rank=64"])
+def test_what_the_user_says_stands(home: Path, word: str) -> None:
+    planned = plan_of(str(home / "base"), word, "--served-model-name", "a", "b", "--no-enable-prompt-tokens-details")
+    assert "--max-lora-rank" not in planned.flags
+    assert value(planned, "--served-model-name") == ["a", "b"]
+    assert "--enable-prompt-tokens-details" not in planned.flags
+
+
+def test_the_config_file_counts_as_said(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "flags.yaml").write_text("max_loras: 3\nserved-model-name: x\n")
+    planned = plan_of(str(home / "base"), "--config", str(tmp_path / "flags.yaml"))
+    assert not {"--max-loras", "--served-model-name"} & set(planned.flags)
+    with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
+        plan_of(str(home / "base"), "--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(("rank", "least"), [(1, 1), (2, 8), (8, 8), (9, 16), (33, 64), (257, 320), (512, 512)])
+def test_the_least_rank_with_room(rank: int, least: int) -> None:
+    assert plan.allowed_rank(rank) == least
+
+
+def test_no_rank_beyond_vllms() -> None:
+    with pytest.raises(InputError, match="up to 512"):
+        plan.allowed_rank(513)
+
+
+@needs_vllm
+def test_ranks_are_vllms() -> None:
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == plan.LORA_RANKS
+
+
+def test_environment(home: Path) -> None:
+    base, adapters = str(home / "base"), ["--adapters", f"sql={home}/team/sql"]
+    planned = plan_of(base, *adapters, "--allow-adapters-from", str(home / "plain"))
+    assert planned.environment[folders.ALLOWED_VARIABLE].split(os.pathsep) == [str(home / "team"), str(home / "plain")]
+    assert planned.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert planned.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "VLLM_PLUGINS" not in planned.environment, "vLLM loads all plugins then"
+    assert plan_of(base, VLLM_PLUGINS="a").environment["VLLM_PLUGINS"] == "a,icarus"
+    assert plan_of(base, VLLM_PLUGINS="").environment["VLLM_PLUGINS"] == "icarus"
+    assert "VLLM_PLUGINS" not in plan_of(base, VLLM_PLUGINS="icarus,a").environment
+    assert plan_of(base, VLLM_USE_V2_MODEL_RUNNER="1").environment["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+
+
+def test_data_parallel_engines_have_one_front_end_unless_asked_for_more(home: Path) -> None:
+    base = str(home / "base")
+    assert value(plan_of(base, "--data-parallel-size=2"), "--api-server-count") == ["1"]
+    assert "--api-server-count" in plan_of(base, "-dp", "2").flags
+    assert "--api-server-count" not in plan_of(base).flags
+    several = plan_of(base, "--data-parallel-size", "2", "--api-server-count", "2")
+    assert several.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0", "vLLM has both at once in no case"
+    with pytest.raises(InputError, match="--api-server-count 1"):
+        plan_of(base, "--api-server-count=2", "--adapter-dir", str(home / "team"))
+
+
+def test_a_folder_makes_room_for_what_it_holds(home: Path, tmp_path: Path) -> None:
+    for number in range(9):
+        shutil.copytree(home / "team" / "sql", tmp_path / f"a{number}")
+    (tmp_path / "a0" / "adapter_model.safetensors").write_text("no")
+    planned = plan_of(str(home / "base"), "--adapter-dir", str(tmp_path), "--max-num-seqs", "4")
+    assert value(planned, "--max-loras") == ["8"], "the sound ones"
+    assert planned.environment[watch.WATCHED_VARIABLE] == str(tmp_path)
+    assert planned.environment[folders.ALLOWED_VARIABLE] == str(tmp_path)
+
+
+def test_an_adapter_of_another_base_model_stops_the_start(home: Path, tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", seed=9)
+    with pytest.raises(AdapterError, match="trained on another base model"):
+        plan_of(str(other), "--adapters", f"sql={home}/team/sql")
