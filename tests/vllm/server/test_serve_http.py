@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -108,6 +110,13 @@ def test_hand_over_without_prefill(server: Server) -> None:
         assert usage.prompt_tokens >= size
         held = usage.prompt_tokens + new - 1  # the last token was never a row
         messages += [reply.choices[0].message.model_dump(include={"role", "content"}), {"role": "user", "content": "?"}]
+
+
+def test_the_example_of_a_hand_over_runs(server: Server) -> None:
+    example = Path(__file__).parents[3] / "examples" / "handover.py"
+    command = [sys.executable, str(example), str(server.openai.base_url), "sql"]  # its context has room for one model
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["sql:", "sql:"]
 
 
 def test_salts_part_the_cache(server: Server) -> None:
