@@ -1,4 +1,7 @@
-"""The direction of imports (docs/architecture.md): a module imports from below, never from above or from a sibling."""
+"""The direction of imports (docs/architecture.md): a module imports from below, never from above or from a sibling.
+
+And the map there has a line for every file.
+"""
 
 from __future__ import annotations
 
@@ -145,3 +148,32 @@ def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
     )
     (tmp_path / "adapter.py").write_text("from peft import LoraConfig\nfrom icarus.errors import InputError\n")
     assert violations(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------- the map
+
+
+MAP = Path(__file__).parents[1] / "docs" / "architecture.md"
+
+
+def mapped(text: str) -> Iterator[str]:
+    """Folders and files of the map, as it has them: a folder at the beginning of a line, its files below."""
+    folder = ""
+    for line in text.partition("## Every file\n")[2].partition("```\n")[2].partition("```")[0].splitlines():
+        if line.startswith(" "):
+            yield folder + line.split()[0]
+        elif line:
+            folder = line.split()[0]
+            yield folder
+
+
+def test_the_map_has_every_file_once() -> None:
+    files = {f"src/icarus/{path.relative_to(ROOT)}" for path in ROOT.rglob("*") if path.suffix in (".py", ".cpp")}
+    wanted = [file.removesuffix("__init__.py") for file in files]
+    assert sorted(mapped(MAP.read_text(encoding="utf-8"))) == sorted(wanted)
+
+
+def test_a_file_that_is_not_in_the_map_is_seen() -> None:
+    block = "a/          one\n    x.py    two\n\na/b/        three\n    y.cpp\n"
+    text = f"```\nw.py\n```\n## Every file\n\n```\n{block}```\n\n```\nz.py\n```\n"
+    assert list(mapped(text)) == ["a/", "a/x.py", "a/b/", "a/b/y.cpp"]
