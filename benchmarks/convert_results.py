@@ -3,6 +3,7 @@
     python -m benchmarks.convert_results
 
 * The system ``single`` of ``icarus bench agents`` is called ``base``, as in all other results.
+* Turns of ``demo.json`` have ``cached_tokens``, which were called ``reused_tokens``.
 * Raw runs are compressed, and JSON is indented.
 * ``serve-micro.json`` has ratios without the goals that they were held against; samples stand in a file of their own.
 
@@ -41,6 +42,14 @@ def convert_agents(folder: Path) -> None:
     _rewrite(folder / "report.json", renamed)
 
 
+def convert_demo(file: Path) -> None:
+    """Turns as ``icarus demo`` reports them."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    names = {"reused_tokens": "cached_tokens"}
+    report["turns"] = [{names.get(key, key): value for key, value in turn.items()} for turn in report["turns"]]
+    file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def convert_serve_micro(file: Path) -> None:
     """Goals as ratios (how often a prompt is prefilled stands with the chain), and samples apart."""
     report = json.loads(file.read_text(encoding="utf-8"))
@@ -64,6 +73,7 @@ def main() -> None:
     """Convert all results; what is converted already stays as it is."""
     for file in RESULTS.glob("agents*/report.json"):
         convert_agents(file.parent)
+    convert_demo(RESULTS / "demo.json")
     convert_serve_micro(RESULTS / "serve-micro.json")
 
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from icarus.bench.report import PAPER
+from icarus.bench.agents.report import PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "src" / "icarus" / "shipped"

@@ -18,8 +18,8 @@ GREY, BLUE, LIGHT = "#9aa0a6", "#2b7bb0", "#a8cbe2"
 
 def report(name: str) -> dict[str, Any]:
     """One report."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return values
 
 
 def bars(axes: Any, title: str, unit: str, values: dict[str, tuple[float, str]]) -> None:

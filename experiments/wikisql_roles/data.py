@@ -114,8 +114,8 @@ def repr_sql(text: str) -> str:
 def spelled_as_in(question: str, value: str) -> str | None:
     """The value as the question spells it, or None where the question does not hold it."""
     start = question.lower().find(value.lower())
-    found = question[start : start + len(value)] if start >= 0 and value.strip() else ""
-    return found if found.lower() == value.lower() and not set(found) & set("'\"") else None
+    spelled = question[start : start + len(value)] if start >= 0 and value.strip() else ""
+    return spelled if spelled.lower() == value.lower() and not set(spelled) & set("'\"") else None
 
 
 def parse_condition(text: str, question: str) -> Condition | None:
@@ -218,7 +218,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wikisql", type=Path, required=True, help="folder with wikisql_{train,test}.jsonl.gz")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to; made if it does not exist")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to; created if it does not exist")
     parser.add_argument("--rows", type=int, help="train rows a role (default: all that suit)")
     parser.add_argument("--test-rows", type=int, default=500, help="test rows a role (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the earlier rounds (default: 0)")

@@ -82,9 +82,9 @@ def forced(team: Specialists, role: str, rows: list[Row], *, base: bool) -> dict
 
 def token_f1(answer: str, wanted: str) -> float:
     """Harmonic mean of the precision and recall of words."""
-    found, gold = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, wanted))
-    same = sum((Counter(found) & Counter(gold)).values())
-    return 2 * same / (len(found) + len(gold)) if same else 0.0
+    said, gold = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, wanted))
+    same = sum((Counter(said) & Counter(gold)).values())
+    return 2 * same / (len(said) + len(gold)) if same else 0.0
 
 
 def generated_f1(team: Specialists, model: str, rows: list[Row]) -> float:
@@ -101,16 +101,16 @@ def generated_f1(team: Specialists, model: str, rows: list[Row]) -> float:
 def score(team: Specialists, role: str, rows: list[Row], train: list[Row], f1_rows: int) -> dict[str, Any]:
     """All figures of one role."""
     shown = with_examples(rows, train)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "specialist": forced(team, role, rows, base=False),
         "base": forced(team, role, rows, base=True),
         "base, three examples": forced(team, role, shown, base=True),
     }
     if role == "explainer":
-        found["specialist"]["token F1"] = generated_f1(team, role, rows[:f1_rows])
-        found["base"]["token F1"] = generated_f1(team, BASE, rows[:f1_rows])
-        found["base, three examples"]["token F1"] = generated_f1(team, BASE, shown[:f1_rows])
-    return {"task": TASKS[role], "rows": len(rows), "f1_rows": f1_rows, **found}
+        figures["specialist"]["token F1"] = generated_f1(team, role, rows[:f1_rows])
+        figures["base"]["token F1"] = generated_f1(team, BASE, rows[:f1_rows])
+        figures["base, three examples"]["token F1"] = generated_f1(team, BASE, shown[:f1_rows])
+    return {"task": TASKS[role], "rows": len(rows), "f1_rows": f1_rows, **figures}
 
 
 def main() -> None:

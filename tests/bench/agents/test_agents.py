@@ -18,10 +18,11 @@ import pytest
 
 import specimens
 from icarus import adapter, cli
-from icarus.bench import checkpoints, load
-from icarus.bench.profiles import SHAPES
-from icarus.bench.server import Server, ServerFailed, free_port
-from icarus.bench.workloads import Call, Output, Workflow
+from icarus.bench import checkpoints
+from icarus.bench.agents import load
+from icarus.bench.agents.server import Server, ServerFailed, free_port
+from icarus.bench.agents.settings import SHAPES
+from icarus.bench.agents.workloads import Call, Output, Workflow
 from icarus.errors import InputError
 
 JOB = Path(agents_job.__file__)
@@ -81,16 +82,16 @@ def test_calls_wait_for_those_before_them_and_get_their_tokens(url: str) -> None
     fan = Workflow(tuple(Call(role, ((7, 8),), 20) for role in range(3)))
     run = load.drive(url, [chain, fan], [0.0, 0.3], ["a", "b"])
     one, two, three, *asked = run.calls
-    assert [call["model"] for call in run.calls] == ["a", "b", "b", "a", "b", "a"]
-    assert [call["prompt_tokens"] for call in (one, two, three)] == [3, 6, 1]
-    assert [call["output_tokens"] for call in (one, two, three)] == [2, 3, 2]
-    assert two["cached_tokens"] == 4  # 1 2 3 and the first generated token: generated ids are found again
-    assert one["start"] + one["latency"] <= two["start"]
-    assert two["start"] + two["latency"] <= three["start"]
-    assert max(c["start"] for c in asked) < min(c["start"] + c["latency"] for c in asked)  # all at once
+    assert [call.model for call in run.calls] == ["a", "b", "b", "a", "b", "a"]
+    assert [call.prompt_tokens for call in (one, two, three)] == [3, 6, 1]
+    assert [call.output_tokens for call in (one, two, three)] == [2, 3, 2]
+    assert two.cached_tokens == 4  # 1 2 3 and the first generated token: generated ids are found again
+    assert one.start + one.latency <= two.start
+    assert two.start + two.latency <= three.start
+    assert max(c.start for c in asked) < min(c.start + c.latency for c in asked)  # all at once
     assert run.arrivals == pytest.approx([0.0, 0.3], abs=0.1)
     assert run.arrivals[1] + run.workflows[1] <= run.duration + 0.01
-    assert all(c["latency"] == pytest.approx(c["ttft"] + sum(c["itls"]), abs=1e-3) for c in run.calls)
+    assert all(c.latency == pytest.approx(c.ttft + sum(c.itls), abs=1e-3) for c in run.calls)
     assert len(run.metrics) >= 2
 
 
@@ -229,9 +230,11 @@ def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--turns", "0"], "sizes"),
-        (["--rates", "0"], "--rates.*'0'"),
-        (["--rates", "1", "1"], "--rates names one twice"),
+        (["--turns", "0"], "--turns must be a positive integer, not 0"),
+        (["--rates", "0"], r"--rates must be a number above 0, not 0\.0"),
+        (["--seed", "x"], "--seed.*'x'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--rates", "1", "1"], "--rates is empty or names one twice"),
         (["--systems", "best"], "best"),
         (["--max-model-len", "20"], "A context of react gets .* raise that"),
         (["--tight-tokens", "40"], "does not hold one context of --max-model-len 80"),

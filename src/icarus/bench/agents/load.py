@@ -12,10 +12,10 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from icarus.bench.workloads import Output, Workflow
+from icarus.bench.agents.workloads import Output, Workflow
 from icarus.errors import IcarusError, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class CallFailed(IcarusError):
 
 
 @dataclass
-class Record:
+class CallRecord:
     """One call as the client saw it. Times in seconds; ``start`` counts from the start of the run."""
 
     workflow: int
@@ -49,26 +49,32 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Run:
+class Traffic:
     """What a run gave; times in seconds."""
 
     duration: float  # from the first arrival to the end of the last call
     arrivals: list[float]  # since the start of the run, as they happened
     workflows: list[float]  # from arrival to the end of the last call
-    calls: list[dict[str, Any]]  # records
+    calls: list[CallRecord]
     metrics: list[tuple[float, str]]  # text of /metrics, and when; the first before any call, the last after all
 
 
 def check_installed() -> None:
-    """Raises InputError without aiohttp: to be called before anything that takes time."""
-    if importlib.util.find_spec("aiohttp") is None:
-        raise InputError("The load generator needs aiohttp; run: pip install 'icarus-llm[bench]'.")
+    """To be called before anything that takes time.
+
+    Raises:
+        InputError: a package that the load generator needs is missing.
+    """
+    for package in ("aiohttp", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"The load generator needs {package}; run: pip install 'icarus-llm[bench]'.")
 
 
-def drive(url: str, workflows: Sequence[Workflow], arrivals: Sequence[float], models: Sequence[str]) -> Run:
+def drive(url: str, workflows: Sequence[Workflow], arrivals: Sequence[float], models: Sequence[str]) -> Traffic:
     """Run all workflows; role r is asked of ``models[r % len(models)]``.
 
-    Raises CallFailed as soon as a call fails (the others are cancelled).
+    Raises:
+        CallFailed: as soon as a call fails; the others are cancelled.
     """
     import aiohttp
 
@@ -96,11 +102,11 @@ class _Load:
     def __init__(self, url: str, models: Sequence[str]) -> None:
         self._url, self._models = url, models
         self._session: ClientSession
-        self._records: list[Record] = []
+        self._records: list[CallRecord] = []
         self._metrics: list[tuple[float, str]] = []
         self._started = 0.0
 
-    async def run(self, workflows: Sequence[Workflow], arrivals: Sequence[float]) -> Run:
+    async def run(self, workflows: Sequence[Workflow], arrivals: Sequence[float]) -> Traffic:
         import aiohttp
 
         connector = aiohttp.TCPConnector(limit=0)  # no queue on our side
@@ -121,7 +127,7 @@ class _Load:
         done = [task.result() for task in tasks]
         calls = sorted(self._records, key=lambda record: (record.workflow, record.call))
         arrived, took = [at for at, _ in done], [seconds for _, seconds in done]
-        return Run(duration, arrived, took, [asdict(call) for call in calls], self._metrics)
+        return Traffic(duration, arrived, took, calls, self._metrics)
 
     def _now(self) -> float:
         return time.perf_counter() - self._started
@@ -148,7 +154,7 @@ class _Load:
             for piece in call.prompt
             for token in (outputs[piece.call].result() if isinstance(piece, Output) else piece)
         ]
-        record = Record(number, index, self._models[call.role % len(self._models)], self._now(), len(prompt))
+        record = CallRecord(number, index, self._models[call.role % len(self._models)], self._now(), len(prompt))
         try:
             generated = await self._ask(record, prompt, call.output_tokens)
         except (ValueError, KeyError) as error:
@@ -158,7 +164,7 @@ class _Load:
         self._records.append(record)
         return generated
 
-    async def _ask(self, record: Record, prompt: list[int], length: int) -> list[int]:
+    async def _ask(self, record: CallRecord, prompt: list[int], length: int) -> list[int]:
         request = {
             "model": record.model,
             "prompt": prompt,

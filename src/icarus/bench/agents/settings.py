@@ -1,4 +1,4 @@
-"""The settings of ``icarus bench agents``, and the sets of them that come with it."""
+"""What a run of ``icarus bench agents`` depends on, machine and versions aside, for flags, YAML and protocol alike."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from icarus.bench.workloads import MAKERS, Sizes
+from icarus.bench.agents.fields import POSITIVE, TEXT, WORDS, check, choice, integer, setting
+from icarus.bench.agents.workloads import MAKERS, Sizes
 
 SYSTEMS = ("stock", "conventional", "icarus", "base")  # what they are: systems.py
 TIGHT, ROOMY = "tight", "roomy"
 BUDGETS = (TIGHT, ROOMY)
+DTYPES = ("bfloat16", "float16", "float32")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b-shapes": {  # as in the model's config.json; weights are made up (--load-format dummy)
@@ -45,32 +47,39 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Base models of which only the shapes are needed, by the name that ``--base`` takes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that a run depends on, machine and versions aside."""
+    """All that a run depends on. Raises InputError for a value that its field does not take."""
 
-    base: str = "smollm2-135m-instruct"
-    dtype: str = "bfloat16"
-    rank: int = 16
-    systems: tuple[str, ...] = SYSTEMS
-    models: tuple[int, ...] = (1, 2, 4, 8)
-    workloads: tuple[str, ...] = tuple(MAKERS)  # the first is swept, the others run with the most models
-    budgets: tuple[str, ...] = BUDGETS  # arrival rates are swept with the first
-    rates: tuple[float, ...] = (0.05, 0.2)  # workflows a second; all at once is always run as well
-    workflows: int = 6  # of a run all at once, for which the KV budgets are made
-    window: float = 120.0  # seconds for which workflows arrive in a run at an arrival rate
-    repeats: int = 2
+    base: str = setting("smollm2-135m-instruct", "hub id, folder or packaged model", TEXT)
+    dtype: str = setting("bfloat16", "of weights and KV", choice(*DTYPES))
+    rank: int = setting(16, "rank of all adapters")
+    systems: tuple[str, ...] = setting(SYSTEMS, "what is compared", choice(*SYSTEMS))
+    models: tuple[int, ...] = setting((1, 2, 4, 8), "numbers of models")
+    workloads: tuple[str, ...] = setting(
+        tuple(MAKERS), "the first is swept over the rates, the others run with the most models", choice(*MAKERS)
+    )
+    budgets: tuple[str, ...] = setting(BUDGETS, "KV budgets; rates are swept with the first", choice(*BUDGETS))
+    rates: tuple[float, ...] = setting(
+        (0.05, 0.2), "arriving workflows a second; all at once is always run as well", POSITIVE
+    )
+    workflows: int = setting(6, "workflows of a run all at once, for which the KV budgets are made")
+    window: float = setting(120.0, "seconds for which they arrive in a run at an arrival rate", POSITIVE)
+    repeats: int = setting(2, "runs of each kind; the order of systems alternates")
     sizes: Sizes = field(default_factory=Sizes)
-    trajectories: str | None = None
-    tight_tokens: int | None = None  # KV budgets; by default from the working sets (plan.py)
-    roomy_tokens: int | None = None
-    seed: int = 0
-    block_size: int = 32
-    max_model_len: int = 4096
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 2048
-    serve_flags: tuple[str, ...] = ()
-    start_seconds: float = 300.0
+    trajectories: str | None = setting(None, "file of recorded runs for plan-act-reflect (JSON lines)", TEXT)
+    tight_tokens: int | None = setting(None, "KV budget in tokens (default: from the working set of one shared cache)")
+    roomy_tokens: int | None = setting(None, "KV budget in tokens (default: from that of a cache for each model)")
+    seed: int = setting(0, "of texts, arrivals and adapters", integer(None, "an integer"))
+    block_size: int = setting(32, "tokens in a block of KV")
+    max_model_len: int = setting(4096, "of the server")
+    max_num_seqs: int = setting(16, "of the server")
+    max_num_batched_tokens: int = setting(2048, "of the server")
+    serve_flags: tuple[str, ...] = setting((), "more flags for vLLM in one word, in place of the profile's", WORDS)
+    start_seconds: float = setting(300.0, "how long a server may take to start", POSITIVE)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def most_models(self) -> int:

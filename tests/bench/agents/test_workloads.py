@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icarus.bench import trajectories, workloads
-from icarus.bench.workloads import MAKERS, Call, Output, Sizes, Workflow
+from icarus.bench.agents import trajectories, workloads
+from icarus.bench.agents.workloads import MAKERS, Call, Output, Sizes, Workflow
 from icarus.errors import InputError
 
 SIZES = st.builds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from icarus.bench.profiles import ROOMY, TIGHT
-from icarus.bench.report import PAPER
-
-Row = Mapping[str, Any]
+from icarus.bench.agents.plan import Place
+from icarus.bench.agents.records import Run
+from icarus.bench.agents.report import PAPER, Protocol, Report, Row, Speedup
+from icarus.bench.agents.settings import ROOMY, TIGHT
 
 STYLES = {
     "icarus": ("ICaRus", "#2b7bb0", "o"),
@@ -31,21 +31,21 @@ _LONG = 10  # times the shortest run: what takes longer goes beyond the edge of 
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 
 
-def draw(report: Mapping[str, Any], units: Sequence[Row], folder: Path) -> list[str]:
+def draw(report: Report, runs: Sequence[Run], folder: Path) -> list[str]:
     """Draws what the report has data for, as ``folder/NAME.png``; gives the names."""
-    rows, swept = report["runs"], report["protocol"]["settings"]["workloads"][0]
-    budget = report["protocol"]["settings"]["budgets"][0]
-    swept_rows = [row for row in rows if row["workload"] == swept and row["budget"] == budget]
+    settings = report.protocol["settings"]
+    swept, budget = settings["workloads"][0], settings["budgets"][0]
+    swept_rows = [row for row in report.rows if (row.place.workload, row.place.budget) == (swept, budget)]
     figures = {
-        "speedup": _speedup(report["by_models"], swept),
+        "speedup": _speedup(report.by_models, swept),
         "rates": _rates(swept_rows, f"{swept}, {budget} KV budget"),
-        "tokens": _tokens(rows, swept),
-        "kv": _kv(units, swept, budget),
+        "tokens": _tokens(report.rows, swept),
+        "kv": _kv(runs, swept, budget),
     }
     drawn = []
     for name, figure in figures.items():
         if figure is not None:
-            caption = textwrap.fill(_caption(report["protocol"]), int(14 * figure.get_figwidth()))
+            caption = textwrap.fill(_caption(report.protocol), int(14 * figure.get_figwidth()))
             figure.supxlabel(caption, fontsize=7.5, color="#555555")
             figure.savefig(folder / f"{name}.png", dpi=130)
             plt.close(figure)
@@ -53,7 +53,7 @@ def draw(report: Mapping[str, Any], units: Sequence[Row], folder: Path) -> list[
     return drawn
 
 
-def _caption(protocol: Mapping[str, Any]) -> str:
+def _caption(protocol: Protocol) -> str:
     s, machine, kv = protocol["settings"], protocol["machine"], protocol["KV"]
     sizes = s["sizes"]
     budgets = ", ".join(f"{name} {tokens:,}" for name, tokens in kv["budget (tokens)"].items())
@@ -70,16 +70,17 @@ def _caption(protocol: Mapping[str, Any]) -> str:
     )
 
 
-def _speedup(by_models: Sequence[Row], swept: str) -> Any:
+def _speedup(by_models: Sequence[Speedup], swept: str) -> Any:
     """Throughput and P95 over conventional, against N."""
     if not by_models:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     titles = {"throughput": "throughput, all at once", "p95": "P95 latency, largest gap at one arrival rate"}
-    counts = sorted({row["models"] for row in by_models} | set(PAPER["p95"]))
+    counts = sorted({each.models for each in by_models} | set(PAPER["p95"]))
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for budget, color, above in ((TIGHT, "#2b7bb0", 8), (ROOMY, "#7fb7d9", -8)):
-            points = [(row["models"], row[key]) for row in by_models if row["budget"] == budget and row[key]]
+            speedups = [each for each in by_models if each.budget == budget]
+            points = [(each.models, value) for each in speedups if (value := getattr(each, key))]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", color=color, label=f"measured, {budget} KV budget")
                 for n, value in points:
@@ -101,8 +102,8 @@ def _speedup(by_models: Sequence[Row], swept: str) -> Any:
 
 def _rates(rows: Sequence[Row], title: str) -> Any:
     """Latency and throughput against arrival rate, a column for each N; ``base`` is the same in all."""
-    rated = [row for row in rows if row["rate"] is not None]
-    counts = sorted({row["models"] for row in rated if row["system"] != "base"})
+    rated = [row for row in rows if row.place.rate is not None]
+    counts = sorted({row.place.models for row in rated if row.place.system != "base"})
     if not counts:
         return None
     figure, axes = plt.subplots(
@@ -116,21 +117,23 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
     )
     for column, models in enumerate(counts):
         for system, (label, color, marker) in STYLES.items():
-            points = [r for r in rated if r["system"] == system and (r["models"] == models or system == "base")]
-            points.sort(key=lambda row: row["rate"])
-            rates = [row["rate"] for row in points]
+            here = [
+                row for row in rated if row.place.system == system and (row.place.models == models or system == "base")
+            ]
+            points = sorted([(row.place.rate or 0.0, row.figures) for row in here], key=lambda point: point[0])
+            rates = [rate for rate, _ in points]
             style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if system == "base" else "-"}
             if points:
-                axes[0, column].plot(rates, [row["p95_workflow_ms"] / 1e3 for row in points], **style)
-                axes[1, column].plot(rates, [row["workflow_throughput"] for row in points], **style)
+                axes[0, column].plot(rates, [figures.workflow.p95 / 1e3 for _, figures in points], **style)
+                axes[1, column].plot(rates, [figures.workflow_throughput for _, figures in points], **style)
         axes[0, column].set_title(f"N = {models}", fontsize=10)
         axes[1, column].set_xlabel("arriving workflows/s")
         axes[0, column].set_yscale("log")
         axes[0, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0, column].yaxis.set_major_formatter(ScalarFormatter())
         axes[0, column].yaxis.set_minor_formatter(NullFormatter())
-        axes[0, column].set_xlim(0, 1.08 * max(row["rate"] for row in rated))
-        axes[1, column].set_ylim(0, 1.12 * max(row["workflow_throughput"] for row in rated))
+        axes[0, column].set_xlim(0, 1.08 * max(row.place.rate or 0.0 for row in rated))
+        axes[1, column].set_ylim(0, 1.12 * max(row.figures.workflow_throughput for row in rated))
         for axis in axes[:, column]:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="#eeeeee")
@@ -143,20 +146,17 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
 
 def _tokens(rows: Sequence[Row], swept: str) -> Any:
     """Prompt tokens prefilled and reused, all at once, as stacked bars."""
-    shown = [row for row in rows if row["rate"] is None and row["workload"] == swept]
+    shown = [row for row in rows if row.place.rate is None and row.place.workload == swept]
     if not shown:
         return None
     order = list(STYLES)
-    shown.sort(key=lambda r: (r["budget"] != TIGHT, r["system"] == "base", r["models"], order.index(r["system"])))
-    labels = [
-        STYLES[row["system"]][0] + ("" if row["system"] == "base" else f", N={row['models']}") + f", {row['budget']}"
-        for row in shown
-    ]
+    shown.sort(key=lambda row: _bar_order(row.place, order))
+    labels = [_bar_label(row.place) for row in shown]
     figure, axis = plt.subplots(figsize=(9, 1.6 + 0.3 * len(shown)), layout="constrained")
     places = range(len(shown))
-    prefilled = [row["prompt_tokens_prefilled"] / 1e3 for row in shown]
-    reused = [row["prompt_tokens_reused"] / 1e3 for row in shown]
-    axis.barh(places, prefilled, color=[STYLES[row["system"]][1] for row in shown], label="prefilled")
+    prefilled = [row.figures.prompt_tokens_prefilled / 1e3 for row in shown]
+    reused = [row.figures.prompt_tokens_reused / 1e3 for row in shown]
+    axis.barh(places, prefilled, color=[STYLES[row.place.system][1] for row in shown], label="prefilled")
     axis.barh(places, reused, left=prefilled, color="#e3e6e8", label="reused from the cache")
     for place, value in zip(places, prefilled, strict=True):
         axis.annotate(f"{value:,.1f}", (value, place), (4, 0), **_BESIDE)
@@ -168,31 +168,40 @@ def _tokens(rows: Sequence[Row], swept: str) -> Any:
     return figure
 
 
-def _kv(units: Sequence[Row], swept: str, budget: str) -> Any:
+def _bar_order(place: Place, systems: Sequence[str]) -> tuple[bool, bool, int, int]:
+    return place.budget != TIGHT, place.system == "base", place.models, systems.index(place.system)
+
+
+def _bar_label(place: Place) -> str:
+    models = "" if place.system == "base" else f", N={place.models}"
+    return f"{STYLES[place.system][0]}{models}, {place.budget}"
+
+
+def _kv(runs: Sequence[Run], swept: str, budget: str) -> Any:
     """Share of KV blocks that running requests hold, over time, with the most models and all at once."""
-    wanted = [u for u in units if u["unit"]["workload"] == swept and u["unit"]["budget"] == budget]
-    wanted = [u for u in wanted if u["unit"]["rate"] is None and u["unit"]["repeat"] == 0]
-    most = max((u["unit"]["models"] for u in wanted), default=0)
-    shown = [u for u in wanted if u["unit"]["system"] == "base" or u["unit"]["models"] == most]
+    wanted = [run for run in runs if (run.unit.workload, run.unit.budget) == (swept, budget)]
+    wanted = [run for run in wanted if run.unit.rate is None and run.unit.repeat == 0]
+    most = max((run.unit.models for run in wanted), default=0)
+    shown = [run for run in wanted if run.unit.system == "base" or run.unit.models == most]
     if not shown:
         return None
-    present = [system for system in STYLES if any(u["unit"]["system"] == system for u in shown)]
+    present = [system for system in STYLES if any(run.unit.system == system for run in shown)]
     figure, axes = plt.subplots(
         len(present), 1, figsize=(9, 1.2 + 1.1 * len(present)), layout="constrained", sharex=True, squeeze=False
     )
     # On CPUs stock operators take so long that on their scale the others would be lines.
-    durations = [u["duration"] for u in shown]
+    durations = [run.duration for run in shown]
     end = 1.15 * max(d for d in durations if d <= _LONG * min(durations))
     for axis, system in zip(axes[:, 0], present, strict=True):
         label, color, _ = STYLES[system]
-        for unit in (unit for unit in shown if unit["unit"]["system"] == system):
-            times, shares = zip(*unit["kv_usage"], strict=True)
+        for run in (run for run in shown if run.unit.system == system):
+            times, shares = zip(*run.kv_usage, strict=True)
             axis.fill_between(times, [100 * share for share in shares], color=color, alpha=0.6, linewidth=0)
-            if unit["duration"] <= end:
-                axis.axvline(unit["duration"], color=color, linewidth=1)
-                axis.annotate(f"ends at {unit['duration']:.0f} s", (unit["duration"], 80), (3, 0), **_BESIDE)
+            if run.duration <= end:
+                axis.axvline(run.duration, color=color, linewidth=1)
+                axis.annotate(f"ends at {run.duration:.0f} s", (run.duration, 80), (3, 0), **_BESIDE)
             else:
-                axis.annotate(f"goes on to {unit['duration']:.0f} s", (end, 80), (-3, 0), ha="right", **_BESIDE)
+                axis.annotate(f"goes on to {run.duration:.0f} s", (end, 80), (-3, 0), ha="right", **_BESIDE)
         axis.set_ylim(0, 100)
         axis.set_yticks([0, 50, 100])
         axis.set_title(label, fontsize=8, loc="left", color=color)

@@ -1,8 +1,8 @@
 """Recorded trajectories from a local file: JSON lines, gzipped or not, a run each, with its steps.
 
 A run is an object with ``steps``, a list of objects with ``thought``, ``action``, ``argument`` and ``observation``
-(text; any may be missing), and with ``question``; ``system`` and ``reflections`` stand before the question. Recordings
-of ReAct, Reflexion and plan-act-reflect agents can be had in this shape.
+(text; any may be missing), and with ``question``; ``system`` and ``reflections`` stand before the question. Published
+recordings of ReAct, Reflexion and plan-act-reflect agents have this shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from icarus.bench.workloads import Step, Tokens, Trajectory
+from icarus.bench.agents.workloads import Step, Tokens, Trajectory
 from icarus.errors import InputError
 
 Encode = Callable[[str], Tokens]
@@ -22,18 +22,19 @@ Encode = Callable[[str], Tokens]
 def read(file: Path, encode: Encode, limit: int, longest: int) -> list[Trajectory]:
     """The first ``limit`` runs of up to ``longest`` tokens with at least one step.
 
-    Raises InputError for a file that cannot be read, a line of another shape, and a file with no run that fits.
+    Raises:
+        InputError: the file cannot be read, a line has another shape, or no run fits.
     """
-    found: list[Trajectory] = []
+    fitting: list[Trajectory] = []
     for number, line in _lines(file):
         trajectory = _trajectory(line, encode, f"{file}, line {number}")
         if trajectory.steps and _length(trajectory) <= longest:
-            found.append(trajectory)
-        if len(found) == limit:
+            fitting.append(trajectory)
+        if len(fitting) == limit:
             break
-    if not found:
+    if not fitting:
         raise InputError(f"{file} has no run with steps of up to {longest} tokens; give another --trajectories.")
-    return found
+    return fitting
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

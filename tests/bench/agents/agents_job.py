@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icarus import cli
-from icarus.bench import agents, systems
+from icarus.bench.agents import sweep, systems
 
 FAKE = Path(__file__).parent / "fake_server.py"
 
@@ -19,8 +19,8 @@ FAKE = Path(__file__).parent / "fake_server.py"
 def command(kind: Any, settings: Any, base: Path, adapters: Path, port: int) -> list[str]:
     """As ``systems.command``; its adapters must be there."""
     words = [sys.executable, str(FAKE), "--port", str(port)]
-    if made := systems.ADAPTERS.get(kind.system):
-        assert all((adapters / made / name / "adapter_config.json").is_file() for name in kind.names)
+    if folder := systems.ADAPTERS.get(kind.system):
+        assert all((adapters / folder / name / "adapter_config.json").is_file() for name in kind.names)
     system, _, calls = os.environ.get("FAKE_DIES", "").partition(":")
     if system == kind.system:
         words += ["--dies-after", calls]
@@ -30,7 +30,7 @@ def command(kind: Any, settings: Any, base: Path, adapters: Path, port: int) -> 
 def install(patch: Any) -> None:
     """``patch(module, name, value)`` as monkeypatch.setattr has it."""
     patch(systems, "command", command)
-    patch(agents, "_versions", lambda: {"vllm": {"fake": "1"}})
+    patch(sweep, "vllm_version", lambda: {"fake": "1"})
 
 
 if __name__ == "__main__":

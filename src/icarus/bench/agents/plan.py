@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from icarus.bench import workloads
-from icarus.bench.profiles import ROOMY, TIGHT, Settings
-from icarus.bench.systems import ServerKind
-from icarus.bench.workloads import Trajectory, Workflow
+from icarus.bench.agents import workloads
+from icarus.bench.agents.settings import ROOMY, TIGHT, Settings
+from icarus.bench.agents.systems import ServerKind
+from icarus.bench.agents.workloads import Trajectory, Workflow
 from icarus.errors import InputError
 
 TIGHT_SLACK, ROOMY_SLACK = 1.25, 1.1
-"""KV budget over the working set that it is made for: a block is not always where it is wanted."""
+"""KV budget over the working set that it is for: a block is not always where it is wanted."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One measured run."""
+class Place:
+    """What repeats of a run have in common."""
 
     system: str
     models: int
     budget: str
     workload: str
     rate: float | None  # workflows a second; None: all at once
+
+
+@dataclass(frozen=True)
+class Unit(Place):
+    """One run to measure."""
+
     repeat: int
 
     @property
-    def key(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+    def place(self) -> Place:
+        """Without the repeat."""
+        return Place(self.system, self.models, self.budget, self.workload, self.rate)
 
     def __str__(self) -> str:
         load = "all at once" if self.rate is None else f"{self.rate:g} workflows/s"
@@ -73,7 +78,8 @@ def budgets(requests: Requests) -> dict[str, int]:
     Tight: what one shared cache of the first workload needs, so that the caches of several models do not fit. Roomy:
     what the most models need with a cache each, for the workload that needs most.
 
-    Raises InputError for a budget that does not hold one context of the longest length.
+    Raises:
+        InputError: a budget does not hold one context of the longest length.
     """
     s = requests.settings
     most = s.most_models

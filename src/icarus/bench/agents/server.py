@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+import psutil
+
 from icarus.bench.logs import last_lines
 from icarus.errors import IcarusError
 
@@ -72,7 +74,9 @@ class Server:
         self.stop()
 
     def check(self) -> None:
-        """Raises ServerFailed if the server has ended."""
+        """Raises:
+        ServerFailed: the server has ended.
+        """
         status = self._process.poll() if self._process else None
         if status is not None:
             raise ServerFailed(f"The server ended by itself with status {status}. {last_lines(self.log)}")
@@ -105,13 +109,14 @@ class Server:
         raise ServerFailed(f"The server was not healthy after {self._start_seconds:.0f} s. {last_lines(self.log)}")
 
     def _members(self) -> list[int]:
-        """Processes of its group; empty where there is no /proc."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, ValueError):
-                if self._process and os.getpgid(int(folder.name)) == self._process.pid:
-                    found.append(int(folder.name))
-        return found
+        """Processes of its group, orphans among them."""
+        members = []
+        group = self._process.pid if self._process else None
+        for pid in psutil.pids():
+            with suppress(ProcessLookupError):
+                if os.getpgid(pid) == group:
+                    members.append(pid)
+        return members
 
     @staticmethod
     def _signal(group: int, number: signal.Signals) -> None:
@@ -128,7 +133,7 @@ def free_port() -> int:
 
 
 def _peak_of(pid: int) -> int:
-    """VmHWM of proc(5), in bytes; 0 for a process that has ended."""
+    """VmHWM of proc(5), in bytes, which psutil has not; 0 for a process that has ended, and where there is no /proc."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
