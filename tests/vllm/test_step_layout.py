@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icarus.vllm import step_layout as rows
+from icarus.vllm import step_layout
 from icarus.vllm.step_layout import Batch
 
 
@@ -75,7 +75,7 @@ def naive(requests: list[Request]) -> list[Row]:
 @given(BATCHES)
 def test_rows_are_those_of_the_definition(step: list[Request]) -> None:
     batch, wanted = batch_of(step), naive(step)
-    planned = rows.plan(batch)
+    planned = step_layout.plan(batch)
     assert len(wanted) == batch.scheduled + len(planned)
     assert planned.scheduled == batch.scheduled
     assert planned.lora_ids.tolist() == [row.lora_id for row in wanted]
@@ -91,7 +91,7 @@ def test_rows_are_those_of_the_definition(step: list[Request]) -> None:
 @given(BATCHES)
 def test_what_is_read_is_what_predicts(step: list[Request]) -> None:
     batch, wanted = batch_of(step), naive(step)
-    table = rows.readers(rows.plan(batch))
+    table = step_layout.predicting_rows(step_layout.plan(batch))
     sampled = [
         end - request.sampled + row
         for end, request in zip(batch.starts[1:].tolist(), step, strict=True)
@@ -108,18 +108,18 @@ def test_what_is_read_is_what_predicts(step: list[Request]) -> None:
 @given(BATCHES, st.integers(0, 5))
 def test_buffers_hold_decoder_requests_behind_the_scheduled_ones(step: list[Request], padding: int) -> None:
     batch = batch_of(step)
-    planned = rows.plan(batch)
+    planned = step_layout.plan(batch)
     count, extra = batch.requests, len(planned.requests)
     starts = np.full(count + extra + padding + 1, 77)
     starts[: count + 1] = batch.starts
-    rows.extend_starts(starts, count, planned)
+    step_layout.extend_starts(starts, count, planned)
     assert (np.diff(starts) >= 0).all(), "attention kernels need this of the padding too"
     assert starts[: count + 1].tolist() == batch.starts.tolist()
     assert set(starts[count + extra :].tolist()) == {batch.scheduled + len(planned)}
 
     lengths = [request.cached + len(request.tokens) for request in step]
     seq_lens = torch.tensor([*lengths, *[-5] * (extra + padding)])
-    rows.double(seq_lens, count, torch.from_numpy(planned.requests))
+    step_layout.append_copies(seq_lens, count, torch.from_numpy(planned.requests))
     assert seq_lens[: count + extra].tolist() == [*lengths, *(lengths[request] for request in planned.requests)]
     assert seq_lens[count + extra :].tolist() == [-5] * padding, "padding is the engine's"
     # The last row of a decoder request sees exactly the context of the row that it doubles.
@@ -130,7 +130,7 @@ def test_buffers_hold_decoder_requests_behind_the_scheduled_ones(step: list[Requ
 
 @given(BATCHES)
 def test_others_have_no_decoder_rows_and_keep_their_lora(step: list[Request]) -> None:
-    planned = rows.plan(batch_of([Request(r.cached, r.tokens, r.sampled, r.lora_id, False) for r in step]))
+    planned = step_layout.plan(batch_of([Request(r.cached, r.tokens, r.sampled, r.lora_id, False) for r in step]))
     assert len(planned) == 0
     assert planned.lora_ids.tolist() == [request.lora_id for request in step for _ in request.tokens]
 
@@ -140,22 +140,22 @@ def test_a_uniform_decode_stays_uniform(step: list[Request]) -> None:
     """CUDA graphs for decoding need the same number of rows in every request."""
     decodes = [Request(r.cached, r.tokens[:1], 1, r.lora_id, r.shares) for r in step]
     batch = batch_of(decodes)
-    planned = rows.plan(batch)
+    planned = step_layout.plan(batch)
     lengths = np.diff([*batch.starts, *planned.ends])
     assert set(lengths.tolist()) == {1}
 
 
 def test_more_samples_than_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="samples more rows"):
-        rows.plan(batch_of([Request(0, (1,), 2, 1, True)]))
+        step_layout.plan(batch_of([Request(0, (1,), 2, 1, True)]))
 
 
 @given(BATCHES, st.integers(0, 3))
 def test_pairs_are_decodes_and_their_decoder_rows(step: list[Request], padding: int) -> None:
     batch = batch_of(step)
-    planned = rows.plan(batch)
+    planned = step_layout.plan(batch)
     starts = np.concatenate([batch.starts, planned.ends, [batch.scheduled + len(planned)] * padding]).astype(np.int32)
-    first, second = rows.pairs(starts, planned)
+    first, second = step_layout.pairs(starts, planned)
     wanted = [i for i, request in enumerate(step) if request.shares and len(request.tokens) == request.sampled == 1]
     assert first.tolist() == wanted
     assert planned.sources[starts[second] - planned.scheduled].tolist() == starts[first].tolist()

@@ -1,19 +1,22 @@
-"""The vLLM plugin: ICaRus adapters served as LoRA modules share one KV cache with the base model.
+"""The vLLM plugin: ICaRus adapters, served as LoRA modules, share one KV cache with the base model.
 
-vLLM runs in several processes, and each room holds what runs in one of them:
+vLLM runs in several processes, and each room holds the code of one of them. A room imports those below it:
 
-    server/    the front end: the command `icarus serve`, adapter folders, loading over HTTP, metrics
-    engine/    the engine core: who may share, what cannot be served, cache keys, counting
-    worker/    the workers: decoder rows in the model runner, copies of adapters
-    cpu/       the workers on CPUs: the LoRA operator, attention of pairs
+    server/    front end     icarus serve, adapter folders, loading over HTTP, metrics
+    engine/    engine core   which adapters may share, cache keys, counting
+    worker/    workers       decoder rows in the model runner, copies of adapters
+    cpu/       workers       on CPUs: the LoRA operator, and attention of decode pairs
 
-What all of them share is here:
+All rooms import the modules that stand here:
 
-    ledger.py        everything that is changed in vLLM, and the checks before it is
+    ledger.py        every function of vLLM that is wrapped
+    patching.py      checks vLLM against the ledger, then applies it
     marks.py         the mark on a request whose adapter shares
     counters.py      what is counted
-    step_layout.py   which decoder rows a step needs and where they stand: arithmetic over plain arrays
-    plugin.py        the entry point that vLLM calls in each of its processes
+    step_layout.py   which decoder rows a step needs, and where they stand
+    state.py         values attached to vLLM's objects
+    plugin.py        the entry point, which vLLM calls in each process
 
-Nothing here is imported by the rest of the project, and nothing else in it imports vLLM.
+The rest of the project imports nothing from here, and nothing else in the package imports vLLM. docs/architecture.md
+follows a request through all of it.
 """

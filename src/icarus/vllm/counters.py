@@ -1,7 +1,7 @@
-"""Counters: what the engine core and the workers count, and the front end shows.
+"""What the engine core and the workers count, for metrics that the front end serves.
 
-They are plain integers on vLLM's own objects, so that a step pays for an addition. engine/counting.py counts prefix
-hits and loads and reads all of them out; server/metrics.py shows them.
+Counters are plain integers attached to vLLM's objects, so that a step pays for an addition. engine/counting.py counts
+prefix hits and loads, and reads all counters; server/metrics.py shows them.
 
 Nothing here imports vLLM.
 """
@@ -14,18 +14,18 @@ from typing import Any
 
 from icarus.vllm.state import Attached
 
+READ_COUNTERS = "icarus_counters"
+"""The method that the front end asks ``EngineCore.collective_rpc`` for; no worker has it, and the core answers."""
+
+LOAD_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the histogram of load times, in seconds."""
+
 Model = str | None
-"""A model in counters: the adapter's name, or None for the base model, whose served name takes its place when counters
-are read. So an adapter may have any name."""
+"""A model in counters: an adapter's name, or None for the base model. When counters are read, None becomes the base
+model's served name; so no adapter's name is taken."""
 
 Hits = Counter[tuple[Model, Model]]
 """Tokens by writer and reader."""
-
-READ_COUNTERS = "icarus_counters"
-"""What ``EngineCore.collective_rpc`` is asked for instead of a method of the workers."""
-
-LOAD_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the buckets of loading times, in s."""
 
 
 # ------------------------------------------------------------------------------------------------- workers
@@ -40,6 +40,7 @@ class RowCount:
 
 
 _ROW_COUNT = Attached[RowCount]("row_count")
+"""On a model runner."""
 
 
 def count_rows(runner: Any, scheduled: int, decoder: int) -> None:
@@ -50,7 +51,7 @@ def count_rows(runner: Any, scheduled: int, decoder: int) -> None:
 
 
 def rows_of(worker: Any) -> tuple[int, int]:
-    """Scheduled and decoder rows of one worker; sent to all of them, which count the same."""
+    """Scheduled and decoder rows of one worker. Sent to all workers of an engine, which count the same rows."""
     count = _ROW_COUNT.get_or_make(worker.model_runner, RowCount)
     return count.scheduled, count.decoder
 
@@ -62,9 +63,9 @@ def rows_of(worker: Any) -> tuple[int, int]:
 class Loads:
     """Adapters loaded by one engine core."""
 
-    ids: set[int] = field(default_factory=set)
-    loads: Counter[str] = field(default_factory=Counter)
-    swaps: Counter[str] = field(default_factory=Counter)
+    ids: set[int] = field(default_factory=set)  # that were loaded at least once
+    loads: Counter[str] = field(default_factory=Counter)  # by name
+    swaps: Counter[str] = field(default_factory=Counter)  # by name: loads that replaced an adapter
     kept: int = 0  # blocks that stayed in the cache when an adapter that shares was replaced
     buckets: list[int] = field(default_factory=lambda: [0] * (len(LOAD_SECONDS_BUCKETS) + 1))
     seconds: float = 0.0  # of all loads

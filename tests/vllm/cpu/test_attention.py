@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAtte
 
 from icarus.vllm import step_layout
 from icarus.vllm.cpu import attention as cpu_attention
-from icarus.vllm.step_layout import Batch, Rows
+from icarus.vllm.step_layout import Batch, DecoderRows
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason=NO_CPU_VLLM)
 
@@ -88,7 +88,7 @@ class Step:
         scheduled, lengths, shares = (np.array(values) for values in zip(*requests, strict=True))
         starts = np.concatenate([[0], np.cumsum(scheduled)])
         ids = np.where(shares, 1, 0)
-        self.rows: Rows = step_layout.plan(Batch(starts, np.ones_like(scheduled), ids, shares))
+        self.rows: DecoderRows = step_layout.plan(Batch(starts, np.ones_like(scheduled), ids, shares))
         whole = np.concatenate([starts, self.rows.ends]).astype(np.int32)
         lengths = np.concatenate([lengths, lengths[self.rows.requests]])
         table = torch.stack([torch.randperm(BLOCKS, dtype=torch.int32)[:40] for _ in requests])

@@ -33,7 +33,7 @@ from vllm import envs
 
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
-from icarus.vllm.step_layout import Ints, Rows, pairs
+from icarus.vllm.step_layout import DecoderRows, Ints, pairs
 
 MIN_PAIRED_KEYS = 1536
 """Keys of all pairs of a step from which on one pass costs less than two, which read them twice but move no heads:
@@ -44,11 +44,11 @@ _MAX_SPLIT_HEADS = {"amx": 16}
 
 Others take 8 (``vec``): twice as many would be computed one by one."""
 
-_step: ContextVar[Rows | None] = ContextVar("icarus_step", default=None)
+_step: ContextVar[DecoderRows | None] = ContextVar("icarus_step", default=None)
 
 
 @contextmanager
-def step(rows: Rows | None) -> Iterator[None]:
+def step(rows: DecoderRows | None) -> Iterator[None]:
     """Attention metadata that is built within is of a step with these decoder rows."""
     token = _step.set(rows)
     try:

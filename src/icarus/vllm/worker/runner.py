@@ -27,9 +27,9 @@ from icarus.vllm.cpu import attention as cpu_attention
 from icarus.vllm.marks import decoded_ids
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
-from icarus.vllm.step_layout import Batch, Ints, Rows
+from icarus.vllm.step_layout import Batch, DecoderRows, Ints
 
-_ROWS = Attached[Rows]("rows")
+_ROWS = Attached[DecoderRows]("rows")
 """On a runner: the decoder rows of its step; none in warm-up, in idle steps, and where no request needs any."""
 
 
@@ -69,7 +69,7 @@ def wrap_set_active_loras(original: Original) -> Original:
     return set_active_loras
 
 
-def _check_room(runner: Any, starts: Ints, rows: Rows) -> None:
+def _check_room(runner: Any, starts: Ints, rows: DecoderRows) -> None:
     """limits.reserve_room sees to it; a buffer that was sized before it would be written beyond its end."""
     tokens, requests = int(starts[-1]) + len(rows), len(starts) - 1 + len(rows.requests)
     if tokens > runner.max_num_tokens or requests > runner.max_num_reqs:
@@ -103,13 +103,13 @@ def wrap_prepare_inputs(original: Original) -> Original:
         logits_indices, *others = original(self, scheduler_output, num_scheduled_tokens)
         if rows := _ROWS.get(self):
             _write_requests(self, rows)
-            logits_indices = _on_device(self, step_layout.readers(rows))[logits_indices]
+            logits_indices = _on_device(self, step_layout.predicting_rows(rows))[logits_indices]
         return logits_indices, *others
 
     return _prepare_inputs
 
 
-def _write_requests(runner: Any, rows: Rows) -> None:
+def _write_requests(runner: Any, rows: DecoderRows) -> None:
     batch, count = runner.input_batch, runner.input_batch.num_reqs
     step_layout.extend_starts(runner.query_start_loc.np, count, rows)
     runner.query_start_loc.copy_to_gpu()
@@ -120,12 +120,12 @@ def _write_requests(runner: Any, rows: Rows) -> None:
         batch.num_computed_tokens_cpu_tensor,
         batch.num_prompt_tokens_cpu_tensor,
     ):
-        step_layout.double(values, count, here)
+        step_layout.append_copies(values, count, here)
     there = _on_device(runner, rows.requests)
-    step_layout.double(runner.seq_lens, count, there)
+    step_layout.append_copies(runner.seq_lens, count, there)
     for table in batch.block_table.block_tables:
         longest = int(table.num_blocks_per_row[rows.requests].max())
-        step_layout.double(table.block_table.gpu[:, :longest], count, there)
+        step_layout.append_copies(table.block_table.gpu[:, :longest], count, there)
 
 
 def wrap_preprocess(original: Original) -> Original:
@@ -145,13 +145,13 @@ def wrap_preprocess(original: Original) -> Original:
 
 
 def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
-    step_layout.double(runner.input_ids.gpu, count, sources)
+    step_layout.append_copies(runner.input_ids.gpu, count, sources)
     if runner.uses_mrope:
-        step_layout.double(runner.mrope_positions.gpu.T, count, sources)
+        step_layout.append_copies(runner.mrope_positions.gpu.T, count, sources)
     else:
-        step_layout.double(runner.positions, count, sources)
+        step_layout.append_copies(runner.positions, count, sources)
     if runner.supports_mm_inputs or runner.enable_prompt_embeds:
-        step_layout.double(runner.inputs_embeds.gpu, count, sources)
+        step_layout.append_copies(runner.inputs_embeds.gpu, count, sources)
 
 
 def wrap_model_forward(original: Original) -> Original:
