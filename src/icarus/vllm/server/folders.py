@@ -1,4 +1,4 @@
-"""Adapter folders as a server sees them: what one holds, and which ones a client may name.
+"""Adapter folders as a server sees them: what a folder holds, and which folders a client may name.
 
 Nothing here imports vLLM.
 """
@@ -15,7 +15,7 @@ from icarus import adapter
 from icarus.errors import AdapterError
 
 ALLOWED_VARIABLE = "ICARUS_ADAPTER_FOLDERS"
-"""Environment variable: folders, parted as in ``PATH``, below which clients may load adapters. Unset: anywhere."""
+"""Environment variable: folders below which clients may load adapters, separated as in ``PATH``. Unset: anywhere."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Described:
 
 
 def describe(folder: Path, base: Path | None) -> Described:
-    """What an adapter folder holds; one with the ICaRus marker is verified, against ``base`` if that is given.
+    """What an adapter folder holds. An ICaRus adapter is verified, against ``base`` if that is given.
 
-    Raises AdapterError for one that is damaged, of another base model, or no adapter.
+    Raises:
+        AdapterError: the adapter is damaged or of another base model, or the folder holds none.
     """
     if adapter.is_icarus(folder):
         info = adapter.verify(folder, base)
@@ -43,17 +44,21 @@ def describe(folder: Path, base: Path | None) -> Described:
 
 
 def _conventional_rank(folder: Path) -> int:
-    """Raises AdapterError where vLLM could not read it, or would only say so while it serves others."""
+    """The rank of an adapter that vLLM can read; vLLM itself would report damage only while it serves others.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+    """
     try:
         config = json.loads((folder / adapter.CONFIG_NAME).read_text(encoding="utf-8"))
         rank = config["r"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"{folder} is no adapter: its {adapter.CONFIG_NAME} cannot be read or has no rank r ({error}); "
+            f"{folder} is not an adapter: its {adapter.CONFIG_NAME} is unreadable or has no rank r ({error}); "
             "copy or save it again."
         ) from error
     if type(rank) is not int or rank < 1:
-        raise AdapterError(f"{folder}: r is {rank!r} and not a positive whole number; save the adapter again.")
+        raise AdapterError(f"{folder}: r is {rank!r} and must be a positive integer; save the adapter again.")
     try:
         adapter.read_tensors(folder)
     except AdapterError as error:
@@ -62,20 +67,20 @@ def _conventional_rank(folder: Path) -> int:
 
 
 def allowed() -> list[Path] | None:
-    """The folders of ``ALLOWED_VARIABLE`` with their symbolic links resolved; None where any folder is allowed."""
-    listed = os.environ.get(ALLOWED_VARIABLE)
-    if listed is None:
+    """The folders of ``ALLOWED_VARIABLE``, symbolic links resolved; None if adapters may be loaded from anywhere."""
+    value = os.environ.get(ALLOWED_VARIABLE)
+    if value is None:
         return None
-    return [Path(item).resolve() for item in listed.split(os.pathsep) if item]
+    return [Path(folder).resolve() for folder in value.split(os.pathsep) if folder]
 
 
 def permitted(path: str, folders: Iterable[Path]) -> Path | None:
-    """The absolute path that a client means, symbolic links resolved; None outside of ``folders``.
+    """The absolute path that a client means, symbolic links resolved; None if it is outside of ``folders``.
 
-    It need not exist. Since it is absolute it is never taken for a hub id, which vLLM would download.
+    It need not exist. Because it is absolute, vLLM does not take it for a hub id, which it would download.
     """
     try:
         target = Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, no such user, a null character
+    except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown user, a null character
         return None
     return target if any(target.is_relative_to(folder) for folder in folders) else None

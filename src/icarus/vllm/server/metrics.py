@@ -1,6 +1,6 @@
 """The counters of all engines as Prometheus metrics, beside vLLM's own.
 
-The front end asks the engines when it is scraped, over the sockets that it has. Nothing here imports vLLM.
+When the front end is scraped it asks the engines, over the sockets that it has. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from icarus.vllm.counters import LOAD_SECONDS_BUCKETS, READ_COUNTERS
 
 SCRAPE_TIMEOUT_S = 2.0
-"""Seconds that a scrape waits for engines in a long step; after them it gets what they said last."""
+"""How long a scrape waits for engines in a long step; after that it returns what they answered last."""
 
-Figures = list[dict[str, Any]]
+Engines = list[dict[str, Any]]
+"""What ``engine.counting.read`` returned in each engine."""
 
 
 class Scraper:
-    """Asks the engines; one question at a time."""
+    """Asks the engines, one call at a time."""
 
     def __init__(self) -> None:
-        self._last: Figures = []
-        self._asking: asyncio.Task[Figures] | None = None
+        self._last: Engines = []
+        self._call: asyncio.Task[Engines] | None = None
 
     async def text(self, client: Any) -> bytes:
-        """What all engines counted, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
-        if self._asking is None:
-            self._asking = asyncio.ensure_future(_ask(client.engine_core))
-        done, _ = await asyncio.wait([self._asking], timeout=SCRAPE_TIMEOUT_S)
+        """The counters of all engines, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
+        if self._call is None:
+            self._call = asyncio.ensure_future(_read(client.engine_core))
+        done, _ = await asyncio.wait([self._call], timeout=SCRAPE_TIMEOUT_S)
         if done:
-            asked, self._asking = self._asking, None
-            if not asked.cancelled() and asked.exception() is None:
-                self._last = asked.result()
+            call, self._call = self._call, None
+            if not call.cancelled() and call.exception() is None:
+                self._last = call.result()
         return exposition(self._last)
 
 
-async def _ask(core: Any) -> Figures:
+async def _read(core: Any) -> Engines:
     if hasattr(core, "call_utility_all_async"):
-        found: Figures = await core.call_utility_all_async("collective_rpc", READ_COUNTERS)
-        return found
-    return [await core.call_utility_async("collective_rpc", READ_COUNTERS)]  # vLLM 0.31 tells of the first engine only
+        engines: Engines = await core.call_utility_all_async("collective_rpc", READ_COUNTERS)
+        return engines
+    return [await core.call_utility_async("collective_rpc", READ_COUNTERS)]  # vLLM 0.31 asks the first engine only
 
 
-def exposition(engines: Figures) -> bytes:
-    """Prometheus' text format."""
+def exposition(engines: Engines) -> bytes:
+    """Counters in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(engines))
     text: bytes = generate_latest(registry)
@@ -58,7 +59,7 @@ def exposition(engines: Figures) -> bytes:
 class _Snapshot:
     """A collector of ``prometheus_client``."""
 
-    def __init__(self, engines: Figures) -> None:
+    def __init__(self, engines: Engines) -> None:
         self._engines = engines
 
     def collect(self) -> Iterator[Any]:

@@ -1,10 +1,10 @@
 """What ``icarus serve`` adds to vLLM's HTTP server, as one ASGI middleware (vLLM's flag ``--middleware``).
 
-* ``/metrics`` has the plugin's counters behind vLLM's;
-* ``/load_lora_adapter`` and ``/unload_lora_adapter``, SGLang's spelling, mean the same with ``/v1`` before them. User
-  middleware is outermost in vLLM, so what checks API keys sees the path with ``/v1``;
-* SageMaker's paths ask for the API key as those below ``/v1`` do;
-* the folder in ``ICARUS_ADAPTER_DIR`` is watched for as long as the server runs.
+* ``/metrics`` has the plugin's counters after vLLM's.
+* ``/load_lora_adapter`` and ``/unload_lora_adapter``, as SGLang spells them, are aliases of the paths below ``/v1``.
+  User middleware is outermost in vLLM, so the check of API keys sees the path below ``/v1``.
+* SageMaker's paths ask for the API key, as those below ``/v1`` do.
+* The folder in ``ICARUS_ADAPTER_DIR`` is watched for as long as the server runs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from icarus.vllm.server.watch import WATCHED_VARIABLE, State, Watcher, scan
 logger = init_logger("vllm.icarus.middleware")
 
 WATCH_INTERVAL_S = 1.0
-"""Time between two looks at that folder."""
+"""Time between two looks at the watched folder."""
 
 PATH_ALIASES = {path: f"/v1{path}" for path in ("/load_lora_adapter", "/unload_lora_adapter")}
 
 UNGUARDED_PATHS = ("/adapters", "/invocations")
-"""SageMaker's paths, which load, unload and answer, and which vLLM's ``--api-key`` leaves open."""
+"""SageMaker's paths, which load, unload and generate, and which vLLM's ``--api-key`` does not guard."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -46,7 +46,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Middleware:
-    """ASGI: passes everything on, but for what the module says."""
+    """An ASGI middleware that passes on everything but what the head of this file lists."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -54,7 +54,7 @@ class Middleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
+            await self._lifespan(scope, receive, send)
             return
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if path == "/metrics" and scope.get("method") == "GET":
@@ -68,7 +68,7 @@ class Middleware:
         await self.app(scope, receive, send)
 
     async def _guard(self, path: str, keys: list[str], scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's own check, which looks at paths below ``/v1``."""
+        """Ask for the API key by vLLM's own check, which looks at paths below ``/v1``."""
 
         async def app(_: Scope, receive: Receive, send: Send) -> None:
             await self.app(scope, receive, send)
@@ -77,7 +77,7 @@ class Middleware:
         await AuthenticationMiddleware(app, keys)(seen, receive, send)
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's answer with ours behind it. Both are text: headers that ask for another form are dropped."""
+        """Append our metrics to vLLM's. Both are plain text, so headers that ask for another form are dropped."""
         ours = await self._scraper.text(scope["app"].state.engine_client)
         headers = [item for item in scope["headers"] if item[0] not in (b"accept", b"accept-encoding")]
         start: Message = {}
@@ -94,14 +94,14 @@ class Middleware:
 
         await self.app({**scope, "headers": headers}, receive, append)
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The server's life. What the watched folder holds at its start is served from the first request on."""
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Watch the folder while the server runs. What it holds at the start is served from the first request on."""
         task = None
         if folder := os.environ.get(WATCHED_VARIABLE):
             models = scope["app"].state.openai_serving_models
-            if why := await asyncio.to_thread(_refusal, Path(folder), policy_of(models.input_processor)):
+            if refusal := await asyncio.to_thread(_refusal, Path(folder), policy_of(models.input_processor)):
                 await receive()
-                await send({"type": "lifespan.startup.failed", "message": why})
+                await send({"type": "lifespan.startup.failed", "message": refusal})
                 return
             watcher = _watcher(Path(folder), models)
             await watcher.look(first=True)
@@ -114,38 +114,38 @@ class Middleware:
 
 
 def _keys(arguments: Any) -> list[str]:
-    """The API keys of a server, as vLLM collects them (vllm/entrypoints/serve/middleware/register.py)."""
+    """A server's API keys, as vllm/entrypoints/serve/middleware/register.py collects them."""
     return [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def _refusal(root: Path, policy: Policy) -> str:
-    """Why the server must not start: it cannot serve the ICaRus adapters that are there. Empty if it can."""
+    """Why the server must not start: it cannot serve an ICaRus adapter in the folder. Empty if it can."""
     try:
-        ours = [name for name in sorted(scan(root)) if adapter.is_icarus(root / name)]
-    except (OSError, InputError):  # the watcher tells
+        shared = [name for name in sorted(scan(root)) if adapter.is_icarus(root / name)]
+    except (OSError, InputError):  # the watcher reports it
         return ""
-    if not ours or not policy.refusal:
+    if not shared or not policy.refusal:
         return ""
-    return f"{root / ours[0]} is an ICaRus adapter, which cannot be served here: {policy.refusal}."
+    return f"{root / shared[0]} is an ICaRus adapter, which cannot be served here: {policy.refusal}."
 
 
 def _watcher(root: Path, models: Any) -> Watcher:
-    """Loads by the code of ``/v1/load_lora_adapter``; ``models`` is vLLM's ``OpenAIServingModels``."""
+    """A watcher that loads as ``/v1/load_lora_adapter`` does; ``models`` is vLLM's ``OpenAIServingModels``."""
 
-    conventional: dict[str, State | None] = {}  # with what weights the prefix cache knows a name, also after it is gone
+    conventional: dict[str, State | None] = {}  # the weights behind a name in the prefix cache, even if it is unloaded
 
     async def load(name: str, folder: Path, replaces: bool) -> str:
-        state, ours = scan(root).get(name), adapter.is_icarus(folder)
-        if not ours and conventional.get(name, state) != state:
+        state, shares = scan(root).get(name), adapter.is_icarus(folder)
+        if not shares and conventional.get(name, state) != state:
             return (
-                "a conventional adapter that changes leaves K/V of its old weights in the prefix cache; save it under "
-                "another name"
+                "a conventional adapter that changes would leave K/V of its old weights in the prefix cache; save it "
+                "under another name"
             )
         request = LoadLoRAAdapterRequest(lora_name=name, lora_path=str(folder), load_inplace=replaces)
-        answer = await models.load_lora_adapter(request)
-        if isinstance(answer, ErrorResponse):
-            return str(answer.error.message)
-        if not ours:
+        response = await models.load_lora_adapter(request)
+        if isinstance(response, ErrorResponse):
+            return str(response.error.message)
+        if not shares:
             conventional[name] = state
         return ""
 

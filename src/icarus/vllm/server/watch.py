@@ -1,8 +1,8 @@
-"""A folder of adapters that is watched: names appear and vanish with its folders.
+"""A watched folder of adapters: names appear and disappear with its subfolders.
 
-Whoever copies an adapter takes time to do so, and need not know that a server looks on. So a folder counts when it has
-both files of an adapter and two looks in a row found them alike; and a name is gone when two looks in a row miss it. A
-folder that is refused is tried again when it has changed.
+Copying an adapter takes time, and whoever copies it need not know that a server is watching. So a subfolder counts when
+it has both files of an adapter and two looks in a row see it in the same state. A name is gone when two looks in a row
+miss it. A subfolder that was refused is tried again when it has changed.
 
 Nothing here imports vLLM, or knows how an adapter is loaded.
 """
@@ -17,30 +17,31 @@ from pathlib import Path
 from icarus.adapter import CONFIG_NAME, WEIGHTS_NAME
 
 WATCHED_VARIABLE = "ICARUS_ADAPTER_DIR"
-"""Environment variable: the folder whose subfolders a server serves under their names; empty or unset for none."""
+"""Environment variable: the folder whose subfolders a server serves under their names. Empty or unset: none."""
 
-State = tuple[tuple[int, int, int], ...]  # of each file: inode, size in bytes, time of change in ns
+State = tuple[tuple[int, int, int], ...]  # for each file: inode, size in bytes, time of change in ns
 
-Load = Callable[[str, Path, bool], Awaitable[str]]  # name, folder, whether it replaces; gives a refusal, or ""
+Load = Callable[[str, Path, bool], Awaitable[str]]  # name, folder, whether it replaces; returns a refusal, or ""
 Unload = Callable[[str], Awaitable[None]]
 Report = Callable[[str], None]
 
 
 def scan(root: Path) -> dict[str, State]:
-    """Name and state of each folder with both files of an adapter; hidden ones are work in progress.
+    """Name and state of each subfolder with both files of an adapter. Hidden ones are work in progress.
 
-    Raises OSError where ``root`` cannot be read.
+    Raises:
+        OSError: ``root`` cannot be read.
     """
-    found = {}
+    states = {}
     for entry in os.scandir(root):
         if entry.name.startswith("."):
             continue
         try:
             files = [(Path(entry.path) / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
-        except OSError:  # no folder, not complete yet, or just renamed
+        except OSError:  # not a folder, not complete yet, or just renamed
             continue
-        found[entry.name] = tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
-    return found
+        states[entry.name] = tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
+    return states
 
 
 class Watcher:
@@ -50,53 +51,53 @@ class Watcher:
         """
         Args:
             root: the folder whose subfolders are adapters, each under its own name.
-            load: loads or replaces one; says why not.
-            unload: takes one away.
-            report: is told of each refusal, once for each state of a folder.
+            load: loads or replaces an adapter, and returns why it did not.
+            unload: unloads an adapter.
+            report: is told of each refusal, once for each state of a subfolder.
         """
         self._root, self._load, self._unload, self._report = root, load, unload, report
-        self._before: dict[str, State] = {}  # what the last look found
-        self._tried: dict[str, State] = {}  # what was last loaded or refused
+        self._before: dict[str, State] = {}  # what the last look saw
+        self._tried: dict[str, State] = {}  # the state that was last loaded or refused
         self._served: set[str] = set()
-        self._failed: dict[str, str] = {}  # what was last said of one that will be tried again
-        self._lost = False  # whether the folder itself cannot be read
+        self._failed: dict[str, str] = {}  # the last report on a subfolder that is tried again
+        self._unreadable = False  # whether the folder itself cannot be read
 
     async def run(self, seconds: float) -> None:
-        """Look again and again, for ever."""
+        """Look again and again, forever."""
         while True:
             await asyncio.sleep(seconds)
             try:
                 await self.look()
-            except Exception as error:  # of the engine; the watch goes on as long as the server does
+            except Exception as error:  # of the engine; the watcher lives as long as the server
                 self._report(f"{self._root} could not be followed ({type(error).__name__}: {error}).")
 
     async def look(self, *, first: bool = False) -> None:
-        """One look. The ``first`` one takes folders as they are: nobody waits for a second one."""
+        """Look once. The ``first`` look takes subfolders as they are, because nobody waits for a second one."""
         try:
-            found = await asyncio.to_thread(scan, self._root)
+            states = await asyncio.to_thread(scan, self._root)
         except OSError as error:
-            if not self._lost:
+            if not self._unreadable:
                 self._report(f"{self._root} cannot be read ({error.strerror}); what was loaded from it stays.")
-            self._lost = True
+            self._unreadable = True
             return
-        self._lost = False
-        for name, state in sorted(found.items()):
+        self._unreadable = False
+        for name, state in sorted(states.items()):
             if self._tried.get(name) != state and (first or self._before.get(name) == state):
                 await self._take(name, state)
-        for name in sorted(self._tried.keys() - found.keys() - self._before.keys()):
+        for name in sorted(self._tried.keys() - states.keys() - self._before.keys()):
             await self._drop(name)
-        self._failed = {name: said for name, said in self._failed.items() if name in found}
-        self._before = found
+        self._failed = {name: report for name, report in self._failed.items() if name in states}
+        self._before = states
 
     async def _take(self, name: str, state: State) -> None:
         still = "; what was loaded before stays" if name in self._served else ""
         try:
             refusal = await self._load(name, self._root / name, name in self._served)
-        except Exception as error:  # no word on the adapter: the next look tries again, and says no more of the same
-            said = f"{type(error).__name__}: {error}"
-            if self._failed.get(name) != said:
-                self._report(f"Not loaded yet from {self._root / name}: {said}{still}")
-            self._failed[name] = said
+        except Exception as error:  # says nothing about the adapter: the next look tries again, and reports only news
+            report = f"{type(error).__name__}: {error}"
+            if self._failed.get(name) != report:
+                self._report(f"Not loaded yet from {self._root / name}: {report}{still}")
+            self._failed[name] = report
             return
         self._failed.pop(name, None)
         self._tried[name] = state
