@@ -20,18 +20,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from icarus import adapter as adapters
 from icarus import base_model
-from icarus.chat_template import Codec, Message
+from icarus.chat_template import Codec, Message, Reader
 from icarus.errors import InputError
 from icarus.streams import EncoderCache, TwoStreams
 
 BASE = "base"
 """The name under which the base model itself speaks."""
-
-_MARK = "\u241ficarus\u241f"  # stands for an assistant's text while the chat template is rendered around it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +56,16 @@ class Turn:
 
 @dataclass
 class _State:
-    """A context's place in a chat: which messages it holds, and whether the last is an unfinished answer."""
+    """A context's place in a chat: the messages it holds, and where an answer begins that is still open.
 
-    messages: list[dict[str, str]] = field(default_factory=list)
-    answering: bool = False
+    An open answer is the last message; its text is that of the tokens from ``answer`` on.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    answer: int | None = None
 
     def copy(self) -> _State:
-        return _State([dict(m) for m in self.messages], self.answering)
+        return _State([dict(m) for m in self.messages], self.answer)
 
 
 class Specialists:
@@ -169,26 +170,30 @@ class Context:
         return self.team.codec.decode(self.token_ids, special=True)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The chat so far, generated answers included."""
-        return self._state.copy().messages
+        messages = self._state.copy().messages
+        if self._state.answer is not None:
+            begin = self._state.answer
+            messages[-1]["content"] = self.team.codec.decode(self.token_ids[begin:], after=self.token_ids[:begin])
+        return messages
 
     # ------------------------------------------------------------------ what can be put in
 
     def append(self, content: str | Sequence[Message] | Iterable[int] | Tensor) -> Context:
         """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself."""
         if isinstance(content, str):
-            return self._extend_text(self.team.codec.encode(content, opening=not self.token_ids))
+            return self._extend(self.team.codec.encode(content, after=self.token_ids))
         if isinstance(content, Mapping) or not isinstance(content, Iterable):
             raise InputError(f"{content!r} cannot be appended; give text, a list of messages, or token ids.")
         items: list[Any] = content.flatten().tolist() if isinstance(content, Tensor) else list(content)
         if items and isinstance(items[0], Mapping):
-            return self._append_messages([_checked(m) for m in items])
+            return self._append_messages([_checked(message) for message in items])
         vocabulary = self.team.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         for token in items:
             if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < vocabulary:
                 raise InputError(f"{token!r} is no token id of this model; give integers from 0 to {vocabulary - 1}.")
-        return self._extend_text([int(token) for token in items])
+        return self._extend([int(token) for token in items])
 
     def rollback(self, length: int) -> Context:
         """Forget everything behind the first ``length`` tokens; what stays in the cache is not computed again."""
@@ -200,7 +205,7 @@ class Context:
         while self._journal and self._journal[-1][0] >= length:
             end, self._state = self._journal.pop()
         if self._journal and end > length:  # into the middle of an entry, which stays for further rollbacks
-            self._state = self._cut(*self._journal[-1])
+            self._state = self._journal[-1][1].copy()
         return self
 
     def fork(self) -> Context:
@@ -249,27 +254,25 @@ class Context:
         if not self.token_ids:
             raise InputError("The context is empty; append text, messages or tokens before generating.")
         started, origin, cached = time.perf_counter(), len(self.token_ids), self.length
-        if self._state.messages and not self._state.answering:
+        if self._state.messages and self._state.answer is None:
             self._open_answer()
         before = len(self.token_ids)
         config = self._within_model_length(config)
         self._journal.append((before, self._state.copy()))
+        text = _TurnText(Reader(self.team.codec, self.token_ids), stream, _stops(config.stop_strings))
         try:
-            self._run(speaker, config, seed, stream)
+            self._run(speaker, config, seed, text)
         except BaseException:
             self.rollback(origin)
             raise
         new = self.token_ids[before:]
-        text = self.team.codec.decode(new)
-        if self._state.answering:
-            self._state.messages[-1]["content"] += text
-        stopped_at = _first_stop(text, config)
+        stopped = text.end is not None
         self._found_cached += cached
         return Turn(
             model=model,
-            text=text[:stopped_at],
+            text=text.whole[: text.end],
             token_ids=new,
-            finish_reason="stop" if stopped_at is not None or new[-1] in self._ends(config) else "length",
+            finish_reason="stop" if stopped or new[-1] in self._ends(config) else "length",
             encoded_tokens=self.length - cached,
             cached_tokens=cached,
             kv_bytes=self.kv_bytes,
@@ -283,7 +286,7 @@ class Context:
         """
         names = list(models or self.team.names)
         speakers = {name: self.team.adapter(name) for name in names}
-        tokens = self.team.codec.encode(text)
+        tokens = self.team.codec.encode(text, after=self.token_ids)
         if not tokens or not self.token_ids:
             raise InputError("Scoring needs a non-empty context and a non-empty text.")
         with torch.no_grad():
@@ -291,15 +294,11 @@ class Context:
 
     # ------------------------------------------------------------------ prediction
 
-    def _run(
-        self, speaker: str | None, config: GenerationConfig, seed: int | None, stream: Callable[[str], None] | None
-    ) -> None:
+    def _run(self, speaker: str | None, config: GenerationConfig, seed: int | None, text: _TurnText) -> None:
         """Transformers prepares logits processors and stopping criteria from the config and calls our loop."""
         model = self._causal_lm()
         generator = torch.Generator(model.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        streamer: Any = _Stream(self.team.tokenizer, stream, config) if stream else None
-        start = len(self.token_ids)
         # Transformers 5.19 loses the tokenizer that its own stop-string check needs when generate() gets a loop.
         prepared = copy(config)
         prepared.stop_strings = None
@@ -317,12 +316,9 @@ class Context:
                 scores = logits_processor(input_ids, self._next_logits(speaker).float())
                 token = _pick(scores, generation_config.do_sample, generator)
                 self.token_ids.append(int(token))
-                if streamer:
-                    streamer.put(token.view(1).cpu())
+                text.push(int(token))
                 input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
-                done = bool(stopping_criteria(input_ids, None).all())
-                if config.stop_strings and not done:
-                    done = _first_stop(self.team.codec.decode(self.token_ids[start:]), config) is not None
+                done = bool(stopping_criteria(input_ids, None).all()) or text.end is not None
             return input_ids
 
         with torch.no_grad():
@@ -332,8 +328,7 @@ class Context:
                 generation_config=prepared,
                 custom_generate=loop,
             )
-        if streamer:
-            streamer.end()
+        text.flush()
 
     def _within_model_length(self, config: GenerationConfig) -> GenerationConfig:
         """Positions beyond what the model was made for give nonsense, so the turn ends there at the latest."""
@@ -396,60 +391,50 @@ class Context:
 
     # ------------------------------------------------------------------ text and chat
 
-    def _extend(self, tokens: list[int], undo: _State) -> Context:
+    def _extend(self, tokens: list[int], after: _State | None = None) -> Context:
+        """Add tokens and pass to the state ``after`` them; tokens without one are part of an open answer, or text."""
         if tokens:
-            self._journal.append((len(self.token_ids), undo))
+            self._journal.append((len(self.token_ids), self._state))
             self.token_ids.extend(tokens)
+        self._state = after or self._state.copy()
         return self
 
-    def _extend_text(self, tokens: list[int]) -> Context:
-        """Text that is no message; behind an open answer it is part of that answer."""
-        undo = self._state.copy()
-        if self._state.answering:
-            self._state.messages[-1]["content"] += self.team.codec.decode(tokens)
-        return self._extend(tokens, undo)
+    def _append_messages(self, new: list[dict[str, Any]]) -> Context:
+        tokens = self.team.codec.encode(self._rendered_suffix(new), after=self.token_ids, rendered=True)
+        begin = self.team.codec.beginning
+        if not self._state.messages and self.token_ids[: len(begin)] == begin == tokens[: len(begin)]:
+            tokens = tokens[len(begin) :]  # the chat comes behind text, which has brought it
+        return self._extend(tokens, _State([*self.messages, *new]))
 
-    def _append_messages(self, new: list[dict[str, str]]) -> Context:
-        undo, state = self._state.copy(), self._state
-        text = self._rendered_suffix(new)
-        state.messages, state.answering = [*state.messages, *new], False
-        return self._extend(self.team.codec.encode(text), undo)
-
-    def _rendered_suffix(self, new: list[dict[str, str]]) -> str:
+    def _rendered_suffix(self, new: list[dict[str, Any]]) -> str:
         """What the chat template puts behind the present end for these messages; earlier text is never rewritten."""
-        messages = self._state.messages
-        if not messages:
-            return self.team.codec.render(new)
-        if not self._state.answering:
-            before = self.team.codec.render(messages)
-            after = self.team.codec.render([*messages, *new])
-            if not after.startswith(before):
-                raise InputError("The chat template rewrites earlier messages; append text or tokens instead.")
-            return after[len(before) :]
-        marked = [*messages[:-1], {"role": "assistant", "content": _MARK}, *new]
-        _, found, suffix = self.team.codec.render(marked).rpartition(_MARK)
-        if not found:
+        codec, messages = self.team.codec, self._state.messages
+        if self._state.answer is not None:
+            return self._rendered_behind_answer(new)
+        before, after = codec.render(messages) if messages else "", codec.render([*messages, *new])
+        if not after.startswith(before):
+            raise InputError("The chat template rewrites earlier messages; append text or tokens instead.")
+        return after[len(before) :]
+
+    def _rendered_behind_answer(self, new: list[dict[str, Any]]) -> str:
+        messages, last = self._state.messages, self.token_ids[-1]
+        around = self.team.codec.around([*messages, *new], len(messages) - 1)
+        if around is None:
             raise InputError("The chat template changes the text of an answer; append text or tokens instead.")
-        if self.token_ids[-1] in {*self._ends(), *self.team.tokenizer.all_special_ids}:  # the answer has closed itself
-            return suffix.removeprefix(self.team.codec.decode(self.token_ids[-1:], special=True))
-        return suffix
+        if last in {*self._ends(), *self.team.tokenizer.all_special_ids}:  # the answer has closed itself
+            end = self.team.codec.decode([last], special=True)
+            if around[1].lstrip().startswith(end):
+                return around[1].lstrip().removeprefix(end)
+        return around[1]
 
     def _open_answer(self) -> None:
-        undo, messages = self._state.copy(), self._state.messages
-        whole, closed = self.team.codec.render(messages, header=True), self.team.codec.render(messages)
+        codec, messages = self.team.codec, self._state.messages
+        whole, closed = codec.render(messages, header=True), codec.render(messages)
         if not whole.startswith(closed):
             raise InputError("The chat template has no header for an answer; append text or tokens instead.")
-        text = whole[len(closed) :]
-        self._state.messages = [*messages, {"role": "assistant", "content": ""}]
-        self._state.answering = True
-        self._extend(self.team.codec.encode(text), undo)
-
-    def _cut(self, start: int, state: _State) -> _State:
-        """The state after rolling back into the middle of what was added at ``start``."""
-        state = state.copy()
-        if state.answering:
-            state.messages[-1]["content"] += self.team.codec.decode(self.token_ids[start:])
-        return state
+        tokens = codec.encode(whole[len(closed) :], after=self.token_ids, rendered=True)
+        answer = {"role": "assistant", "content": ""}
+        self._extend(tokens, _State([*self.messages, answer], len(self.token_ids) + len(tokens)))
 
     def _ends(self, config: GenerationConfig | None = None) -> list[int]:
         """Token ids that end an answer."""
@@ -458,27 +443,39 @@ class Context:
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-class _Stream(TextStreamer):
-    """Transformers' streamer, which holds text back until it is readable, with a callback for a printer.
+class _TurnText:
+    """What a speaker says in a turn: its text, where a stop string ends it, and what a listener may hear of it yet.
 
-    What may be the beginning of a stop string is held back too.
+    What may be the beginning of a stop string is held back from the listener.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], None], config: GenerationConfig
-    ) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.callback, self.config, self.held = callback, config, ""
+    def __init__(self, reader: Reader, listener: Callable[[str], None] | None, stops: Sequence[str]) -> None:
+        self.end: int | None = None
+        """Where the first stop string begins, once there is one."""
+        self._reader, self._listener, self._stops = reader, listener, stops
+        self._held = max(map(len, stops), default=1) - 1
+        self._heard = 0
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.held += text
-        end = _first_stop(self.held, self.config)  # from there on nothing is let through any more
-        if end is None:
-            longest = max(map(len, self.config.stop_strings or ()), default=1)
-            end = len(self.held) if stream_end else max(0, len(self.held) - longest + 1)
-        if end:
-            self.callback(self.held[:end])
-        self.held = self.held[end:]
+    @property
+    def whole(self) -> str:
+        return self._reader.text
+
+    def push(self, token: int) -> None:
+        searched = max(0, len(self.whole) - self._held)
+        if self._reader.push(token):
+            places = [self.whole.find(stop, searched) for stop in self._stops]
+            self.end = min((place for place in places if place >= 0), default=None)
+            self._tell(len(self.whole) - self._held)
+
+    def flush(self) -> None:
+        """The turn is over: nothing is held back any more."""
+        self._tell(len(self.whole))
+
+    def _tell(self, until: int) -> None:
+        until = until if self.end is None else min(until, self.end)
+        if self._listener and until > self._heard:
+            self._listener(self.whole[self._heard : until])
+            self._heard = until
 
 
 def _deprecated(name: str, instead: str) -> None:
@@ -497,12 +494,16 @@ def _config(
         )
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     chosen: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False}
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    stops = _stops(stop)
     if "" in stops:
         raise InputError(f"stop={stop!r} holds an empty text, which would end every turn; leave it out.")
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, stop_strings=stops or None, **chosen
     )
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop or ())
 
 
 def _refuse_beams(config: GenerationConfig) -> None:
@@ -516,14 +517,10 @@ def _pick(scores: Tensor, sample: bool | None, generator: torch.Generator) -> Te
     return scores.argmax(-1)
 
 
-def _first_stop(text: str, config: GenerationConfig) -> int | None:
-    found = [text.find(stop) for stop in config.stop_strings or () if stop in text]
-    return min(found, default=None)
-
-
-def _checked(message: Any) -> dict[str, str]:
+def _checked(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InputError(f"{message!r} is no chat message; give {{'role': ..., 'content': ...}}.")
-    if not isinstance(message.get("content"), str):
+    content = message.get("content")
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise InputError(f"The message {message!r} has no text in 'content'.")
-    return dict(message)
+    return {**message, "content": content or ""}

@@ -207,13 +207,14 @@ _Pieces = list[tuple[list[int], bool]]
 
 def _pieces(row: Mapping[str, Any], codec: Codec) -> _Pieces:
     if "text" in row:
-        return [(codec.encode(row["text"], opening=True, ending=True), True)]
+        return [(codec.encode(row["text"], ending=True), True)]
     if "messages" in row:
         return _chat(row["messages"], 0, codec, _tools(row))
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str):
         return _chat([*prompt, *completion], len(prompt), codec, _tools(row))
-    return [(codec.encode(prompt, opening=True), False), (codec.encode(completion, ending=True), True)]
+    before = codec.encode(prompt)
+    return [(before, False), (codec.encode(completion, after=before, ending=True), True)]
 
 
 def _tree(row: Mapping[str, Any], codec: Codec) -> tuple[list[int], list[_Pieces]]:
@@ -245,6 +246,7 @@ def _chat(messages: Sequence[Message], first: int, codec: Codec, tools: list[Any
     """Cut the rendered chat at the assistant messages from index ``first`` on; their text and end token carry loss."""
     whole = codec.render(messages, tools)
     pieces: _Pieces = []
+    tokens: list[int] = []
     done = 0
     for index in range(first, len(messages)):
         if messages[index]["role"] != "assistant":
@@ -256,10 +258,11 @@ def _chat(messages: Sequence[Message], first: int, codec: Codec, tools: list[Any
                 f"the chat template renders message {index} differently once others follow, so a chat cannot be "
                 "trained in one row; give one row a turn, as 'prompt' and 'completion'."
             )
-        pieces.append((codec.encode(whole[done : len(head)]), False))
-        pieces.append((codec.encode(whole[len(head) : len(until)]), True))
+        for text, loss in ((whole[done : len(head)], False), (whole[len(head) : len(until)], True)):
+            pieces.append((codec.encode(text, after=tokens, rendered=True), loss))
+            tokens += pieces[-1][0]
         done = len(until)
-    return pieces or [(codec.encode(whole), False)]
+    return pieces or [(codec.encode(whole, rendered=True), False)]
 
 
 def separate(row: Mapping[str, Any]) -> list[dict[str, Any]]:
