@@ -33,7 +33,7 @@ def framing(before: str = "", behind: str = "", template: str = CHATML) -> PreTr
     tokenizer = tiny_tokenizer(template)
     tokenizer.bos_token = BOS
     frame = " ".join(filter(None, [before, "$A", behind]))
-    special = [(token, SPECIAL.index(token)) for token in (before, behind) if token]
+    special = [(token, SPECIAL.index(token)) for token in (before + " " + behind).split()]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=special)
     return tokenizer
 
@@ -92,6 +92,14 @@ def test_a_chat_has_the_bos_that_its_template_writes_and_no_other(adds: str) -> 
     assert context.append([ANSWER]).token_ids == whole
     context.rollback(0).append([USER]).generate(max_new_tokens=1)
     assert context.token_ids[:-1] == prompt
+
+
+def test_no_token_that_begins_a_text_carries_loss() -> None:
+    """GLM-4's tokenizer puts two."""
+    tokenizer = framing(f"{BOS} <|im_start|>")
+    assert Codec(tokenizer).beginning == [BEGIN, SPECIAL.index("<|im_start|>")]
+    ((_, loss),) = rows(tokenizer, {"text": "ab"})
+    assert loss == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("adds", ["none", "BOS", "BOS and EOS"])

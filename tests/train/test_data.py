@@ -204,6 +204,25 @@ BAD: dict[str, tuple[list[Any], int, str]] = {  # rows; the line that must be na
     "no content and no tool call": ([{"messages": [{"role": "assistant", "content": None}]}], 1, "'content'"),
     "tools that are no list": ([CHAT, {**CHAT, "tools": {"name": "a"}}], 2, "'tools' must be a list"),
     "tools that are no JSON": ([CHAT, {**CHAT, "tools": "[{"}], 2, "'tools' is not JSON"),
+    "a lone surrogate": (
+        [CHAT, {"messages": chat("u:a", "a:b\ud800")}],
+        2,
+        r"'messages' has a lone surrogate .'\\ud800'",
+    ),
+    "a lone surrogate in a tool": ([{**CHAT, "tools": r'[{"name": "\udc00"}]'}], 1, "'tools' has a lone surrogate"),
+    "a lone surrogate in a text": (
+        [GOOD, {"prompt": "a\udfff", "completion": "b"}],
+        2,
+        "'prompt' has a lone surrogate",
+    ),
+    "half a weight": (
+        [CHAT, {"messages": [{**CHAT["messages"][1], "weight": 0.5}]}],
+        2,
+        "'weight' is 0.5; give 0 or 1",
+    ),
+    "weight as text": ([{"messages": [{**CHAT["messages"][1], "weight": "0"}]}], 1, "'weight' is '0'; give 0 or 1"),
+    "weight of a user": ([{"messages": [{**CHAT["messages"][0], "weight": 1}]}], 1, "role 'user' and weight 1"),
+    "options as a list": ([{**CHAT, "chat_template_kwargs": [1]}], 1, "'chat_template_kwargs' must be an object"),
     "an empty one of several": ([{"prompt": "a", "completions": ["b", ""]}], 1, "'completions' is empty"),
 }
 
@@ -268,6 +287,42 @@ def test_a_hub_data_set_is_read_and_named_by_index(monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------------------------------- from rows to tokens
 
 
+def test_options_of_a_row_reach_its_chat_template(tmp_path: Path) -> None:
+    """TRL's column ``chat_template_kwargs``."""
+    tokenizer = tiny_tokenizer("{{ mood }}" + CHATML)
+    rows = [{**CHAT, "chat_template_kwargs": {"mood": mood}} for mood in ("x", "yy")]
+    for given in (data.read(write(tmp_path / "d.jsonl", *rows)), data.rows_of(Dataset.from_list(rows))):
+        kept, _ = data.token_rows(given, tokenizer, None)
+        assert [pieces(row, tokenizer)[0][0] for row in kept] == ["x" + header("u:a"), "yy" + header("u:a")]
+
+
+@pytest.mark.parametrize("row", [CHAT, GOOD, {"text": "ab"}])
+@pytest.mark.parametrize("ends", [True, False])
+def test_answers_without_an_end_token_are_said_once(row: Row, ends: bool, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer(CHATML if ends else CHATML.replace("<|im_end|>", ""))
+    tokenizer.eos_token = tokenizer.eos_token if ends else None
+    data.token_rows([row, row], tokenizer, 21, "some.jsonl")  # where the chat is cut off
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (0 if ends else 1)
+    assert all("some.jsonl end in no special token" in text and "eos_token" in text for text in said)
+
+
+@pytest.mark.parametrize("extra", [{"content": None}, {}, {"content": ""}])
+def test_content_that_is_left_out_beside_tool_calls_is_empty_text(extra: Row, tmp_path: Path) -> None:
+    """From a file, from a data set and in a context; a template may add to it without asking."""
+    tokenizer = tiny_tokenizer(
+        CHATML.replace("m['content'] +", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '') +")
+    )
+    answer = {**calling({"x": 1}), **extra}
+    row = {"messages": [*chat("u:a"), answer]}
+    context = Specialists(tiny(), tokenizer).context().append(row["messages"])
+    for given in (data.read(write(tmp_path / "d.jsonl", row)), data.rows_of(Dataset.from_list([row]))):
+        kept, _ = data.token_rows(given, tokenizer, None)
+        assert pieces(kept[0], tokenizer) == [(header("u:a"), False), (json.dumps(answer["tool_calls"]) + END, True)]
+        assert context.token_ids == [*kept[0]["input_ids"], tokenizer.convert_tokens_to_ids("\n")]
+    assert context.messages[1] == {**answer, "content": ""}
+
+
 def test_examples_without_loss_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     rows = [CHAT, {"messages": chat("u:never answered")}, {"messages": chat("u:" + "long" * 99, "a:b")}, CHAT]
     kept, left_out = data.token_rows(data.read(write(tmp_path / "d.jsonl", *rows)), tokenizer, 60)
@@ -281,14 +336,31 @@ def test_data_without_any_loss_is_refused(tmp_path: Path, tokenizer: Any) -> Non
         data.token_rows(data.read(source), tokenizer, 5, source)
 
 
+def calling(arguments: Any) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+    }
+
+
 @pytest.mark.parametrize(
     ("template", "row", "what"),
     [
         (STRIPPING, {"messages": chat("u:a", "a:<think>b</think>c", "u:d", "a:e")}, "message 1 differently.*a turn"),
         (None, CHAT, "no chat template"),
         ("{{ raise_exception('Only one user message!') }}", CHAT, "Only one user message!"),
+        (
+            CHATML,
+            {"messages": [*chat("u:a"), calling("{")]},
+            r"tool call are not JSON \(.*column 2\): '{'",
+        ),
+        (
+            CHATML,
+            {"messages": [*chat("u:a"), calling("[1]")]},
+            r"tool call must be an object, not \[1\]",
+        ),
     ],
-    ids=["rewrites", "none", "raises"],
+    ids=["rewrites", "none", "raises", "arguments", "arguments that are no object"],
 )
 def test_what_the_template_cannot_do_is_said_of_the_line(
     template: str | None, row: Row, what: str, tmp_path: Path

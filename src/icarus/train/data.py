@@ -10,13 +10,15 @@ Forms of a row (TRL's names):
 A text is tokenized in pieces, cut where loss begins and ends. That is how a ``Context`` appends and generates, so
 training and inference see the same tokens.
 
-Chats may have ``"tools"`` (a list, or its JSON text) for the chat template. Rows stay as they were read until they are
-tokens: in an Arrow table each message, tool and argument would get the keys of all others.
+Chats may have ``"tools"`` (a list, or its JSON text) and ``"chat_template_kwargs"`` (an object) for the chat template,
+and ``"weight": 0`` on assistant messages that shall carry no loss. Rows stay as they were read until they are tokens:
+in an Arrow table each message, tool and argument would get the keys of all others.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,14 +30,18 @@ from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from icarus.chat_template import Codec, Message
+from icarus.chat_template import Codec, surrogates
 from icarus.errors import DataError, InputError, first_line
 from icarus.streams import IGNORED
+from icarus.train.answers import Answer, Chat, rendered
+
+logger = logging.getLogger(__name__)
 
 LINE = "line"
 """Column with a row's line in its file (or index in its data set), kept for messages."""
 
 _FORMS = (("messages",), ("prompt", "completion"), ("prompt", "completions"), ("text",))
+_BESIDE_A_CHAT = ("tools", "chat_template_kwargs")
 
 
 def read(source: str) -> list[dict[str, Any]]:
@@ -80,7 +86,7 @@ def _checked(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, 
             raise DataError(
                 f"{source}:{row[LINE]}: field {form[0]!r} must be a text or a list of messages, in every row alike."
             )
-        yield {name: row[name] for name in (*form, "tools", LINE) if name in row}
+        yield {name: row[name] for name in (*form, *_BESIDE_A_CHAT, LINE) if name in row}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -117,9 +123,9 @@ def _form(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
     for form in _FORMS:
         if all(name in row for name in form):
             return form
-    found = ", ".join(sorted(set(row) - {LINE})) or "nothing"
+    fields = ", ".join(sorted(set(row) - {LINE})) or "nothing"
     raise DataError(
-        f"{source}:{row[LINE]} has {found}; a row needs 'messages', 'prompt' and 'completion', "
+        f"{source}:{row[LINE]} has {fields}; a row needs 'messages', 'prompt' and 'completion', "
         "'prompt' and 'completions', or 'text'."
     )
 
@@ -143,6 +149,11 @@ def _check(row: Mapping[str, Any], form: Sequence[str], where: str) -> None:
         if any(isinstance(answer, str) != isinstance(row["prompt"], str) for answer in answers):
             raise DataError(f"{where}: 'prompt' and '{form[1]}' must both be texts or both be lists of messages.")
     _tools(row, f"{where}: ")
+    if not isinstance(row.get("chat_template_kwargs") or {}, dict):
+        raise DataError(f"{where}: field 'chat_template_kwargs' must be an object.")
+    for name in (*form, *_BESIDE_A_CHAT):
+        if lone := next(surrogates(_tools(row) if name == "tools" else row.get(name)), None):
+            raise DataError(f"{where}: field {name!r} has a lone surrogate ({lone!a}), which is not text; remove it.")
 
 
 def _check_text(value: Any, name: str, where: str) -> None:
@@ -157,7 +168,19 @@ def _check_text(value: Any, name: str, where: str) -> None:
             raise DataError(f"{where}: field {name!r} has a message without a 'role': {message!r:.80}.")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise DataError(f"{where}: field {name!r} has a message whose 'content' is no text: {message!r:.80}.")
+            raise DataError(f"{where}: field {name!r} has a message whose 'content' is not text: {message!r:.80}.")
+        _check_weight(message, name, where)
+
+
+def _check_weight(message: Mapping[str, Any], name: str, where: str) -> None:
+    weight = message.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise DataError(f"{where}: field {name!r} has a message whose 'weight' is {weight!r}; give 0 or 1.")
+    if weight and message["role"] != "assistant":
+        raise DataError(
+            f"{where}: field {name!r} has a message of role {message['role']!r} and weight 1, and only what the "
+            "assistant says carries loss; leave out 'weight'."
+        )
 
 
 # ------------------------------------------------------------------------------------------ tokens
@@ -192,7 +215,7 @@ def tokenize(row: Mapping[str, Any], codec: Codec, max_length: int | None) -> di
         trunk, branches = _tree(row, codec)
         out.add(trunk, loss=False)
         for number, pieces in enumerate(branches, 1):
-            for i, (tokens, loss) in enumerate(pieces):
+            for i, (tokens, loss) in enumerate(piece for piece in pieces if piece[0]):
                 out.add(tokens, loss=loss, branch=number, trunk=len(trunk) if i == 0 else None)
     else:
         for tokens, loss in _pieces(row, codec):
@@ -206,15 +229,31 @@ _Pieces = list[tuple[list[int], bool]]
 
 
 def _pieces(row: Mapping[str, Any], codec: Codec) -> _Pieces:
+    """The row's tokens, cut where loss begins and ends."""
     if "text" in row:
-        return [(codec.encode(row["text"], ending=True), True)]
-    if "messages" in row:
-        return _chat(row["messages"], 0, codec, _tools(row))
-    prompt, completion = row["prompt"], row["completion"]
+        ids = codec.encode(row["text"], ending=True)
+        opening = len(codec.beginning) * (ids[: len(codec.beginning)] == codec.beginning)
+        return [(ids[:opening], False), (ids[opening:], True)]
+    prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
     if not isinstance(prompt, str):
-        return _chat([*prompt, *completion], len(prompt), codec, _tools(row))
+        options = row.get("chat_template_kwargs") or {}
+        messages = [*prompt, *completion]
+        return _chat(Chat(messages=messages, first=len(prompt), tools=_tools(row), options=options), codec)
     before = codec.encode(prompt)
     return [(before, False), (codec.encode(completion, after=before, ending=True), True)]
+
+
+def _chat(chat: Chat, codec: Codec) -> _Pieces:
+    whole, answers = rendered(chat, codec)
+    pieces: _Pieces = []
+    tokens: list[int] = []
+    done = 0
+    for answer in answers or [Answer(len(whole), len(whole), loss=False)]:
+        for text, loss in ((whole[done : answer.start], False), (whole[answer.start : answer.end], answer.loss)):
+            pieces.append((codec.encode(text, after=tokens, rendered=True), loss))
+            tokens += pieces[-1][0]
+        done = answer.end
+    return pieces
 
 
 def _tree(row: Mapping[str, Any], codec: Codec) -> tuple[list[int], list[_Pieces]]:
@@ -242,35 +281,23 @@ def _tools(row: Mapping[str, Any], where: str = "") -> list[Any] | None:
     return tools or None
 
 
-def _chat(messages: Sequence[Message], first: int, codec: Codec, tools: list[Any] | None) -> _Pieces:
-    """Cut the rendered chat at the assistant messages from index ``first`` on; their text and end token carry loss."""
-    whole = codec.render(messages, tools)
-    pieces: _Pieces = []
-    tokens: list[int] = []
-    done = 0
-    for index in range(first, len(messages)):
-        if messages[index]["role"] != "assistant":
-            continue
-        head = codec.render(messages[:index], tools, header=True) if index else ""
-        until = codec.render(messages[: index + 1], tools).rstrip()
-        if not (whole.startswith(head) and whole.startswith(until) and len(head) >= done):
-            raise DataError(
-                f"the chat template renders message {index} differently once others follow, so a chat cannot be "
-                "trained in one row; give one row a turn, as 'prompt' and 'completion'."
-            )
-        for text, loss in ((whole[done : len(head)], False), (whole[len(head) : len(until)], True)):
-            pieces.append((codec.encode(text, after=tokens, rendered=True), loss))
-            tokens += pieces[-1][0]
-        done = len(until)
-    return pieces or [(codec.encode(whole, rendered=True), False)]
-
-
 def separate(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row with several completions as rows with one each (what a conventional trainer takes)."""
     if "completions" not in row:
         return [dict(row)]
     shared = {name: value for name, value in row.items() if name != "completions"}
     return [{**shared, "completion": completion} for completion in row["completions"]]
+
+
+def _warn_without_end(row: Mapping[str, Any], codec: Codec, source: str) -> None:
+    """Told by the first row: the tokenizer and the template are the same for all."""
+    last = [label for label in tokenize(row, codec, None)["labels"] if label != IGNORED][-1]
+    if last not in codec.added:
+        logger.warning(
+            "Answers of %s end in no special token, so the model will not learn where to stop; let the chat template "
+            "write one behind each answer, or give the tokenizer an eos_token.",
+            source,
+        )
 
 
 def token_rows(
@@ -281,7 +308,7 @@ def token_rows(
 ) -> tuple[Dataset, int]:
     """Tokenize checked rows (of ``read`` or ``rows_of``); those without any loss token are left out and counted.
 
-    Returns the token rows and the number of those left out.
+    Warns if answers have no end token. Returns the token rows and the number of those left out.
 
     Raises:
         DataError: no example carries loss.
@@ -298,6 +325,8 @@ def token_rows(
         if all(label == IGNORED for label in tokens["labels"]):
             left_out += 1
             continue
+        if not columns:
+            _warn_without_end(row, codec, source)
         for name, values in tokens.items():  # as arrays: lists of ints would take ten times the memory
             columns.setdefault(name, []).append(np.asarray(values, dtype=np.int32))
         if LINE in row:
@@ -305,6 +334,6 @@ def token_rows(
     if not columns:
         raise DataError(
             f"No example of {source} carries loss: none has an assistant message or completion within "
-            f"{max_length} tokens; check the roles, or raise max_length."
+            f"{max_length} tokens; check roles and weights, or raise max_length."
         )
     return Dataset.from_dict(columns), left_out
