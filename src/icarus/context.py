@@ -181,7 +181,14 @@ class Context:
     # ------------------------------------------------------------------ what can be put in
 
     def append(self, content: str | Sequence[Message] | Iterable[int] | Tensor) -> Context:
-        """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself."""
+        """Append text, chat messages (``{"role", "content"}``) or token ids. Returns the context itself.
+
+        Text reads back as it was written, in pieces too. Its tokens are those of the whole text where these have a
+        border between the pieces; tokens that are there already never change.
+
+        Raises:
+            InputError: not text, messages or token ids; or the chat template refuses or would rewrite messages.
+        """
         if isinstance(content, str):
             return self._extend(self.team.codec.encode(content, after=self.token_ids))
         if isinstance(content, Mapping) or not isinstance(content, Iterable):
