@@ -1,1 +1,7 @@
-"""What we run to steer the project, and what we make of it; none of it is in the wheel."""
+"""What we run to steer the project; none of it is in the wheel.
+
+serve_micro       vLLM's engines side by side, step by step
+figures           writes the tables of README, docs and results from results/*.json
+plot              draws results/figures.png
+convert_results   results of an earlier version as this one has them
+"""

@@ -81,16 +81,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(report: Mapping[str, Any], target: str) -> None:
-    """Write a report to a file in one step, or print it as one line for ``-``.
+    """Write a report to a file in one step, indented, or print it as one line for ``-``.
 
     Raises:
         InputError: the file cannot be written.
     """
-    text = json.dumps(report, ensure_ascii=False) + "\n"
     if target == "-":
-        print(text, end="", flush=True)
+        print(json.dumps(report, ensure_ascii=False), flush=True)
         return
     try:
-        atomic.write_text(Path(target), text)
+        atomic.write_text(Path(target), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"The report cannot be written to {target} ({error.strerror}); name another file.") from error

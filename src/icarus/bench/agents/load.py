@@ -29,7 +29,7 @@ SILENCE_SECONDS = 900.0
 
 
 class CallFailed(IcarusError):
-    """The server did not answer a call as asked."""
+    """The server did not answer a call as it should."""
 
 
 @dataclass
@@ -160,7 +160,7 @@ class _Load:
         except (ValueError, KeyError) as error:
             raise CallFailed(f"A call of {record.model} got no stream of completions ({error!r}).") from error
         if len(generated) != call.output_tokens:
-            raise CallFailed(f"{record.model} gave {len(generated)} tokens and not {call.output_tokens}.")
+            raise CallFailed(f"{record.model} returned {len(generated)} tokens instead of {call.output_tokens}.")
         self._records.append(record)
         return generated
 

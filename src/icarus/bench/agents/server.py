@@ -1,6 +1,6 @@
 """A server in a process group of its own: started, waited for, watched, and stopped whatever happens.
 
-Works with anything that answers ``/health`` and ``/metrics``; which command it is, ``systems.py`` says.
+Works with anything that answers ``/health`` and ``/metrics``; ``systems.py`` has the command.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def markdown(report: Report, pictures: Sequence[str]) -> str:
     """Tables of the report, its protocol, and the pictures beside it."""
     sections = {
         "ICaRus over conventional models": [_EXPLAINED, "", *_speedups(report.by_models)],
-        "Where ICaRus is no gain": _losses(report.gains),
+        "Where ICaRus gains nothing": _losses(report.gains),
         "All runs": _rows(report.rows),
         "Gains over each peer": _gains(report.gains),
         "Runs that failed": [f"    {line}" for text in report.failures for line in text.splitlines()],
@@ -74,7 +74,7 @@ def _speedups(speedups: Sequence[Speedup]) -> list[str]:
 def _losses(gains: Sequence[Gain]) -> list[str]:
     """What a reader must know before they choose: every place at or below conventional."""
     lost = [gain for gain in gains if gain.over == "conventional" and min(gain.throughput, gain.p95) <= 1]
-    return _gains(lost) if lost else ["Nowhere in these runs did it fall to the conventional system's figures."]
+    return _gains(lost) if lost else ["In none of these runs: ICaRus is ahead of conventional models in all of them."]
 
 
 def _rows(rows: Sequence[Row]) -> list[str]:

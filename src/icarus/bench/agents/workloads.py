@@ -1,7 +1,7 @@
 """Workflows of agents as graphs of calls over token ids: pure data, the same for every system that is measured.
 
 A call waits for the calls whose output its prompt holds (and for those in ``after``), so a workflow is a closed loop;
-when a workflow starts is the load generator's business. Outputs have fixed lengths. Texts are random token ids: what
+the load generator decides when a workflow starts. Outputs have fixed lengths. Texts are random token ids: what
 a system does with a prompt depends on its length and on the prefixes that it shares, not on what it says.
 
     react               specialists take turns on one growing trajectory: thought and action, then an observation
@@ -219,8 +219,8 @@ def make(
 def arrivals(count: int, window: float | None, seed: str) -> list[float]:
     """Seconds at which workflows start: a Poisson process of ``count`` arrivals in ``window`` seconds, or all at once.
 
-    Given their number, arrivals of a Poisson process are uniform. With the number drawn as well a run could have a rate
-    that is far from the one that it is said to have.
+    Given their number, arrivals of a Poisson process are uniform. Were the number drawn as well, a run's rate could be
+    far from the one that it is named after.
     """
     if window is None:
         return [0.0] * count
