@@ -217,6 +217,29 @@ def test_rollback_into_an_answer_is_as_if_it_had_been_cut_there(team: Specialist
     assert _same(rolled, fresh)
 
 
+BARE = (  # as Llama 2's: nothing is written before an answer
+    "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '<|im_end|>' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, BARE])
+def test_a_turn_that_was_rolled_back_or_refused_leaves_no_answer(template: str) -> None:
+    context = _team(template).context().append([{"role": "user", "content": "Q"}])
+    fresh, length = context.fork(), len(context.token_ids)
+    context.generate("one", generation_config=_fixed(4))
+    assert len(context.messages) == 2
+    assert _same(context.rollback(length), fresh)
+    limit = context.team.streams.config.max_position_embeddings
+    context.append([{"role": "user", "content": "x" * limit}])
+    before = context.messages
+    with pytest.raises(InputError, match="roll it back"):
+        context.generate("one")
+    assert context.messages == before
+    for each in (context.rollback(length), fresh):
+        each.append([{"role": "user", "content": "R"}]).generate("two", generation_config=_fixed(4))
+    assert _same(context, fresh)
+
+
 def test_rollback_again_and_again(team: Specialists) -> None:
     context = _chat(team, 3, _fixed(6))
     whole = context.fork()
@@ -490,14 +513,14 @@ def test_history_that_the_template_would_rewrite_is_refused() -> None:
         (lambda c: c.score(""), "non-empty text"),
         (lambda c: c.generate("three"), "'three'.*base, one, two"),
         (lambda c: c.score("text", ["three"]), "'three'.*base, one, two"),
-        (lambda c: c.append([5, VOCAB]), f"{VOCAB} is no token id.*{VOCAB - 1}"),
-        (lambda c: c.append([-1]), "-1 is no token id"),
-        (lambda c: c.append(["x"]), "'x' is no token id"),
-        (lambda c: c.append([1.0]), "1.0 is no token id"),
+        (lambda c: c.append([5, VOCAB]), f"{VOCAB} is not a token id.*{VOCAB - 1}"),
+        (lambda c: c.append([-1]), "-1 is not a token id"),
+        (lambda c: c.append(["x"]), "'x' is not a token id"),
+        (lambda c: c.append([1.0]), "1.0 is not a token id"),
         (lambda c: c.append([{"role": "user"}]), "'role': 'user'.*no text in 'content'"),
         (lambda c: c.append([{"role": "user", "content": [{"type": "image"}]}]), "no text in 'content'"),
-        (lambda c: c.append([{"content": "x"}]), "no chat message"),
-        (lambda c: c.append([{"role": "user", "content": "x"}, "y"]), "'y' is no chat message"),
+        (lambda c: c.append([{"content": "x"}]), "not a chat message"),
+        (lambda c: c.append([{"role": "user", "content": "x"}, "y"]), "'y' is not a chat message"),
         (lambda c: c.append({"role": "user", "content": "x"}), "'content': 'x'.*list of messages"),
         (lambda c: c.append(None), "None cannot be appended"),
         (lambda c: c.generate("one", temperature=-1), "temperature=-1"),
@@ -605,7 +628,7 @@ def test_token_ids_of_tensors_and_arrays(team: Specialists, ids: Any) -> None:
 
 
 def test_booleans_are_no_token_ids(team: Specialists) -> None:
-    with pytest.raises(InputError, match="True is no token id"):
+    with pytest.raises(InputError, match="True is not a token id"):
         team.context().append([True, False])
 
 

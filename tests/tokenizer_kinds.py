@@ -135,9 +135,9 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 @cache
 def tokenizer(kind: str, template: str | None = None) -> Any:
-    made = KINDS[kind]()
-    made.chat_template = TEMPLATES[template] if template else None
-    return made
+    small = KINDS[kind]()
+    small.chat_template = TEMPLATES[template] if template else None
+    return small
 
 
 _FOR = "{% for m in messages %}"

@@ -90,7 +90,7 @@ class Specialists:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
     ) -> Specialists:
-        """Load a base model (hub id, folder, or the packaged one) and adapters given as name -> folder or hub id."""
+        """Load a base model (Hub id, folder, or the packaged one) and adapters given as name -> folder or Hub id."""
         team = cls(*base_model.load(base, dtype=dtype, device=device))
         for name, source in (specialists or {}).items():
             team.add(name, source)
@@ -101,6 +101,7 @@ class Specialists:
 
         Raises:
             AdapterError: the adapter must not share a cache with this base model; nothing has changed.
+            InputError: the name is the base model's.
         """
         if name == BASE:
             raise InputError(f"An adapter cannot be named {BASE!r}: that is the base model; choose another name.")
@@ -114,7 +115,11 @@ class Specialists:
         return [BASE, *(adapters.names(self.model) if hasattr(self.model, "peft_config") else [])]
 
     def adapter(self, name: str) -> str | None:
-        """The adapter behind a speaker's name; None for the base model."""
+        """The adapter behind a speaker's name; None for the base model.
+
+        Raises:
+            InputError: nobody has that name.
+        """
         if name not in self.names:
             raise InputError(f"No specialist named {name!r}; there are {', '.join(self.names)}.")
         return None if name == BASE else name
@@ -132,7 +137,7 @@ class Context:
         self.token_ids: list[int] = []
         self.encoded_tokens = 0
         """Positions encoded so far, in all turns together."""
-        self._found_cached = 0  # by all turns together, for ``reused_tokens``
+        self._reused_tokens = 0  # all turns' cached_tokens together
         self._cache = EncoderCache()
         self._state = _State()
         self._journal: list[tuple[int, _State]] = []
@@ -162,7 +167,7 @@ class Context:
     def reused_tokens(self) -> int:
         """What turns found in the cache, summed over turns; it goes with version 0.3."""
         _deprecated("Context.reused_tokens", "add up Turn.cached_tokens")
-        return self._found_cached
+        return self._reused_tokens
 
     @property
     def text(self) -> str:
@@ -199,11 +204,17 @@ class Context:
         vocabulary = self.team.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         for token in items:
             if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < vocabulary:
-                raise InputError(f"{token!r} is no token id of this model; give integers from 0 to {vocabulary - 1}.")
+                raise InputError(
+                    f"{token!r} is not a token id of this model; give integers from 0 to {vocabulary - 1}."
+                )
         return self._extend([int(token) for token in items])
 
     def rollback(self, length: int) -> Context:
-        """Forget everything behind the first ``length`` tokens; what stays in the cache is not computed again."""
+        """Forget everything behind the first ``length`` tokens; what stays in the cache is not computed again.
+
+        Raises:
+            InputError: ``length`` is negative or beyond the end.
+        """
         if not 0 <= length <= len(self.token_ids):
             raise InputError(f"Cannot roll back to {length} tokens; this context has {len(self.token_ids)}.")
         end = len(self.token_ids)
@@ -261,20 +272,20 @@ class Context:
         if not self.token_ids:
             raise InputError("The context is empty; append text, messages or tokens before generating.")
         started, origin, cached = time.perf_counter(), len(self.token_ids), self.length
-        if self._state.messages and self._state.answer is None:
-            self._open_answer()
-        before = len(self.token_ids)
-        config = self._within_model_length(config)
-        self._journal.append((before, self._state.copy()))
-        text = _TurnText(Reader(self.team.codec, self.token_ids), stream, _stops(config.stop_strings))
         try:
+            if self._state.messages and self._state.answer is None:
+                self._open_answer()
+            before = len(self.token_ids)
+            config = self._within_model_length(config)
+            self._journal.append((before, self._state.copy()))
+            text = _TurnText(Reader(self.team.codec, self.token_ids), stream, _stops(config.stop_strings))
             self._run(speaker, config, seed, text)
         except BaseException:
             self.rollback(origin)
             raise
         new = self.token_ids[before:]
         stopped = text.end is not None
-        self._found_cached += cached
+        self._reused_tokens += cached
         return Turn(
             model=model,
             text=text.whole[: text.end],
@@ -290,6 +301,9 @@ class Context:
         """Log-probability of each token of ``text`` behind this context, under each model; the context is unchanged.
 
         ``text`` is encoded once for all of them. The base model's figures are the encoder's by-product.
+
+        Raises:
+            InputError: unknown specialist, empty context, or empty text.
         """
         names = list(models or self.team.names)
         speakers = {name: self.team.adapter(name) for name in names}
@@ -338,7 +352,7 @@ class Context:
         text.flush()
 
     def _within_model_length(self, config: GenerationConfig) -> GenerationConfig:
-        """Positions beyond what the model was made for give nonsense, so the turn ends there at the latest."""
+        """The turn ends at the model's last position at the latest: beyond it, answers are nonsense."""
         limit = getattr(self.team.streams.config, "max_position_embeddings", None)
         if limit and len(self.token_ids) >= limit:
             raise InputError(
@@ -400,10 +414,10 @@ class Context:
 
     def _extend(self, tokens: list[int], after: _State | None = None) -> Context:
         """Add tokens and pass to the state ``after`` them; tokens without one are part of an open answer, or text."""
-        if tokens:
+        if tokens or after:  # some templates write nothing before an answer
             self._journal.append((len(self.token_ids), self._state))
             self.token_ids.extend(tokens)
-        self._state = after or self._state.copy()
+            self._state = after or self._state.copy()
         return self
 
     def _append_messages(self, new: list[dict[str, Any]]) -> Context:
@@ -526,7 +540,7 @@ def _pick(scores: Tensor, sample: bool | None, generator: torch.Generator) -> Te
 
 def _checked(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InputError(f"{message!r} is no chat message; give {{'role': ..., 'content': ...}}.")
+        raise InputError(f"{message!r} is not a chat message; give {{'role': ..., 'content': ...}}.")
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise InputError(f"The message {message!r} has no text in 'content'.")

@@ -1,4 +1,4 @@
-"""Training data: JSON lines or a hub data set -> token rows that say which token carries loss.
+"""Training data: JSON lines or a Hub data set -> token rows that say which token carries loss.
 
 Forms of a row (TRL's names):
 
@@ -11,7 +11,7 @@ A text is tokenized in pieces, cut where loss begins and ends. That is how a ``C
 training and inference see the same tokens.
 
 Chats may have ``"tools"`` (a list, or its JSON text) and ``"chat_template_kwargs"`` (an object) for the chat template,
-and ``"weight": 0`` on assistant messages that shall carry no loss. Rows stay as they were read until they are tokens:
+and ``"weight": 0`` on assistant messages that are to carry no loss. Rows stay as they were read until they are tokens:
 in an Arrow table each message, tool and argument would get the keys of all others.
 """
 
@@ -45,7 +45,7 @@ _BESIDE_A_CHAT = ("tools", "chat_template_kwargs")
 
 
 def read(source: str) -> list[dict[str, Any]]:
-    """Rows of a local JSON-lines file or of a hub data set (``owner/name`` or ``owner/name:split``), checked.
+    """Rows of a local JSON-lines file or of a Hub data set (``owner/name`` or ``owner/name:split``), checked.
 
     Raises:
         DataError: naming file, line and field.
@@ -91,7 +91,7 @@ def _checked(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        raise DataError(f"No data file {path}; give a .jsonl file or a hub data set as owner/name.")
+        raise DataError(f"No data file {path}; give a .jsonl file or a Hub data set as owner/name.")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -111,7 +111,7 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     name, _, split = source.partition(":")
     try:
         dataset = load_dataset(name, split=split or "train")
-    except Exception as error:  # offline, missing, gated: the hub has many exceptions and one meaning
+    except Exception as error:  # offline, missing, gated: many exceptions with one meaning
         raise DataError(
             f"Data set {source!r} is no local file and could not be loaded from the Hub ({first_line(error)}); "
             "check its name and the connection."
