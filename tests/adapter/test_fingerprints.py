@@ -176,6 +176,7 @@ def test_shapes_count(tmp_path: Path) -> None:
     assert marks[0] != marks[1]
 
 
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning:peft")  # for each adapter of a layer but one
 def test_adapters_do_not_count_and_merged_ones_are_refused() -> None:
     model = llama()
     expected = fingerprint(model)

@@ -114,7 +114,7 @@ def test_attach_keeps_the_callers_config() -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias"),
         ({"use_dora": True}, "use_dora"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
         ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [(0, 2)]}, "layer_replication"),
@@ -161,6 +161,7 @@ def test_fused_qkv_is_refused_by_what_the_targets_resolve_to() -> None:
         adapter.attach(phi3(), LoraConfig(target_modules="all-linear"))
 
 
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning:peft")  # PEFT's own words on it
 def test_experts_are_refused() -> None:
     with pytest.raises(AdapterError, match="target_parameters"):
         adapter.attach(qwen3_moe(), LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
@@ -241,7 +242,7 @@ def test_config_is_pefts_with_the_marker(good: Path) -> None:
     assert config.keys() <= vars(LoraConfig()).keys()
 
 
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning:peft")
 def test_plain_peft_reads_the_directory(good: Path) -> None:
     plain = PeftModel.from_pretrained(llama(), str(good))
     assert equal(weights(plain, "default"), weights(adapter.load(llama(), good, "default"), "default"))

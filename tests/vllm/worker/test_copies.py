@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,22 @@ def adapter(folder: Path, weights: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def copies() -> Iterator[Copies]:
+    """A worker's, which keeps files open until it is told that adapter 1 has gone."""
+    copies = Copies()
+    yield copies
+    copies.drop(1)
+
+
 def read(copies: Copies, generation: int, folder: Path, sha256: str = "") -> str:
     """The weights that a worker reads."""
     with copies.reading(1, generation, sha256 or digest(folder), lambda: folder) as here:
         return (here / WEIGHTS).read_text()
 
 
-def test_an_evicted_adapter_is_read_from_its_copy(tmp_path: Path) -> None:
-    copies, folder = Copies(), adapter(tmp_path / "a", "old")
+def test_an_evicted_adapter_is_read_from_its_copy(copies: Copies, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", "old")
     sha256 = digest(folder)
     assert read(copies, 1, folder) == "old"
     adapter(folder, "half")
@@ -37,13 +46,13 @@ def test_an_evicted_adapter_is_read_from_its_copy(tmp_path: Path) -> None:
     assert read(copies, 1, folder, sha256) == "old"
 
 
-def test_a_request_from_before_a_replacement_reads_what_is_served(tmp_path: Path) -> None:
-    copies, old, new = Copies(), adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
+def test_a_request_from_before_a_replacement_reads_what_is_served(copies: Copies, tmp_path: Path) -> None:
+    old, new = adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
     assert [read(copies, 1, old), read(copies, 2, new), read(copies, 1, old)] == ["old", "new", "new"]
 
 
-def test_what_changed_since_it_was_verified_is_refused(tmp_path: Path) -> None:
-    copies, folder = Copies(), adapter(tmp_path / "a", "old")
+def test_what_changed_since_it_was_verified_is_refused(copies: Copies, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", "old")
     sha256 = digest(folder)
     assert read(copies, 1, folder) == "old"
     adapter(folder, "other")
@@ -55,16 +64,16 @@ def test_what_changed_since_it_was_verified_is_refused(tmp_path: Path) -> None:
     assert read(copies, 1, folder, sha256) == "old", "what was served before stays"
 
 
-def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path) -> None:
-    copies, old, new = Copies(), adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
+def test_a_failed_replacement_leaves_the_old_one(copies: Copies, tmp_path: Path) -> None:
+    old, new = adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
     read(copies, 1, old)
     with pytest.raises(ValueError, match="rank"), copies.reading(1, 2, digest(new), lambda: new):
         raise ValueError("its rank is too high")
     assert read(copies, 1, old) == "old"
 
 
-def test_what_was_staged_is_read_whatever_becomes_of_the_folder(tmp_path: Path) -> None:
-    copies, old, new = Copies(), adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
+def test_what_was_staged_is_read_whatever_becomes_of_the_folder(copies: Copies, tmp_path: Path) -> None:
+    old, new = adapter(tmp_path / "old", "old"), adapter(tmp_path / "new", "new")
     read(copies, 1, old)
     sha256, before = digest(new), open_files()
     copies.stage(1, 2, sha256, lambda: new)
@@ -74,8 +83,8 @@ def test_what_was_staged_is_read_whatever_becomes_of_the_folder(tmp_path: Path) 
     assert open_files() == before, "one copy"
 
 
-def test_a_staged_copy_that_nobody_read_goes_with_the_next(tmp_path: Path) -> None:
-    copies, folder, before = Copies(), adapter(tmp_path / "a", "old"), open_files()
+def test_a_staged_copy_that_nobody_read_goes_with_the_next(copies: Copies, tmp_path: Path) -> None:
+    folder, before = adapter(tmp_path / "a", "old"), open_files()
     copies.stage(1, 1, digest(folder), lambda: folder)
     copies.stage(1, 2, digest(adapter(folder, "new")), lambda: folder)
     assert open_files() == before + 2, "one copy"
@@ -92,10 +101,10 @@ def open_files() -> int:
     return len(os.listdir("/dev/fd"))
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(copies: Copies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    copies, folder, before = Copies(), adapter(tmp_path / "a", "old"), open_files()
+    folder, before = adapter(tmp_path / "a", "old"), open_files()
     for generation in (1, 2, 3):
         read(copies, generation, folder)
         assert open_files() == before + 2, "one copy"
@@ -119,8 +128,8 @@ def test_a_digest_is_of_both_files(tmp_path: Path, name: str) -> None:
         digest(folder)
 
 
-def test_a_folder_is_only_looked_for_when_it_is_copied(tmp_path: Path) -> None:
-    copies, folder = Copies(), adapter(tmp_path / "a", "old")
+def test_a_folder_is_only_looked_for_when_it_is_copied(copies: Copies, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", "old")
     read(copies, 1, folder)
     with copies.reading(1, 1, "", lambda: pytest.fail("it was looked for")):
         pass
