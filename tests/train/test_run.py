@@ -59,7 +59,7 @@ def train(base: Path, tmp_path: Path) -> Train:
         source = save_rows(tmp_path / "data.jsonl", *rows)
         named = {"base": str(base), "data": str(source), "output": str(tmp_path / "out"), "rank": 4}
         named |= {k: options.pop(k) for k in [*options] if k in _TRAIN_CONFIG}
-        return under_test.run(TrainConfig(**named), settings(**options))
+        return under_test.train(TrainConfig(**named), settings(**options))
 
     return run
 
