@@ -57,7 +57,7 @@ class Server:
     def wait(self) -> None:
         from httpx import TransportError
 
-        for _ in range(240):
+        for _ in range(600):
             try:
                 if self.http.get("/health").status_code == 200:
                     return
@@ -112,7 +112,7 @@ def body(model: str, prompt: Any, **options: Any) -> dict[str, Any]:
     return {"model": model, "prompt": prompt, **fixed, **options}
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 15) -> None:
+def eventually(holds: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came true"

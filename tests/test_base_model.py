@@ -204,7 +204,7 @@ def test_two_processes_unpack_the_real_one_and_agree(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=200) for process in both]
+    outputs = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert [path.name for path in (tmp_path / "base").iterdir()] == [Path(TARGET).name]
     model, tokenizer = base_model.load(str(tmp_path / TARGET))

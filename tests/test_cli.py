@@ -59,7 +59,7 @@ GENERATE = ["generate", "--turns", "turns.json"]
 Capture = pytest.CaptureFixture[str]
 
 
-def run(*words: str, timeout: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*words: str, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, timeout=timeout, check=False, **options
     )
@@ -151,7 +151,7 @@ def test_a_closed_pipe_is_silent() -> None:
     os.close(read)
     command = [sys.executable, "-m", "icarus.cli", "base", "base"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=100, check=False)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=300, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
 

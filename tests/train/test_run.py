@@ -329,7 +329,7 @@ def script(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
 
@@ -422,7 +422,7 @@ def test_two_processes_train_like_one_with_the_double_batch(train: Train, base: 
 def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(tmp_path: Path) -> None:
     job = Path(__file__).with_name("fsdp_job.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, job, tmp_path], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*launcher, job, tmp_path], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(weights(tmp_path / "sharded"), weights(tmp_path / "whole"))
 
