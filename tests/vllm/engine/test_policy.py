@@ -110,7 +110,7 @@ def test_a_request_that_names_the_folder_before_a_replacement_changes_nothing(
 def test_after_it_is_taken_out_an_id_is_free(base: Path, shared: Path, conventional: Path) -> None:
     judge = Policy(lambda: base)
     judge.decide(1, str(shared))
-    judge.restore(1, None)
+    judge.note(1, None)
     assert judge.known(1) is None
     assert not judge.decide(1, str(conventional)).shares
 

@@ -29,7 +29,7 @@ class Models:
             output_processor=SimpleNamespace(request_states=self.states), remove_lora=self.remove
         )
         policy = Policy(lambda: pytest.fail("no base model is needed"))
-        policy.restore(7, Verdict("/nowhere", "fingerprint" if shares else ""))
+        policy.note(7, Verdict("/nowhere", "fingerprint" if shares else ""))
         self.input_processor = SimpleNamespace()
         POLICY.set(self.input_processor, policy)
 

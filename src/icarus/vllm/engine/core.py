@@ -74,7 +74,7 @@ def wrap_add_lora(original: Original) -> Original:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
             _stage(self.model_executor, request)
         loaded = original(self, request)
-        policy.restore(adapter_id, verdict)
+        policy.note(adapter_id, verdict)
         count_load(self, lora_request, time.perf_counter() - started, shares=shares)
         return loaded
 
@@ -97,7 +97,7 @@ def wrap_remove_lora(original: Original) -> Original:
 
     @wraps(original)
     def remove_lora(self: Any, lora_id: int) -> Any:
-        policy_of(self).restore(lora_id, None)
+        policy_of(self).note(lora_id, None)
         return original(self, lora_id)
 
     return remove_lora

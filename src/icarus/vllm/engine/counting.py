@@ -1,7 +1,7 @@
-"""Counting in the engine core: prefix hits by writer and reader, loads, and reading all counters out.
+"""Counting in the engine core: prefix hits by writer and reader, loads, and reading all counters.
 
-A block pays for one entry of a dictionary. ``read`` gives all counters as plain data, which vLLM can send to the front
-end (server/metrics.py).
+A cached block costs one entry of a dictionary. ``read`` returns all counters as plain data, which vLLM can send to the
+front end (server/metrics.py).
 
 Nothing here imports vLLM.
 """
@@ -21,10 +21,11 @@ WRITERS = Attached[dict[int, Model]]("writers")
 """On a block pool: the model whose request wrote a block, by the block's id."""
 
 HITS = Attached[Hits]("hits")
-"""On a cache manager: tokens by writer and reader."""
+"""On a cache manager."""
 
 LOADS = Attached[Loads]("loads")
 """On an engine core."""
+
 
 # ------------------------------------------------------------------------------------------------- prefix cache
 
@@ -35,7 +36,7 @@ def model_of(request: Any) -> Model:
 
 
 def wrap_cache_full_blocks(original: Original) -> Original:
-    """``BlockPool.cache_full_blocks``: remembers who wrote a block."""
+    """``BlockPool.cache_full_blocks``: notes who wrote a block."""
 
     @wraps(original)
     def cache_full_blocks(
@@ -52,10 +53,10 @@ def wrap_cache_full_blocks(original: Original) -> Original:
 
 
 def wrap_record_prefix_cache_stats(original: Original) -> Original:
-    """``KVCacheManager.record_prefix_cache_stats``: counts hits by writer and reader, where vLLM counts hits.
+    """``KVCacheManager.record_prefix_cache_stats``: counts hits by writer and reader where vLLM counts hits.
 
-    Called once for each request that is scheduled, when its blocks are allocated. As in vLLM's own counter, what a
-    preempted request finds again of its own is no hit.
+    vLLM calls it once for each scheduled request, when its blocks are allocated. As in vLLM's own counter, what a
+    preempted request finds again of its own is not a hit.
     """
 
     @wraps(original)
@@ -71,26 +72,32 @@ def wrap_record_prefix_cache_stats(original: Original) -> Original:
 
 
 def _hits(groups: Any, sizes: list[int], writers: dict[int, Model], reader: Model, tokens: int) -> Hits:
-    """Tokens by writer and reader.
+    """Tokens by writer and reader, from the group of layers that has the most blocks.
 
-    A model with sliding windows keeps null blocks where nobody looks; so the group of layers that has most blocks tells
-    who wrote.
+    Layers with a sliding window keep null blocks outside of it, which have no writer.
     """
-    found: Hits = Counter()
+    most: Hits = Counter()
     for blocks, size in zip(groups, sizes, strict=True):
-        here = [block.block_id for block in blocks[: tokens // size] if not block.is_null]
-        if len(here) * size > found.total():
-            found = Counter()
-            for block in here:
-                found[writers.get(block), reader] += size
-    return found
+        read = [block.block_id for block in blocks[: tokens // size] if not block.is_null]
+        if len(read) * size > most.total():
+            most = Counter()
+            for block_id in read:
+                most[writers.get(block_id), reader] += size
+    return most
 
 
 # ------------------------------------------------------------------------------------------------- loads
 
 
 def count_load(core: Any, request: Any, seconds: float, *, shares: bool) -> None:
-    """Note that an adapter was loaded, verification included; under an id that is known it replaced another."""
+    """Count a load. If the adapter's id is known, it replaced another adapter.
+
+    Args:
+        core: the engine core.
+        request: the ``LoRARequest`` that was loaded.
+        seconds: that the load took, verification included.
+        shares: whether the adapter shares the cache.
+    """
     loads = LOADS.get_or_make(core, Loads)
     swapped = request.lora_int_id in loads.ids
     loads.ids.add(request.lora_int_id)
@@ -117,7 +124,7 @@ def wrap_collective_rpc(original: Original) -> Original:
 
 
 def read(core: Any) -> dict[str, Any]:
-    """All counters of one engine, in types that vLLM sends between processes without further ado."""
+    """All counters of one engine, in types that vLLM sends between processes as they are."""
     config, loads = core.vllm_config, LOADS.get_or_make(core, Loads)
     base: str = config.model_config.served_model_name
     hits = HITS.get(core.scheduler.kv_cache_manager) or Counter()

@@ -1,8 +1,8 @@
 """What the plugin cannot serve yet, and how much room decoder rows need in the engine's buffers.
 
-Nothing here imports vLLM: configurations are read by attribute, so that the checks are tested without it. A refusal
-says why, and which flag or variable to change. It stops an ICaRus adapter from being loaded, never the engine: base
-models and conventional adapters run wherever stock vLLM runs them.
+A refusal says why, and which flag or variable to change. It stops an ICaRus adapter from being loaded, but never the
+engine: base models and conventional adapters run wherever vLLM runs them. Configurations are read by attribute; nothing
+here imports vLLM, so the checks are tested without it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from icarus.vllm.cpu import lora_rows
 
 SHAREABLE_CACHES = {"FullAttentionSpec", "SlidingWindowSpec"}
-"""Kinds of KV cache (classes of vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
+"""Kinds of KV cache (classes in vllm/v1/kv_cache_interface.py) whose blocks hold plain K and V by position."""
 
 _LAYER_EMBEDDING_MODELS = {"Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"}
 """Architectures with ``per_layer_embeddings`` (vllm/model_executor/models/gemma4_mm.py), which decoder rows lack."""
 
 MAX_SCORED_ROWS = 256
-"""Rows of prompts that are scored (``prompt_logprobs``) in one step: each needs a decoder row."""
+"""Rows of scored prompts (``prompt_logprobs``) in one step; each of them needs a decoder row."""
 
 Limit = tuple[Callable[[Any], Any], str]
+"""Whether a ``VllmConfig`` has the limit, and what to say then."""
 
 _LIMITS: tuple[Limit, ...] = (
     (
@@ -31,7 +32,7 @@ _LIMITS: tuple[Limit, ...] = (
         "decoder rows are built for model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0",
     ),
     (
-        # torch_ops/lora_ops.py indexes with the slot -1 of rows without an adapter.
+        # torch_ops/lora_ops.py indexes the slots with -1 for rows without an adapter.
         lambda c: c.device_config.device_type == "cpu" and not lora_rows.wanted(),
         "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and these rows write the "
         f"shared cache: unset {lora_rows.SWITCH_VARIABLE}",
@@ -44,7 +45,7 @@ _LIMITS: tuple[Limit, ...] = (
     (
         lambda c: c.device_config.device_type == "cpu" and c.lora_config.fully_sharded_loras,
         "fully sharded layers keep vLLM's own CPU operators, which give rows without an adapter the weights of the "
-        "last slot: take out --fully-sharded-loras",
+        "last slot: remove --fully-sharded-loras",
     ),
     (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
@@ -53,43 +54,44 @@ _LIMITS: tuple[Limit, ...] = (
     ),
     (
         lambda c: c.parallel_config.use_ubatching,
-        "micro-batches would part decoder rows from the rows whose K/V they read: take out --enable-dbo and "
+        "micro-batches would separate decoder rows from the rows whose K/V they read: remove --enable-dbo and "
         "--ubatch-size",
     ),
     (
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
-        "context parallelism splits the cache of one request: set --decode-context-parallel-size 1",
+        "context parallelism splits the cache of a request: set --decode-context-parallel-size 1",
     ),
     (
         lambda c: c.parallel_config.prefill_context_parallel_size > 1,
-        "context parallelism splits the rows of one request: set --prefill-context-parallel-size 1",
+        "context parallelism splits the rows of a request: set --prefill-context-parallel-size 1",
     ),
     (
         lambda c: c.speculative_config is not None and c.speculative_config.method != "ngram",
-        "a draft model reads hidden states or a cache of its own, which no test here covers: take out "
+        "draft models read hidden states or a cache of their own, which is untested with decoder rows: remove "
         "--speculative-config, or set its method to ngram",
     ),
     (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
-        "fast prefill skips rows that decoder rows double: take out --kv-sharing-fast-prefill",
+        "fast prefill skips rows that decoder rows repeat: remove --kv-sharing-fast-prefill",
     ),
     (
         lambda c: c.lora_config.enable_tower_connector_lora,
-        "LoRA on a vision tower changes what is cached: take out --enable-tower-connector-lora",
+        "LoRA on a vision tower changes what is cached: remove --enable-tower-connector-lora",
     ),
     (
         lambda c: c.model_config.runner_type != "generate",
-        "pooling reads every row and not the sampled ones: set --runner generate",
+        "pooling reads all rows, and only sampled rows have decoder rows: set --runner generate",
     ),
     (
-        # v1/attention/backends/rocm_aiter_fa.py and turboquant: fresh prompts attend to K/V of the batch.
+        # v1/attention/backends/rocm_aiter_fa.py and turboquant: new prompts attend to K/V of the batch.
         lambda c: torch.version.hip is not None,
-        "some of ROCm's attention backends read K and V of the batch and not of the cache, which decoder rows are not "
-        "in: serve on NVIDIA GPUs or CPUs",
+        "some of ROCm's attention backends read K and V from the batch instead of the cache, and decoder rows have "
+        "none there: serve on NVIDIA GPUs or CPUs",
     ),
     (
         lambda c: "turboquant" in str(c.cache_config.cache_dtype),
-        "this cache's attention reads K and V of the batch, which decoder rows are not in: change --kv-cache-dtype",
+        "TurboQuant's attention reads K and V from the batch instead of the cache, and decoder rows have none there: "
+        "change --kv-cache-dtype",
     ),
     (
         lambda c: c.model_config.is_encoder_decoder,
@@ -97,7 +99,8 @@ _LIMITS: tuple[Limit, ...] = (
     ),
     (
         lambda c: c.model_config.use_mla,
-        "MLA caches a projection that no test here covers: serve a base model with K and V in its cache",
+        "MLA caches a projection instead of K and V, which is untested with decoder rows: serve a base model that "
+        "caches K and V",
     ),
     (
         lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
@@ -106,48 +109,50 @@ _LIMITS: tuple[Limit, ...] = (
     ),
     (
         lambda c: c.model_config.is_mm_prefix_lm,
-        "attention within an image looks ahead, and its ranges are kept per request: serve a causal base model",
+        "attention within an image looks ahead, and vLLM keeps the images' ranges per request: serve a causal base "
+        "model",
     ),
     (
         lambda c: _LAYER_EMBEDDING_MODELS & set(c.model_config.architectures),
-        "this model hands its layers embeddings that it keeps by scheduled row: serve another base model",
+        "this model passes its layers embeddings that it keeps per scheduled row: serve another base model",
     ),
     (
         lambda c: c.model_config.rswa_window is not None,
-        "reference sliding windows are kept per request: serve a base model without them",
+        "vLLM keeps reference sliding windows per request: serve a base model without them",
     ),
 )
 
 
 def refusal(config: Any) -> str:
-    """Why ICaRus adapters cannot be served with this ``VllmConfig``; empty where they can."""
+    """Why ICaRus adapters cannot be served with this ``VllmConfig``; empty if they can."""
     return next((reason for holds, reason in _LIMITS if holds(config)), "")
 
 
 def room_refusal(scheduler: Any) -> str:
-    """Why decoder rows do not fit this ``SchedulerConfig``; empty where ``reserve_room`` saw to it."""
+    """Why decoder rows do not fit with this ``SchedulerConfig``; empty after ``reserve_room``."""
     if scheduler.max_num_active_seqs is None:
-        return (
-            "this engine's buffers were sized without decoder rows: set VLLM_USE_V2_MODEL_RUNNER=0 and start it again"
-        )
+        return "this engine's buffers have no room for decoder rows: set VLLM_USE_V2_MODEL_RUNNER=0 and start it again"
     return ""
 
 
 def cache_refusal(specs: Iterable[object]) -> str:
-    """Why adapters cannot share a cache of these ``KVCacheSpec`` objects; empty where they can."""
+    """Why adapters cannot share a cache of these ``KVCacheSpec`` objects; empty if they can."""
     kinds = {type(part).__name__ for spec in specs for part in getattr(spec, "kv_cache_specs", {"": spec}).values()}
-    if odd := sorted(kinds - SHAREABLE_CACHES):
-        return f"this model keeps a cache of kind {odd[0]}: serve a base model with plain attention in all layers"
+    if others := sorted(kinds - SHAREABLE_CACHES):
+        return f"this model keeps a cache of kind {others[0]}: serve a base model with plain attention in all layers"
     return ""
 
 
 def reserve_room(scheduler: Any, sampled: int = 1) -> None:
-    """Make a ``SchedulerConfig`` size buffers for decoder rows while it schedules no more than before.
+    """Have a ``SchedulerConfig`` size buffers for decoder rows while it schedules no more than before.
 
-    ``max_num_seqs`` and ``max_num_batched_tokens`` size everything in the workers, the LoRA buffers and CUDA graphs
-    included; ``max_num_active_seqs`` and ``max_num_scheduled_tokens`` bound what is scheduled (vllm/config/
-    scheduler.py:55-75). Every running request may need a decoder request with ``sampled`` rows, and scored prompts up
-    to ``MAX_SCORED_ROWS`` rows together. Calling it again changes nothing.
+    ``max_num_seqs`` and ``max_num_batched_tokens`` size everything in the workers, LoRA buffers and CUDA graphs
+    included; ``max_num_active_seqs`` and ``max_num_scheduled_tokens`` limit what is scheduled (vllm/config/
+    scheduler.py:55-75). Calling it again changes nothing.
+
+    Args:
+        scheduler: the configuration, which is changed.
+        sampled: decoder rows that a running request may need; scored prompts need ``MAX_SCORED_ROWS`` on top.
     """
     active = scheduler.max_num_active_seqs or scheduler.max_num_seqs
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens

@@ -13,9 +13,11 @@ from icarus.vllm.marks import SharedLoRARequest
 def marked(policy: Policy, request: LoRARequest | None) -> LoRARequest | None:
     """The request as it goes on: marked if its adapter shares.
 
-    vLLM's front end leaves ``load_inplace`` on every request of an adapter that was reloaded
-    (entrypoints/openai/models/serving.py), and the worker would read the files in each step (lora/worker_manager.py);
-    only a load keeps it.
+    ``load_inplace`` is cleared. vLLM's front end leaves it on every request of an adapter that was reloaded
+    (entrypoints/openai/models/serving.py), and a worker would read the files in each step (lora/worker_manager.py).
+
+    Raises:
+        AdapterError: the adapter is refused.
     """
     if request is None:
         return None
@@ -23,9 +25,12 @@ def marked(policy: Policy, request: LoRARequest | None) -> LoRARequest | None:
 
 
 def to_load(policy: Policy, request: LoRARequest) -> tuple[LoRARequest, Verdict]:
-    """The request of an explicit load, or reload, and the verdict that is to stand when it has succeeded.
+    """The request of an explicit load or reload, and the verdict that takes effect when the load has succeeded.
 
-    Until then requests go by the last verdict, and workers read what they have a copy of.
+    Until then requests follow the last verdict, and workers read their copies of the last files.
+
+    Raises:
+        AdapterError: the adapter is refused.
     """
     known = None if request.load_inplace else policy.known(request.lora_int_id)
     verdict = known or policy.judge(request.lora_path, request.lora_int_id)
