@@ -1,9 +1,9 @@
-"""Copies of adapters, which a worker reads in place of their folders.
+"""Copies of adapters, which a worker reads instead of their folders.
 
-vLLM keeps ``--max-cpu-loras`` adapters in memory, and reads one that it has evicted from its folder again: in the
-middle of a step, where an error ends the engine, and by the path that some request happens to name. By then the folder
-may be gone, half-written, or hold the next version. So a worker copies what was verified when it first reads it, and
-reads nothing else until the adapter is replaced.
+vLLM keeps ``--max-cpu-loras`` adapters in memory. It reads an evicted one again from its folder: in the middle of a
+step, where an error ends the engine, and by the path that some request happens to name. By then the folder may be gone,
+half-written, or hold the next version. So a worker copies the verified files when it first reads them, and reads
+nothing else until the adapter is replaced.
 
 Nothing here imports vLLM.
 """
@@ -26,7 +26,11 @@ _ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the files of an adapter. Raises AdapterError where one cannot be read."""
+    """SHA-256 of an adapter's files.
+
+    Raises:
+        AdapterError: one of them cannot be read.
+    """
     with ExitStack() as opened:
         try:
             return _digest([opened.enter_context((folder / name).open("rb")) for name in _ADAPTER_FILES])
@@ -37,15 +41,15 @@ def digest(folder: Path) -> str:
 
 
 def _digest(files: Iterable[BinaryIO]) -> str:
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for file in files:
-        found.update(hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]  # typeshed wants less
-    return found.hexdigest()
+        total.update(hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]  # typeshed wants less
+    return total.hexdigest()
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """Files without a name, which the system removes when they are closed or the process ends, however it ends."""
+    """Files without a name: the system removes them when they are closed or the process ends, however it ends."""
 
     generation: int
     files: tuple[BinaryIO, ...]
@@ -56,16 +60,16 @@ class _Copy:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder that shows them under their names, for this process and for a while."""
-        with tempfile.TemporaryDirectory(prefix="icarus-adapter-") as made:
+        """A temporary folder in which this process sees them under their names."""
+        with tempfile.TemporaryDirectory(prefix="icarus-adapter-") as folder:
             for name, file in zip(_ADAPTER_FILES, self.files, strict=True):
                 file.seek(0)
-                (Path(made) / name).symlink_to(f"/dev/fd/{file.fileno()}")
-            yield Path(made)
+                (Path(folder) / name).symlink_to(f"/dev/fd/{file.fileno()}")
+            yield Path(folder)
 
 
 class Copies:
-    """What one worker keeps of the adapters that it serves."""
+    """The copies of one worker."""
 
     def __init__(self) -> None:
         self._kept: dict[int, _Copy] = {}
@@ -74,8 +78,11 @@ class Copies:
     def stage(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> None:
         """Copy what ``reading`` will read with the same arguments; until then the last generation is served.
 
-        All workers do this before the first of them replaces an adapter, since copying is what one is likely to fail
-        at alone: then none replaces it. Raises AdapterError as ``reading`` does.
+        All workers do this before the first of them replaces an adapter. Copying is where one is most likely to fail
+        alone, and then none of them replaces it.
+
+        Raises:
+            AdapterError: the folder cannot be copied, or has changed since it was verified.
         """
         if (kept := self._kept.get(adapter_id)) and generation <= kept.generation:
             return
@@ -88,13 +95,15 @@ class Copies:
         """The folder to read an adapter from.
 
         Args:
+            adapter_id: the engine's id of the adapter.
             generation: grows whenever an adapter is loaded or replaced. A request that waited while its adapter was
-                replaced still has the old one, and reads what is served now.
-            sha256: ``digest`` of what was verified.
-            locate: gives the folder that the request names; called for a new generation only. That is copied, and kept
-                in the place of the last one if the block ends without an exception.
+                replaced has an older one, and reads what is served now.
+            sha256: ``digest`` of the files that were verified.
+            locate: returns the folder that the request names; called for a new generation only. That folder is copied,
+                and the copy replaces the last one if the block ends without an exception.
 
-        Raises AdapterError where the folder has changed since it was verified.
+        Raises:
+            AdapterError: the folder cannot be copied, or has changed since it was verified.
         """
         kept = self._kept.get(adapter_id)
         if kept and generation <= kept.generation:
@@ -116,31 +125,31 @@ class Copies:
         self._kept[adapter_id] = fresh
 
     def drop(self, adapter_id: int) -> None:
-        """Forget an adapter that is not served any more."""
+        """Delete the copies of an adapter that is no longer served."""
         self.discard(adapter_id)
         if kept := self._kept.pop(adapter_id, None):
             kept.close()
 
     def discard(self, adapter_id: int) -> None:
-        """Forget a copy that was staged and not read."""
+        """Delete a copy that was staged and not read."""
         if staged := self._staged.pop(adapter_id, None):
             staged.close()
 
 
 def _copy(folder: Path, generation: int, sha256: str) -> _Copy:
-    with ExitStack() as made:
+    with ExitStack() as opened:
         try:
-            files = tuple(made.enter_context(_unnamed(folder / name)) for name in _ADAPTER_FILES)
+            files = tuple(opened.enter_context(_unnamed(folder / name)) for name in _ADAPTER_FILES)
         except OSError as error:
             raise AdapterError(f"{folder} cannot be copied ({error}); load the adapter again.") from error
         if _digest(files) != sha256:
             raise AdapterError(f"{folder} has changed since it was verified; load the adapter again.")
-        made.pop_all()  # they stay open
+        opened.pop_all()  # they stay open
     return _Copy(generation, files)
 
 
 def _unnamed(original: Path) -> BinaryIO:
-    """A copy of a file, at its beginning."""
+    """A copy of a file that has no name, at its beginning."""
     copy: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  # its owner closes it
     try:
         with original.open("rb") as source:
@@ -148,6 +157,6 @@ def _unnamed(original: Path) -> BinaryIO:
     except BaseException:
         copy.close()
         raise
-    copy.flush()  # it is read through other descriptors, too
+    copy.flush()  # other descriptors read it, too
     copy.seek(0)
     return copy

@@ -1,14 +1,14 @@
 """Decoder rows in vLLM's model runner (V1, ``vllm/v1/worker/gpu_model_runner.py``), on any device.
 
 A step is planned where vLLM maps rows to LoRA ids, because all that the plan needs is known there and nothing has been
-sized yet. From there on every function that lays out the step is told of more rows and more requests, and the rows are
-written into the runner's persistent buffers behind the scheduled ones. So padding, CUDA graphs and data-parallel
-coordination see one ordinary batch; a batch that only decodes stays uniform. Nothing is copied back (but for prompt
-logprobs): the indices of the rows to sample from point at the decoder rows.
+sized yet. From there on, every function that lays out the step is told of more rows and more requests, and the decoder
+rows are written into the runner's persistent buffers behind the scheduled rows. So padding, CUDA graphs and
+data-parallel coordination see one ordinary batch, and a batch that only decodes stays uniform. Nothing is copied back,
+except for prompt logprobs: the indices of the rows to sample from point at decoder rows.
 
-Without a request that shares, each function is stock vLLM's and a look at one attribute.
+In a step without a request that shares, each function is vLLM's, after a look at one attribute.
 
-Each function below takes a method of vLLM and gives the one that stands in for it; see ledger.py.
+Each ``wrap_`` function takes a method of vLLM and returns its replacement; see ledger.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from icarus.vllm.state import Attached
 from icarus.vllm.step_layout import Batch, DecoderRows, Ints
 
 _ROWS = Attached[DecoderRows]("rows")
-"""On a runner: the decoder rows of its step; none in warm-up, in idle steps, and where no request needs any."""
+"""On a runner: the decoder rows of its step. None during warm-up, in idle steps, and if no request needs any."""
 
 
 # ------------------------------------------------------------------------------------------------- plan
@@ -49,38 +49,52 @@ def wrap_set_active_loras(original: Original) -> Original:
             return original(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
         count = input_batch.num_reqs
         sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
-        lora_ids = input_batch.request_lora_mapping[:count]
-        # Not np.isin, which takes six times as long for 16 requests, in every step.
-        shares = np.fromiter(map(shared.__contains__, lora_ids), dtype=np.bool_, count=count)
-        starts = np.concatenate([[0], np.cumsum(num_scheduled_tokens)])
-        needed = np.where(self.discard_request_mask.np[:count], 0, sampled)
-        if scored := self.num_prompt_logprobs:
-            needed = np.where([name in scored for name in input_batch.req_ids], num_scheduled_tokens, needed)
-        rows = step_layout.plan(Batch(starts, needed, lora_ids, shares))
+        rows = _plan(self, input_batch, shared, num_scheduled_tokens, sampled)
         count_rows(self, rows.scheduled, len(rows))
         if len(rows):
-            _check_room(self, starts, rows)
+            _check_room(self, rows, count)
             _ROWS.set(self, rows)
-        # No set, as in stock: requests are equal by name, and one that was unloaded and loaded again has two ids.
+        # A list, where vLLM has a set: requests are equal by name, and an adapter that was loaded again has two ids.
         requests = list(input_batch.lora_id_to_lora_request.values())
-        per_sample, per_row = tuple(np.repeat(lora_ids, sampled).tolist()), tuple(rows.lora_ids.tolist())
-        return self._set_active_loras(per_sample, per_row, requests, *args, **kw)
+        per_sample = tuple(np.repeat(input_batch.request_lora_mapping[:count], sampled).tolist())
+        return self._set_active_loras(per_sample, tuple(rows.lora_ids.tolist()), requests, *args, **kw)
 
     return set_active_loras
 
 
-def _check_room(runner: Any, starts: Ints, rows: DecoderRows) -> None:
-    """limits.reserve_room sees to it; a buffer that was sized before it would be written beyond its end."""
-    tokens, requests = int(starts[-1]) + len(rows), len(starts) - 1 + len(rows.requests)
+def _plan(runner: Any, batch: Any, shared: set[int], scheduled: Any, sampled: Any) -> DecoderRows:
+    """The decoder rows of a step.
+
+    Args:
+        runner: vLLM's model runner.
+        batch: its ``InputBatch``.
+        shared: LoRA ids of adapters that share.
+        scheduled: number of scheduled rows of each request.
+        sampled: number of sampled rows of each request.
+    """
+    count = batch.num_reqs
+    lora_ids = batch.request_lora_mapping[:count]
+    # np.isin takes six times as long for 16 requests, in every step.
+    shares = np.fromiter(map(shared.__contains__, lora_ids), dtype=np.bool_, count=count)
+    needed = np.where(runner.discard_request_mask.np[:count], 0, sampled)
+    if scored := runner.num_prompt_logprobs:
+        needed = np.where([request_id in scored for request_id in batch.req_ids], scheduled, needed)
+    starts = np.concatenate([[0], np.cumsum(scheduled)])
+    return step_layout.plan(Batch(starts, needed, lora_ids, shares))
+
+
+def _check_room(runner: Any, rows: DecoderRows, scheduled_requests: int) -> None:
+    """Raise RuntimeError rather than write beyond a buffer's end; ``limits.reserve_room`` has made room."""
+    tokens, requests = rows.scheduled + len(rows), scheduled_requests + len(rows.requests)
     if tokens > runner.max_num_tokens or requests > runner.max_num_reqs:
         raise RuntimeError(
-            f"No room for decoder rows: {tokens} rows of {requests} requests in buffers for {runner.max_num_tokens} "
-            f"and {runner.max_num_reqs}; raise --max-num-batched-tokens and --max-num-seqs."
+            f"No room for decoder rows: the step has {tokens} rows of {requests} requests, and buffers hold "
+            f"{runner.max_num_tokens} and {runner.max_num_reqs}; raise --max-num-batched-tokens and --max-num-seqs."
         )
 
 
 def wrap_execute_model(original: Original) -> Original:
-    """``execute_model``: a plan ends with its step, so that warm-up and idle steps have none."""
+    """``execute_model``: drops the plan when the step ends, so that warm-up and idle steps have none."""
 
     @wraps(original)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +110,7 @@ def wrap_execute_model(original: Original) -> Original:
 
 
 def wrap_prepare_inputs(original: Original) -> Original:
-    """``_prepare_inputs``: per-request buffers get the decoder requests, and sampling reads the decoder rows."""
+    """``_prepare_inputs``: adds decoder requests to buffers per request, and has sampling read decoder rows."""
 
     @wraps(original)
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -113,25 +127,25 @@ def _write_requests(runner: Any, rows: DecoderRows) -> None:
     batch, count = runner.input_batch, runner.input_batch.num_reqs
     step_layout.extend_starts(runner.query_start_loc.np, count, rows)
     runner.query_start_loc.copy_to_gpu()
-    here = torch.from_numpy(rows.requests)
-    # Host copies of the same lengths: attention backends plan by them (max_seq_len, is_prefilling).
+    on_host = torch.from_numpy(rows.requests)
+    # Attention backends plan by these host copies of the lengths (max_seq_len, is_prefilling).
     for values in (
         runner.optimistic_seq_lens_cpu,
         batch.num_computed_tokens_cpu_tensor,
         batch.num_prompt_tokens_cpu_tensor,
     ):
-        step_layout.append_copies(values, count, here)
-    there = _on_device(runner, rows.requests)
-    step_layout.append_copies(runner.seq_lens, count, there)
+        step_layout.append_copies(values, count, on_host)
+    on_device = _on_device(runner, rows.requests)
+    step_layout.append_copies(runner.seq_lens, count, on_device)
     for table in batch.block_table.block_tables:
         longest = int(table.num_blocks_per_row[rows.requests].max())
-        step_layout.append_copies(table.block_table.gpu[:, :longest], count, there)
+        step_layout.append_copies(table.block_table.gpu[:, :longest], count, on_device)
 
 
 def wrap_preprocess(original: Original) -> Original:
-    """``_preprocess``: token ids, positions and embeddings of the decoder rows.
+    """``_preprocess``: writes token ids, positions and embeddings of decoder rows.
 
-    After stock, which clears positions behind the scheduled rows. What it returns are views of the same buffers.
+    They are written after vLLM has cleared positions behind the scheduled rows. It returns views of the same buffers.
     """
 
     @wraps(original)
@@ -155,16 +169,18 @@ def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
 
 
 def wrap_model_forward(original: Original) -> Original:
-    """``_model_forward``: prompt logprobs are computed from scheduled rows, so there the decoder rows take their place.
+    """``_model_forward``: in steps with prompt logprobs, copies hidden states of decoder rows to their source rows.
 
-    Only in steps with such a request: sampling needs no copy.
+    vLLM computes prompt logprobs from scheduled rows. Sampling needs no copy.
     """
 
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
         if (rows := _ROWS.get(self)) and self.num_prompt_logprobs:
-            decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # of the memory that is written
+            decoded = hidden[
+                rows.scheduled : rows.scheduled + len(rows)
+            ].clone()  # a view of the tensor that is written to
             hidden[_on_device(self, rows.sources)] = decoded
         return hidden
 
@@ -180,9 +196,9 @@ def _on_device(runner: Any, values: Ints) -> Tensor:
 
 
 def wrap_determine_batch_execution_and_padding(original: Original) -> Original:
-    """``_determine_batch_execution_and_padding``: CUDA graphs and data-parallel ranks count the decoder rows.
+    """``_determine_batch_execution_and_padding``: padding, CUDA graphs and data-parallel ranks count decoder rows.
 
-    Scheduled rows without LoRA beside decoder rows with it are one more case for LoRA kernels (no LoRA counts as one).
+    Scheduled rows run without LoRA beside decoder rows with it, and LoRA kernels count "none" as one more adapter.
     """
 
     @wraps(original)
@@ -196,7 +212,7 @@ def wrap_determine_batch_execution_and_padding(original: Original) -> Original:
 
 
 def wrap_get_slot_mappings(original: Original) -> Original:
-    """``_get_slot_mappings``: stock fills all behind the scheduled rows with -1, as decoder rows need it."""
+    """``_get_slot_mappings``: covers decoder rows. vLLM fills what is behind the scheduled rows with -1."""
 
     @wraps(original)
     def _get_slot_mappings(
@@ -211,7 +227,7 @@ def wrap_get_slot_mappings(original: Original) -> Original:
 
 
 def wrap_build_attention_metadata(original: Original) -> Original:
-    """``_build_attention_metadata``: attention sees the decoder requests."""
+    """``_build_attention_metadata``: shows decoder requests to attention."""
 
     @wraps(original)
     def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +240,7 @@ def wrap_build_attention_metadata(original: Original) -> Original:
 
 
 def wrap_prepare_padding_mask(original: Original) -> Original:
-    """``_prepare_padding_mask``: decoder rows are no padding."""
+    """``_prepare_padding_mask``: decoder rows are not padding."""
 
     @wraps(original)
     def _prepare_padding_mask(self: Any, num_tokens_unpadded: int, num_tokens_padded: int) -> Any:
