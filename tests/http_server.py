@@ -101,8 +101,8 @@ class Server:
         total = 0.0
         for line in self.http.get("/metrics").text.splitlines():
             if match := re.fullmatch(r"([\w:]+)(?:\{(.*)\})? (\S+)", line):
-                found = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
-                if match[1] == name and labels.items() <= found.items():
+                sample = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+                if match[1] == name and labels.items() <= sample.items():
                     total += float(match[3])
         return total
 

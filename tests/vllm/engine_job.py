@@ -97,7 +97,7 @@ def written(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[s
 
     core.scheduler.schedule = watched
     caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
-    found = []
+    replies = []
     for request in requests:
         [answer] = ask(llm, adapters, [request])
         held = len(request["prompt"]) + len(answer["tokens"]) - 1  # the last token is never an input
@@ -106,9 +106,9 @@ def written(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[s
         count = core.scheduler.kv_cache_config.num_blocks
         content = [cache.select(cache.shape.index(count), block) for cache in caches for block in full]
         digest = [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in content]
-        found.append({**answer, "blocks": full, "content": digest})
+        replies.append({**answer, "blocks": full, "content": digest})
     core.scheduler.schedule = schedule
-    return found
+    return replies
 
 
 def published(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict[str, Any]]) -> list[Reply]:
@@ -116,13 +116,13 @@ def published(llm: Any, adapters: dict[str, dict[str, Any]], requests: list[dict
     publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
     events: list[Any] = []
     publisher.publish = lambda batch: events.extend(batch.events)
-    found = []
+    replies = []
     for request in requests:
         events.clear()
         ask(llm, adapters, [request])
         stored = [event for event in events if type(event).__name__ == "BlockStored"]
-        found.append({"stored": len(stored), "adapters": [[event.lora_id, event.lora_name] for event in stored]})
-    return found
+        replies.append({"stored": len(stored), "adapters": [[event.lora_id, event.lora_name] for event in stored]})
+    return replies
 
 
 def counted(llm: Any, adapters: dict[str, dict[str, Any]], name: str) -> float:

@@ -59,7 +59,7 @@ class Row:
 
 def naive(requests: list[Request]) -> list[Row]:
     """Every row of the step, by the definition: encoder rows write, decoder rows predict, others do both."""
-    found = []
+    rows = []
     for decoder in (False, True):
         for index, request in enumerate(requests):
             for offset, token in enumerate(request.tokens):
@@ -68,8 +68,8 @@ def naive(requests: list[Request]) -> list[Row]:
                     continue
                 lora_id = 0 if request.shares and not decoder else request.lora_id
                 predicts = sampled and (decoder or not request.shares)
-                found.append(Row(token, request.cached + offset, index, lora_id, not decoder, predicts))
-    return found
+                rows.append(Row(token, request.cached + offset, index, lora_id, not decoder, predicts))
+    return rows
 
 
 @given(BATCHES)

@@ -191,7 +191,7 @@ LEDGER = (
         parameters="args kwargs",
         by="icarus.vllm.cpu.lora:wrap_get_punica_wrapper",
         what="on CPUs, ICaRus's LoRA operator takes runs of rows with one adapter (ICARUS_CPU_LORA=0 restores vLLM's)",
-        why="vLLM's operators copy the adapter's weights for every row, even for rows without an adapter",
+        why="vLLM's operators copy an adapter's weights for every row, even for rows without an adapter",
         upstream="vllm/lora/punica_wrapper/punica_selector.py:13",
         until="vLLM's CPU operators take runs of rows",
     ),

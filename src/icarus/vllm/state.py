@@ -1,7 +1,7 @@
-"""What the plugin remembers about an object of vLLM, for as long as that object lives.
+"""Values that the plugin attaches to vLLM's objects, for as long as these live.
 
-A value is an attribute of its owner, so that it costs one look-up in every step, and goes where a copy or a pickle of
-the owner goes. Weak references are no alternative: some owners, attention metadata among them, are not hashable.
+A value is an attribute of its owner. So it costs one look-up in a step, and copies and pickles of the owner carry it. A
+``WeakKeyDictionary`` does neither, and refuses owners that are not hashable, such as attention metadata.
 
 Nothing here imports vLLM.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import RLock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class Attached(Generic[T]):
     """One kind of value that the plugin attaches to objects of vLLM."""
 
     def __init__(self, name: str) -> None:
-        """``name`` tells the values on one owner apart."""
+        """``name`` distinguishes the values on one owner."""
         self._attribute = f"_icarus_{name}"
         self._making = RLock()
 
@@ -31,17 +31,16 @@ class Attached(Generic[T]):
         return value
 
     def set(self, owner: Any, value: T | None) -> None:
-        """Put a value on an owner, in the place of the last one."""
+        """Attach a value to an owner, replacing the last one."""
         setattr(owner, self._attribute, value)
 
     def get_or_make(self, owner: Any, make: Callable[[], T]) -> T:
-        """The value on an owner; the first call makes it, once, whichever thread comes first."""
-        value: Any = getattr(owner, self._attribute, _MISSING)
+        """The value on an owner. The first call makes it; of several threads, one does."""
+        value: T | object = getattr(owner, self._attribute, _MISSING)
         if value is _MISSING:
             with self._making:
                 value = getattr(owner, self._attribute, _MISSING)
                 if value is _MISSING:
                     value = make()
-                    self.set(owner, value)
-        made: T = value
-        return made
+                    setattr(owner, self._attribute, value)
+        return cast("T", value)

@@ -77,7 +77,7 @@ class Layer:
         output = padded.new_full(padded.shape, torch.nan)
         forward(self.impl, self.scales, padded, padded, padded, self.cache, metadata, output)
         assert output[-2:].isnan().all(), "padding is not written"
-        self.found = cpu_attention.PAIRS.get(metadata)
+        self.pairs = cpu_attention.PAIRS.get(metadata)
         return output[:-2]
 
 
@@ -116,9 +116,9 @@ MIXED = Step((1, 900, True), (40, 333, True), (1, 64, False), (1, 65, True), (3,
 def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes: dict[str, Any]) -> None:
     layer, query = Layer(dtype, **changes), step.query(dtype, changes.get("group", 3))
     wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
-    assert layer.found is not None
-    assert len(layer.found.order) == 2 * 3 * KV_HEADS
-    assert (layer.found.back is not None) is (step is DECODES)
+    assert layer.pairs is not None
+    assert len(layer.pairs.order) == 2 * 3 * KV_HEADS
+    assert (layer.pairs.back is not None) is (step is DECODES)
     close = {"atol": 2e-3, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(got, wanted, **close)
 
@@ -139,7 +139,7 @@ def test_pairs_have_no_mask_of_the_step() -> None:
     step.common.causal = torch.tensor([1, 0, 1, 1, 1], dtype=kind)
     layer, query = Layer(torch.float32), step.query(torch.float32)
     wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
-    assert layer.found.metadata.dynamic_causal is None
+    assert layer.pairs.metadata.dynamic_causal is None
     torch.testing.assert_close(got, wanted)
 
 
@@ -159,7 +159,7 @@ def test_heads_that_differ_or_are_too_many_stay_apart(changes: dict[str, Any]) -
     dtype = torch.bfloat16 if "group" in changes else torch.float32
     layer, query = Layer(dtype, **changes), DECODES.query(dtype, changes.get("group", 3))
     wanted, got = (layer.run(DECODES, query, paired=paired) for paired in (False, True))
-    assert layer.found is None
+    assert layer.pairs is None
     assert torch.equal(got, wanted)
 
 
@@ -167,14 +167,14 @@ def test_short_contexts_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 1902)
     layer = Layer(torch.float32)
     layer.run(DECODES, DECODES.query(torch.float32), paired=True)
-    assert layer.found is None
+    assert layer.pairs is None
 
 
 def test_keys_beyond_a_window_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 202)  # of 1, 700 and 1,200 keys 201 are within 100
     layer = Layer(torch.float32, sliding_window=100)
     layer.run(DECODES, DECODES.query(torch.float32), paired=True)
-    assert layer.found is None
+    assert layer.pairs is None
 
 
 def test_requests_that_a_backend_counts_anew_stay_apart() -> None:
@@ -187,4 +187,4 @@ def test_requests_that_a_backend_counts_anew_stay_apart() -> None:
         setattr(step.common, name, torch.cat([values[:1], values]))
     layer = Layer(torch.float32)
     layer.run(step, step.query(torch.float32), paired=True)
-    assert layer.found is None
+    assert layer.pairs is None

@@ -29,7 +29,7 @@ class Head:
     def __init__(self) -> None:
         self.wrapper = lora.RowsWrapper(ROWS, 1, torch.device("cpu"))
         self.a, self.b = torch.ones(1, 1, RANK, INPUTS), torch.ones(1, 1, OUTPUTS, RANK)
-        torch.ops.icarus.look([self.a], [self.b], self.wrapper._sampled, 0)
+        torch.ops.icarus.set_weights([self.a], [self.b], self.wrapper._sampled, 0)
         lora_rows.find_runs([0] * ROWS, self.wrapper._sampled)
 
     def logits(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from icarus.vllm.cpu import lora_rows
 
 M, R, INPUTS, OUTPUTS = 5, 4, 6, (3, 150, 2)
-LONG = 32  # kLong
+LONG = 32  # kMinMatrixRows
 ROWS = st.lists(
     st.tuples(st.integers(-1, M - 1), st.one_of(st.integers(1, 3), st.integers(LONG - 1, LONG + 2))),
     min_size=1,
@@ -38,9 +38,9 @@ class Layer:
         self.b = [torch.randn(M, 1, size, R, generator=generator).to(dtype) for size in OUTPUTS]
         self.runs = lora_rows.no_runs(1000)
 
-    def look(self, *slots: int) -> None:
+    def set_weights(self, *slots: int) -> None:
         for slot in slots or range(M):
-            torch.ops.icarus.look(self.a, self.b, self.runs, slot)
+            torch.ops.icarus.set_weights(self.a, self.b, self.runs, slot)
 
     def add(
         self, x: Tensor, slots: list[int], first: Tensor | None = None, dtype: torch.dtype = torch.float32
@@ -64,10 +64,10 @@ class Layer:
 
 @pytest.fixture
 def layer() -> Iterator[Layer]:
-    made = Layer(torch.float32)
-    made.look()
-    yield made
-    torch.ops.icarus.forget(made.a[0])
+    layer = Layer(torch.float32)
+    layer.set_weights()
+    yield layer
+    torch.ops.icarus.forget(layer.a[0])
 
 
 def some(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +85,7 @@ def test_any_rows_any_adapters(
         for part in (*layer.a, *layer.b):
             part[slot] = 0
     layer.b[untouched][:] = 0  # as k and v of ICaRus adapters are
-    layer.look()
+    layer.set_weights()
     x = some(len(slots), types[1])
     y = layer.add(x, slots, dtype=types[2])
     torch.ops.icarus.forget(layer.a[0])
@@ -114,7 +114,7 @@ def test_new_weights_in_a_slot_are_those_of_the_last_look(layer: Layer) -> None:
         mine[3, 0].copy_(other[3, 0])
     wanted = layer.by_row(x, slots)
     assert not torch.allclose(layer.add(x, slots).double(), wanted)
-    layer.look(3)
+    layer.set_weights(3)
     torch.testing.assert_close(layer.add(x, slots).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_embeddings_have_their_a_behind_them() -> None:
     shrunk = torch.stack([layer.a[0][max(slot, 0), 0] @ row for slot, row in zip([2, 0, -1, 4], some(4), strict=True)])
     b = layer.b[:1]
     for slot in range(M):
-        torch.ops.icarus.look([], b, layer.runs, slot)
+        torch.ops.icarus.set_weights([], b, layer.runs, slot)
     y = layer.add(shrunk, [2, 0, -1, 4], first=b[0])
     torch.ops.icarus.forget(b[0])
     torch.testing.assert_close(y[:, : OUTPUTS[0]].double(), wanted[:, : OUTPUTS[0]], rtol=1e-5, atol=1e-5)
@@ -140,7 +140,7 @@ def test_unknown_and_forgotten_layers_add_nothing(layer: Layer) -> None:
 def test_one_with_runs_is_enough_among_layers_with_others(layer: Layer) -> None:
     """Sampled rows have runs of their own."""
     other = Layer(torch.float32)
-    other.look()
+    other.set_weights()
     x = some(2)
     assert not layer.add(x, [-1, -1]).any()
     assert other.add(x, [0, 1]).any()
@@ -167,8 +167,8 @@ def test_rows_of_another_shape_are_refused(layer: Layer) -> None:
 def test_weights_can_be_looked_at_outside_of_inference_mode() -> None:
     with torch.inference_mode():
         layer = Layer(torch.float32)
-        layer.look()
-    layer.look(0)
+        layer.set_weights()
+    layer.set_weights(0)
     torch.ops.icarus.forget(layer.a[0])
 
 
@@ -238,5 +238,5 @@ def test_only_touched_layers_are_looked_at(layer: Layer) -> None:
     """vLLM asks for every layer; of other types and shapes too, where no adapter of the step has it."""
     for part in layer.b:
         part[2] = 0
-    layer.look(2)
+    layer.set_weights(2)
     assert not layer.add(torch.ones(2, 3), [2, 2]).any()

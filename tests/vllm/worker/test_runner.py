@@ -29,9 +29,9 @@ CACHED = [5, 9, 7, 0, 3]
 
 
 def buffer(*size: int, dtype: torch.dtype = torch.int32) -> CpuGpuBuffer:
-    made = CpuGpuBuffer(*size, dtype=dtype, device=CPU, pin_memory=False)
-    made.gpu = made.cpu  # as vLLM's CPU runner does
-    return made
+    values = CpuGpuBuffer(*size, dtype=dtype, device=CPU, pin_memory=False)
+    values.gpu = values.cpu  # as vLLM's CPU runner does
+    return values
 
 
 def loras(**kinds: type) -> dict[int, Any]:
@@ -45,33 +45,33 @@ def loras(**kinds: type) -> dict[int, Any]:
 def step() -> Any:
     """A runner in the middle of a step: everything stock has been written, stale values behind it."""
     count, total = len(SCHEDULED), int(SCHEDULED.sum())
-    made = SimpleNamespace(
+    step = SimpleNamespace(
         device=CPU, max_num_tokens=TOKENS, max_num_reqs=REQUESTS, uses_mrope=False, supports_mm_inputs=False,
         enable_prompt_embeds=False, num_prompt_logprobs={}, mapped=[],
         query_start_loc=buffer(REQUESTS + 1), discard_request_mask=buffer(REQUESTS, dtype=torch.bool),
         input_ids=buffer(TOKENS), positions=torch.full((TOKENS,), -7), seq_lens=torch.full((REQUESTS,), -7),
         optimistic_seq_lens_cpu=torch.full((REQUESTS,), -7),
     )  # fmt: skip
-    made.query_start_loc.np[:] = total
-    made.query_start_loc.np[: count + 1] = [0, *np.cumsum(SCHEDULED)]
-    made.discard_request_mask.np[:count] = MIDWAY
-    made.input_ids.np[:] = np.arange(100, 100 + TOKENS)
+    step.query_start_loc.np[:] = total
+    step.query_start_loc.np[: count + 1] = [0, *np.cumsum(SCHEDULED)]
+    step.discard_request_mask.np[:count] = MIDWAY
+    step.input_ids.np[:] = np.arange(100, 100 + TOKENS)
     positions = [c + i for c, n in zip(CACHED, SCHEDULED, strict=True) for i in range(n)]
-    made.positions[:total] = torch.tensor(positions)
-    made.seq_lens[:count] = made.optimistic_seq_lens_cpu[:count] = torch.tensor(CACHED) + torch.from_numpy(SCHEDULED)
+    step.positions[:total] = torch.tensor(positions)
+    step.seq_lens[:count] = step.optimistic_seq_lens_cpu[:count] = torch.tensor(CACHED) + torch.from_numpy(SCHEDULED)
     table = SimpleNamespace(block_table=buffer(REQUESTS, BLOCKS), num_blocks_per_row=np.array([2, 1, 3, 1, 1, 9, 9]))
     table.block_table.np[:] = np.arange(REQUESTS * BLOCKS).reshape(REQUESTS, BLOCKS)
-    made.input_batch = SimpleNamespace(
+    step.input_batch = SimpleNamespace(
         num_reqs=count, req_ids=list("abcde"), request_lora_mapping=IDS,
         block_table=SimpleNamespace(block_tables=[table]),
         lora_id_to_lora_request=loras(plain=LoRARequest),
         num_computed_tokens_cpu_tensor=torch.arange(REQUESTS), num_prompt_tokens_cpu_tensor=torch.arange(REQUESTS) + 50,
     )  # fmt: skip
-    made._set_active_loras = lambda *mapping: made.mapped.append(mapping)
-    return made
+    step._set_active_loras = lambda *mapping: step.mapped.append(mapping)
+    return step
 
 
-def prepare(made: Any) -> torch.Tensor:
+def prepare(step: Any) -> torch.Tensor:
     """What vLLM does between scheduling and the forward pass, as far as it is wrapped; gives the rows to sample."""
 
     def original(self: Any, output: Any, scheduled: Any) -> Any:
@@ -79,8 +79,8 @@ def prepare(made: Any) -> torch.Tensor:
         return torch.from_numpy(np.cumsum(SCHEDULED) - 1), None, 1
 
     output = SimpleNamespace(total_num_scheduled_tokens=int(SCHEDULED.sum()))
-    rows, _, _ = runner.wrap_prepare_inputs(original)(made, output, SCHEDULED)
-    runner.wrap_preprocess(lambda *a: "views")(made, output, TOKENS)
+    rows, _, _ = runner.wrap_prepare_inputs(original)(step, output, SCHEDULED)
+    runner.wrap_preprocess(lambda *a: "views")(step, output, TOKENS)
     return rows
 
 
@@ -90,7 +90,7 @@ def never(*_: Any) -> None:
 
 def test_a_step(step: Any) -> None:
     sampled = prepare(step)
-    # Decoder rows 11 and 12 double rows 4 (request c) and 8 (the last of request d).
+    # The sources of decoder rows 11 and 12 are rows 4 (request c) and 8 (the last of request d).
     assert sampled.tolist() == [2, 3, 11, 12, 10]
     [(per_sample, per_row, active)] = step.mapped
     assert per_sample == (1, 0, 2, 1, 3)

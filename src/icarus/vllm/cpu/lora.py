@@ -1,7 +1,9 @@
-"""Connects lora_rows.py with vLLM on CPUs, for decoder rows and conventional adapters; ICARUS_CPU_LORA=0 is stock.
+"""On CPUs, vLLM's LoRA layers call our operator (lora_rows.py), for decoder rows and for conventional adapters.
 
-vLLM's LoRA layers call their ``punica_wrapper`` with the weights of all resident adapters, and tell it the adapter of
-each row when that changes (vllm/lora/punica_wrapper/punica_cpu.py).
+The layers call their ``punica_wrapper`` with the weights of all resident adapters, and vLLM tells it the adapter of
+each row when that changes (vllm/lora/punica_wrapper/punica_cpu.py). ``ICARUS_CPU_LORA=0`` restores vLLM's operators.
+
+Each ``wrap_`` function takes a function of vLLM and returns its replacement; see ledger.py.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ _scoring_prompt: ContextVar[bool] = ContextVar("icarus_scoring_prompt", default=
 """Whether logits are of a prompt's rows, and not of sampled rows."""
 
 
-class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to a checker that lacks it
-    """A ``PunicaWrapperCPU`` whose operator takes runs of rows, and skips layers that no adapter of the step touches.
+class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy is told not to follow vLLM
+    """A ``PunicaWrapperCPU`` whose operator takes runs of rows, and skips layers that no adapter of the step has.
 
-    vLLM hands over a layer's tensors with each call; ``lora_rows.cpp`` knows layers by the address of the first, and
-    runs by what it was told with them, so that a graph that is compiled once asks in every step for what its rows need.
+    vLLM passes a layer's tensors with each call. ``lora_rows.cpp`` identifies a layer by the address of the first, and
+    knows which runs belong to it. So a graph that is compiled once uses the runs of each step.
     """
 
     def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -42,52 +44,57 @@ class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped to
         self._known: dict[int, Tensor] = {}
         finalize(self, _forget, self._known)
 
-    def adopt(self, modules: dict[str, Any], slot: int) -> None:
-        """The weights in a slot are new."""
+    def update_slot(self, modules: dict[str, Any], slot: int) -> None:
+        """Tell the operator that the weights in a slot are new.
+
+        Args:
+            modules: LoRA layers by name; those of other wrappers are skipped.
+            slot: that an adapter was written to.
+        """
         for module in modules.values():
             if module.punica_wrapper is not self:
                 continue
             if isinstance(module, ClassificationHeadWithLoRA):  # a linear layer, of the sampled rows
-                self._look(module.lora_a_stacked, module.lora_b_stacked, self._sampled, slot)
+                self._set_weights(module.lora_a_stacked, module.lora_b_stacked, self._sampled, slot)
             elif isinstance(module, BaseLinearLayerWithLoRA):
-                self._look(module.lora_a_stacked, module.lora_b_stacked, self._runs, slot)
+                self._set_weights(module.lora_a_stacked, module.lora_b_stacked, self._runs, slot)
             elif isinstance(module, LogitsProcessorWithLoRA):
-                self._look((module.lora_a_stacked,), (module.lora_b_stacked,), self._sampled, slot)
+                self._set_weights((module.lora_a_stacked,), (module.lora_b_stacked,), self._sampled, slot)
             elif isinstance(module, VocabParallelEmbeddingWithLoRA):
-                self._look((), (module.lora_b_stacked,), self._runs, slot)
+                self._set_weights((), (module.lora_b_stacked,), self._runs, slot)
 
-    def _look(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...], runs: Tensor, slot: int) -> None:
+    def _set_weights(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...], runs: Tensor, slot: int) -> None:
         first = (a or b)[0]
         self._known[first.data_ptr()] = first
-        torch.ops.icarus.look(a, b, runs, slot)
+        torch.ops.icarus.set_weights(a, b, runs, slot)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
     ) -> None:
-        """Find the runs; vLLM calls this when rows or slots have changed."""
+        """Find the runs. vLLM calls this when rows or slots have changed."""
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        slot_of = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
+        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
         for ids, runs in ((mapping.index_mapping, self._runs), (mapping.prompt_mapping, self._sampled)):
-            lora_rows.find_runs([slot_of[name] if name > 0 else -1 for name in ids], runs)
+            lora_rows.find_runs([slot_of[lora_id] if lora_id > 0 else -1 for lora_id in ids], runs)
 
     def add_lora_linear(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], *args: Any, **kwargs: Any
     ) -> None:
-        """``y`` (rows, outputs) += what each row's adapter makes of ``x`` (rows, inputs)."""
+        """``y`` (rows, outputs) += ``x`` (rows, inputs) through each row's adapter."""
         torch.ops.icarus.add_lora(y, x, lora_a_stacked[0])
 
     def add_lora_logits(self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
         """The same for ``lm_head``.
 
-        Logits of a prompt (prompt_logprobs) come for one request at a time, and nothing tells which: an adapter of
-        ``lm_head`` is left out of them. On GPUs such logprobs are not right either (vllm issue 51594). Stock operators
-        stop the engine there.
+        Logits of a scored prompt (``prompt_logprobs``) come one request at a time, and nothing says of which. They
+        leave an adapter of ``lm_head`` out. vLLM's operators for GPUs use a wrong one there (vLLM issue 51594), and
+        those for CPUs stop the engine.
         """
         if not _scoring_prompt.get():
             torch.ops.icarus.add_lora(y, x, lora_a_stacked)
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The same for embeddings; ``x`` (rows, r) is what A makes of the tokens."""
+        """The same for embeddings; to ``x`` (rows, r), A is applied already."""
         torch.ops.icarus.add_lora(y, x, lora_b_stacked)
 
 
@@ -97,12 +104,12 @@ def _forget(known: dict[int, Tensor]) -> None:
 
 
 def _usable(lora_config: Any) -> bool:
-    """A and B of fully sharded layers have different ranks."""
+    """Whether our operator can be used: not for fully sharded layers, whose A and B have different ranks."""
     return lora_rows.wanted() and lora_rows.available() and not lora_config.fully_sharded_loras
 
 
 def wrap_get_punica_wrapper(original: Original) -> Original:
-    """``get_punica_wrapper``: ours on CPUs, where it can be used."""
+    """``get_punica_wrapper``: on CPUs, the wrapper of our operator, if that can be used."""
 
     @wraps(original)
     def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -114,7 +121,7 @@ def wrap_get_punica_wrapper(original: Original) -> Original:
 
 
 def wrap_get_prompt_logprobs_dict(original: Original) -> Original:
-    """``_get_prompt_logprobs_dict``: the logits that it asks for are not those of sampled rows."""
+    """``_get_prompt_logprobs_dict``: notes that the logits it computes are not those of sampled rows."""
 
     @wraps(original)
     def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +135,7 @@ def wrap_get_prompt_logprobs_dict(original: Original) -> Original:
 
 
 def wrap_activate_adapter(original: Original) -> Original:
-    """``LoRAModelManager.activate_adapter``: the only place where an adapter's weights enter its slot."""
+    """``LoRAModelManager.activate_adapter``: tells our operator, since weights enter a slot only here."""
 
     @wraps(original)
     def activate_adapter(self: Any, lora_id: int) -> Any:
@@ -136,17 +143,17 @@ def wrap_activate_adapter(original: Original) -> Original:
         if changed:
             for wrapper in self.punica_wrapper_mapping.values():
                 if isinstance(wrapper, RowsWrapper):
-                    wrapper.adopt(self.modules, self.lora_index_to_id.index(lora_id))
+                    wrapper.update_slot(self.modules, self.lora_index_to_id.index(lora_id))
         return changed
 
     return activate_adapter
 
 
 def wrap_check_and_update_config(original: Original) -> Original:
-    """``CpuPlatform.check_and_update_config``: LoRA does not turn torch.compile off.
+    """``CpuPlatform.check_and_update_config``: leaves torch.compile on with LoRA.
 
-    vLLM's operators look into the step's rows, which a graph that is traced once would keep; ours are opaque to it.
-    MoE and fully sharded layers call others, so with them it stays off.
+    vLLM's operators depend on the step's rows, which a compiled graph would keep; ours are opaque to the graph. MoE and
+    fully sharded layers call other operators, so with them torch.compile stays off.
     """
 
     @wraps(original)

@@ -1,14 +1,14 @@
-// LoRA of many adapters on a CPU: what each row's adapter makes of it, without a copy of the weights for each row.
+// LoRA of many adapters on a CPU: adds each row's adapter, without a copy of the weights for each row.
 //
-// vLLM's CPU operators (vllm/lora/ops/torch_ops/lora_ops.py) copy A and B of its adapter for every row of a step, rows
-// without an adapter included. Here a step comes as runs of rows with one adapter (find_runs in lora_rows.py):
+// vLLM's CPU operators (vllm/lora/ops/torch_ops/lora_ops.py) copy A and B of an adapter for every row of a step, even for
+// rows without an adapter. Here a step comes as runs of rows with one adapter (find_runs in lora_rows.py):
 //
 //     short run    one pass per row over A and B of its slot, float sums, no copies, all cores
 //     long run     y[run] += (x[run] A^T) B^T, two products of matrices in the precision of the weights
 //     no adapter   in no run: costs nothing
 //
-// What is compiled by torch.compile keeps one tensor per layer, the first that vLLM hands over, and the address of that
-// is a layer's name here: weights and runs change between steps, the compiled graph does not.
+// A graph that torch.compile made keeps one tensor per layer, the first that vLLM passes. Its address identifies the
+// layer here, because weights and runs change between steps and the compiled graph does not.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -24,23 +24,23 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTile = 128;        // outputs whose sums stay in registers
-constexpr int64_t kWorth = 1 << 15;   // multiplications that are worth another thread
-constexpr int64_t kLong = 32;         // rows from which on a run is multiplied as a matrix
+constexpr int64_t kTileOutputs = 128;        // outputs whose sums stay in registers
+constexpr int64_t kMinThreadWork = 1 << 15;  // multiplications that are worth another thread
+constexpr int64_t kMinMatrixRows = 32;       // a run with so many rows is multiplied as a matrix
 
 struct Layer {
-  std::vector<Tensor> a;            // per slice (slots, 1, r, inputs), vLLM's memory; none: x is what A made of it
-  std::vector<Tensor> b;            // per slice (slots, r, outputs), copies; undefined while no adapter has the slice
-  std::vector<int64_t> columns;     // first output of each slice
-  std::vector<std::vector<char>> held;  // per slice and slot: whether its adapter has weights there
-  Tensor runs;                      // of the step, as find_runs in lora_rows.py writes them
+  std::vector<Tensor> a;                // per slice: (slots, 1, r, inputs), vLLM's memory; empty if A is applied outside
+  std::vector<Tensor> b;                // per slice: (slots, r, outputs), copies; undefined while no adapter has weights
+  std::vector<int64_t> columns;         // per slice: its first output
+  std::vector<std::vector<char>> held;  // per slice and slot: whether the slot's adapter has weights there
+  Tensor runs;                          // of the step, as find_runs in lora_rows.py writes them
   int64_t rank, inputs, outputs;
 };
 
 std::unordered_map<const void*, Layer> layers;
 std::vector<Tensor> steps;  // the runs of all layers, each once
 
-// Whether no row of the step has an adapter; said without a look at the layer, whose memory is cold by then.
+// Whether no row of the step has an adapter. It does not touch a layer, whose memory would not be in a cache by then.
 bool idle() {
   return std::all_of(steps.begin(), steps.end(), [](const Tensor& runs) { return !*runs.const_data_ptr<int32_t>(); });
 }
@@ -60,7 +60,7 @@ float dot(const X* x, const W* w, int64_t size) {
 // y[0:size] += sum over r of shrunk[r] b[r, 0:size]
 template <typename Y, typename W>
 void expand(Y* y, const float* shrunk, const W* b, int64_t rank, int64_t stride, int64_t size) {
-  float sums[kTile] = {0};
+  float sums[kTileOutputs] = {0};
   for (int64_t r = 0; r < rank; ++r) {
     const W* w = b + r * stride;
     const float s = shrunk[r];
@@ -71,9 +71,9 @@ void expand(Y* y, const float* shrunk, const W* b, int64_t rank, int64_t stride,
   for (int64_t i = 0; i < size; ++i) y[i] = static_cast<Y>(static_cast<float>(y[i]) + sums[i]);
 }
 
-int64_t grain(int64_t multiplications) { return std::max<int64_t>(1, kWorth / std::max<int64_t>(1, multiplications)); }
+int64_t grain(int64_t multiplications) { return std::max<int64_t>(1, kMinThreadWork / std::max<int64_t>(1, multiplications)); }
 
-// (rows, r) of one slice in float32: x A^T, or x itself where A was applied before.
+// (rows, r) of one slice in float32: x A^T, or x itself if A is applied outside.
 template <typename X, typename W>
 std::vector<float> shrink(const Layer& layer, size_t slice, const Tensor& x, const std::vector<Row>& rows) {
   const int64_t rank = layer.rank, inputs = x.size(1), stride = x.stride(0);
@@ -100,15 +100,15 @@ void add_rows(const Layer& layer, const Tensor& y, const Tensor& x, const std::v
     if (own.empty()) continue;
     const std::vector<float> shrunk = shrink<X, W>(layer, slice, x, own);
     const int64_t rank = layer.rank, outputs = layer.b[slice].size(2), stride = y.stride(0);
-    const int64_t tiles = (outputs + kTile - 1) / kTile;
+    const int64_t tiles = (outputs + kTileOutputs - 1) / kTileOutputs;
     const W* b = layer.b[slice].const_data_ptr<W>();
     X* to = y.mutable_data_ptr<X>() + layer.columns[slice];
-    at::parallel_for(0, own.size() * tiles, grain(kTile * rank), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, own.size() * tiles, grain(kTileOutputs * rank), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const auto [row, slot] = own[i / tiles];
-        const int64_t column = i % tiles * kTile;
+        const int64_t column = i % tiles * kTileOutputs;
         expand(to + row * stride + column, shrunk.data() + i / tiles * rank, b + slot * rank * outputs + column, rank,
-               outputs, std::min(kTile, outputs - column));
+               outputs, std::min(kTileOutputs, outputs - column));
       }
     });
   }
@@ -122,7 +122,7 @@ void add_long(const Layer& layer, const Tensor& y, const Tensor& x, int64_t slot
     const Tensor shrunk = layer.a.empty() ? own : at::matmul(own, layer.a[slice][slot][0].t());
     Tensor part = y.narrow(1, layer.columns[slice], b.size(2));
     if (part.scalar_type() == b.scalar_type())
-      part.addmm_(shrunk, b[slot]);  // a sum afterwards would write and read the product once more
+      part.addmm_(shrunk, b[slot]);  // adding it later would write and read the product once more
     else
       part.add_(at::matmul(shrunk, b[slot]));
   }
@@ -135,24 +135,24 @@ bool touched(const Layer& layer, const int32_t* runs) {
   return false;
 }
 
-// y (rows, outputs of all slices) += what the adapter of each row makes of x (rows, inputs). first: names the layer.
+// y (rows, outputs of all slices) += x (rows, inputs) through each row's adapter. first identifies the layer.
 void add_lora(Tensor& y, const Tensor& x, const Tensor& first) {
   if (idle()) return;
-  const auto found = layers.find(first.const_data_ptr());
-  if (found == layers.end()) return;
-  const Layer& layer = found->second;
+  const auto known = layers.find(first.const_data_ptr());
+  if (known == layers.end()) return;
+  const Layer& layer = known->second;
   const int32_t* runs = layer.runs.const_data_ptr<int32_t>();
   if (!touched(layer, runs)) return;
   TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && x.size(0) >= y.size(0) &&
                   x.size(1) == layer.inputs && y.size(1) >= layer.outputs,
               "add_lora: y ", y.sizes(), " and x ", x.sizes(), " are not rows of a layer with ", layer.inputs,
               " inputs and ", layer.outputs, " outputs");
-  const Tensor input = x.to(y.scalar_type()).contiguous();  // they differ where a head is kept in float32
+  const Tensor input = x.to(y.scalar_type()).contiguous();  // the types differ if a head is kept in float32
   std::vector<Row> rows;
   for (int32_t i = 0; i < runs[0]; ++i) {
     const int32_t* run = runs + 1 + 3 * i;
     const int64_t begin = run[0], end = std::min<int64_t>(run[1], y.size(0));
-    if (end - begin >= kLong)
+    if (end - begin >= kMinMatrixRows)
       add_long(layer, y.narrow(0, begin, end - begin), input.narrow(0, begin, end - begin), run[2]);
     else
       for (int64_t row = begin; row < end; ++row) rows.push_back({row, run[2]});
@@ -167,12 +167,12 @@ void add_lora(Tensor& y, const Tensor& x, const Tensor& first) {
   });
 }
 
-// Look at the weights in a slot of a layer, which gets its name with the first look. a is empty for embeddings.
-void look(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const Tensor& runs, int64_t slot) {
-  const c10::InferenceMode outside(false);  // else what is made in vLLM's could not be written outside of it
+// Takes in the weights of one slot of a layer; the first call registers the layer. a is empty for embeddings.
+void set_weights(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const Tensor& runs, int64_t slot) {
+  const c10::InferenceMode off(false);  // tensors that are made in inference mode cannot be written outside of it
   Layer& layer = layers[(a.empty() ? b : a)[0].const_data_ptr()];
   if (layer.b.empty()) {
-    for (const Tensor& part : a) TORCH_CHECK(part.is_contiguous(), "look: A of a layer is read as it lies in memory");
+    for (const Tensor& part : a) TORCH_CHECK(part.is_contiguous(), "set_weights: A of a layer must be contiguous");
     const int64_t rank = b[0].size(3);
     layer = {a, std::vector<Tensor>(b.size()), {}, {}, runs, rank, a.empty() ? rank : a[0].size(3), 0};
     for (const Tensor& part : b) {
@@ -203,7 +203,7 @@ void forget(const Tensor& first) {
 
 TORCH_LIBRARY_FRAGMENT(icarus, library) {
   library.def("add_lora(Tensor(a!) y, Tensor x, Tensor first) -> ()");
-  library.def("look(Tensor[] a, Tensor[] b, Tensor runs, int slot) -> ()");
+  library.def("set_weights(Tensor[] a, Tensor[] b, Tensor runs, int slot) -> ()");
   library.def("forget(Tensor first) -> ()");
 }
 
@@ -212,7 +212,7 @@ TORCH_LIBRARY_IMPL(icarus, CPU, library) {
   library.impl("forget", forget);
 }
 
-TORCH_LIBRARY_IMPL(icarus, CompositeExplicitAutograd, library) { library.impl("look", look); }
+TORCH_LIBRARY_IMPL(icarus, CompositeExplicitAutograd, library) { library.impl("set_weights", set_weights); }
 
 TORCH_LIBRARY_IMPL(icarus, Meta, library) {
   library.impl("add_lora", [](Tensor&, const Tensor&, const Tensor&) {});

@@ -1,6 +1,7 @@
-"""Gives torch the operator of lora_rows.cpp, which takes a step as runs of rows; no vLLM: cpu_lora.py connects them.
+"""Compiles the operator of lora_rows.cpp for torch. It takes a step as runs of rows; lora.py connects it with vLLM.
 
 The operator is compiled on first use, for the vector instructions of this machine, and kept in the user's cache.
+Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from icarus.errors import InputError
 logger = logging.getLogger("vllm.icarus.lora_rows")  # below vLLM's own logger, so that it prints like one
 
 SWITCH_VARIABLE = "ICARUS_CPU_LORA"
+"""Environment variable: 1 or unset for the operator, 0 for vLLM's own."""
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -35,11 +37,15 @@ _VECTOR_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-"""By what torch finds the processor capable of; others (NEON) need no flag."""
+"""Compiler flags by torch's name for what the processor can do; others (NEON) need none."""
 
 
 def wanted() -> bool:
-    """Whether the environment asks for this operator; it is on unless switched off. Raises InputError."""
+    """Whether the operator is switched on, as it is by default.
+
+    Raises:
+        InputError: the variable has another value.
+    """
     value = os.environ.get(SWITCH_VARIABLE, "1")
     if value not in ("0", "1"):
         raise InputError(f"{SWITCH_VARIABLE}={value!r} must be 1 (ICaRus's LoRA operator on CPUs) or 0 (vLLM's own).")
@@ -48,13 +54,13 @@ def wanted() -> bool:
 
 @cache
 def available() -> bool:
-    """Whether the operator could be loaded, which compiles it the first time; if not, the log says why."""
+    """Whether the operator can be loaded, which compiles it the first time. If it cannot, the log says why, once."""
     try:
         load()
     except (OSError, RuntimeError) as error:
         logger.warning(
-            "ICaRus's LoRA operator for CPUs cannot be used (%s); it needs a C++ compiler, g++ or what CXX names, and "
-            "a cache folder to write to, ~/.cache/icarus or what ICARUS_HOME names. vLLM's own operators stay.",
+            "ICaRus's LoRA operator for CPUs is unavailable (%s), and vLLM's own operators stay; it needs a C++ "
+            "compiler (g++, or the one that CXX names) and a writable cache folder (~/.cache/icarus, or ICARUS_HOME).",
             error,
         )
         return False
@@ -62,50 +68,58 @@ def available() -> bool:
 
 
 def no_runs(rows: int) -> Tensor:
-    """Room for the runs of a step of up to ``rows`` rows: (1 + 3 rows,) int32, how many, then each as ``find_runs``."""
-    with torch.inference_mode(False):  # in which vLLM makes and writes it now and then
+    """Room for the runs of a step with up to ``rows`` rows.
+
+    Returns:
+        (1 + 3 rows,) int32: the number of runs, then each of them as ``find_runs`` writes it.
+    """
+    with torch.inference_mode(False):  # vLLM writes it within inference mode and outside
         return torch.zeros(1 + 3 * rows, dtype=torch.int32)
 
 
 def find_runs(slots: Sequence[int], runs: Tensor) -> None:
-    """Write the runs of rows with one adapter: first row, row behind the last, slot.
+    """Write the runs of rows with one adapter: first row, row behind the last one, slot.
+
+    Runs of one slot become neighbours, so that its weights are read once.
 
     Args:
-        slots: the slot of each row's adapter, -1 for none.
-        runs: of ``no_runs``; runs of one slot become neighbours, so that its weights are read once.
+        slots: the slot of each row's adapter, or -1 for none.
+        runs: what ``no_runs`` returned; written to.
     """
-    found, start = [], 0
+    spans, start = [], 0
     for row in range(1, len(slots) + 1):
         if row == len(slots) or slots[row] != slots[start]:
             if slots[start] >= 0:
-                found.append((start, row, slots[start]))
+                spans.append((start, row, slots[start]))
             start = row
-    found.sort(key=itemgetter(2))
-    flat = [len(found), *chain.from_iterable(found)]
+    spans.sort(key=itemgetter(2))
+    flat = [len(spans), *chain.from_iterable(spans)]
     runs[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
 
 
 @cache
 def load() -> None:
-    """Define ``torch.ops.icarus.add_lora``, ``look`` and ``forget``; the first time takes some ten seconds.
+    """Define ``torch.ops.icarus.add_lora``, ``set_weights`` and ``forget``. The first time takes about ten seconds.
 
-    Raises OSError or RuntimeError with the reason if the operator cannot be compiled.
+    Raises:
+        OSError: the compiler or the cache folder is unavailable.
+        RuntimeError: the operator cannot be compiled.
     """
     library = _library()
     if not library.exists():
         _compile(library)
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    except OSError:  # made on another system that has the same cache folder
+    except OSError:  # compiled on another system that shares the cache folder
         _compile(library)
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
 
 
 def _compile(library: Path) -> None:
-    """Workers that compile at once do so in a folder each, and one of the equal results stays.
+    """Compile in a folder of its own and move the result; of several workers' equal results, one stays.
 
-    Not by torch.utils.cpp_extension.load: it wants ninja on PATH, and waits for ever for the lock that a build leaves
-    when it is killed. OpenMP is not linked, so that it is the one that torch has loaded.
+    torch.utils.cpp_extension.load needs ninja on PATH, and waits forever for the lock of a build that was killed.
+    OpenMP is not linked, so that torch's own is used.
     """
     compiler = shlex.split(cpp_extension.get_cxx_compiler())  # type: ignore[no-untyped-call]
     headers = [f"-I{path}" for path in cpp_extension.include_paths()]
@@ -130,5 +144,5 @@ def _flags() -> list[str]:
 
 
 def _library() -> Path:
-    made_of = "\n".join((SOURCE.read_text(), torch.__version__, platform.machine(), *platform.libc_ver(), *_flags()))
-    return cache_directory() / "operators" / f"lora-rows-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    inputs = "\n".join((SOURCE.read_text(), torch.__version__, platform.machine(), *platform.libc_ver(), *_flags()))
+    return cache_directory() / "operators" / f"lora-rows-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
