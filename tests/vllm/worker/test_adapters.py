@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,14 +46,21 @@ class Reader:
     load = adapters.wrap_load_adapter(original)
 
 
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    reader = Reader()
+    yield reader
+    adapters._copies(reader).drop(1)
+
+
 def shared(folder: Path, **fields: Any) -> SharedLoRARequest:
     sha256 = digest(folder) if folder.exists() else ""
     return SharedLoRARequest(lora_name="a", lora_int_id=1, lora_path=str(folder), **{"sha256": sha256, **fields})
 
 
-def test_what_shares_is_read_from_a_copy(folder: Path, tmp_path: Path) -> None:
+def test_what_shares_is_read_from_a_copy(reader: Reader, folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder / "ours", tmp_path / "moved")
-    reader, request = Reader(), shared(moved, generation=1)
+    request = shared(moved, generation=1)
     reader.load(request)
     shutil.rmtree(moved)
     reader.load(request)
@@ -61,9 +69,9 @@ def test_what_shares_is_read_from_a_copy(folder: Path, tmp_path: Path) -> None:
     assert str(moved) not in {path for path, _ in reader.read}
 
 
-def test_a_copy_goes_with_its_adapter(folder: Path, tmp_path: Path) -> None:
+def test_a_copy_goes_with_its_adapter(reader: Reader, folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder / "ours", tmp_path / "moved")
-    reader, request = Reader(), shared(moved, generation=1)
+    request = shared(moved, generation=1)
     reader.load(request)
     shutil.rmtree(moved)
     remove = adapters.wrap_remove_lora(lambda self, lora_id: True)
@@ -72,29 +80,28 @@ def test_a_copy_goes_with_its_adapter(folder: Path, tmp_path: Path) -> None:
         reader.load(request)
 
 
-def test_a_conventional_adapter_is_read_from_its_folder(folder: Path) -> None:
-    reader = Reader()
+def test_a_conventional_adapter_is_read_from_its_folder(reader: Reader, folder: Path) -> None:
     reader.load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "plain")))
     assert [path for path, _ in reader.read] == [str(folder / "plain")]
 
 
-def test_a_conventional_adapter_that_became_another_is_refused(folder: Path) -> None:
+def test_a_conventional_adapter_that_became_another_is_refused(reader: Reader, folder: Path) -> None:
     with pytest.raises(AdapterError, match="load it again"):
-        Reader().load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "ours")))
+        reader.load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "ours")))
 
 
-def test_a_staged_copy_is_read_whatever_becomes_of_the_folder(folder: Path, tmp_path: Path) -> None:
+def test_a_staged_copy_is_read_whatever_becomes_of_the_folder(reader: Reader, folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder / "ours", tmp_path / "moved")
-    reader, request = Reader(), shared(moved, generation=1)
+    request = shared(moved, generation=1)
     assert adapters.stage(worker_of(reader), request) == ""
     shutil.rmtree(moved)
     reader.load(request)
     assert len(reader.read) == 1
 
 
-def test_an_unstaged_copy_is_gone(folder: Path, tmp_path: Path) -> None:
+def test_an_unstaged_copy_is_gone(reader: Reader, folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder / "ours", tmp_path / "moved")
-    reader, request = Reader(), shared(moved, generation=1)
+    request = shared(moved, generation=1)
     adapters.stage(worker_of(reader), request)
     adapters.unstage(worker_of(reader), 1)
     shutil.rmtree(moved)
@@ -102,9 +109,9 @@ def test_an_unstaged_copy_is_gone(folder: Path, tmp_path: Path) -> None:
         reader.load(request)
 
 
-def test_why_a_worker_cannot_copy_is_its_answer(tmp_path: Path) -> None:
+def test_why_a_worker_cannot_copy_is_its_answer(reader: Reader, tmp_path: Path) -> None:
     """An exception would leave the answers of other workers in their queues."""
-    reason = adapters.stage(worker_of(Reader()), shared(tmp_path / "gone", generation=1))
+    reason = adapters.stage(worker_of(reader), shared(tmp_path / "gone", generation=1))
     assert "cannot be copied" in reason
 
 
