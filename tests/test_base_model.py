@@ -43,9 +43,9 @@ def test_a_folder_and_a_hub_id_resolve_to_themselves(base: Path, monkeypatch: py
         ("./nowhere", "'./nowhere'"),
         ("/nowhere/at/all", "'/nowhere/at/all'"),
         ("a/b/c", "'a/b/c'"),
-        ("", "no model folder"),
+        ("", "not a model folder"),
         ("owner/nowhere", "'owner/nowhere' could not be"),
-        ("empty", "empty is no model folder: it has no config.json"),
+        ("empty", "empty is not a model folder, as it has no config.json"),
         ("file", "'file'"),
     ],
 )

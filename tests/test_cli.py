@@ -283,7 +283,7 @@ def test_the_report_replaces_its_file_in_one_step(
     [
         ({}, "non-empty JSON list"),
         ([], "non-empty JSON list"),
-        (["a"], "turn 1 of .* is no JSON object"),
+        (["a"], "turn 1 of .* is not a JSON object"),
         ([{}, {"modle": "one"}], "turn 2 of .* unknown key 'modle'; known are model, append"),
         ([{"append": 5}], "turn 1.*'append' must be str, not 5"),
         ([{"append": "a", "messages": []}], "turn 1.*both"),
@@ -374,6 +374,8 @@ def test_max_limits_an_answer(talk: Any) -> None:
         ("/max none", "/max none.*for example /max 64"),
         ("/max 0", "/max 0"),
         ("/max", "/max"),
+        ("/max ²", "/max ².*one positive integer"),
+        ("/max 3 4", "one positive integer"),
         ("/what", "Commands: @NAME"),
         ("@nobody hi", "'nobody'; there are base, one, two"),
         ("@one", "The context is empty"),

@@ -54,7 +54,7 @@ def positive_int(text: str) -> int:
 
 
 class NamedPaths(argparse.Action):
-    """Collects NAME=PATH, one or several at a time, into ``{name: path}``."""
+    """Collects NAME=PATH, one word or several at a time, into ``{name: path}``."""
 
     def __call__(
         self,

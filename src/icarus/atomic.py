@@ -22,7 +22,7 @@ def replacing(directory: Path, *, key: str, obsolete: Iterable[str] = ()) -> Ite
     count: one without it is just the user's folder, and gets the new files one by one, ``key`` last.
     """
     if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory} is a file and an adapter is a directory: choose another path.")
+        raise AdapterError(f"{directory} is a file and an adapter is a directory; choose another path.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = directory.parent / f".{directory.name}.{uuid4().hex[:8]}.tmp"
     work.mkdir()  # not mkdtemp, whose folders only their owner can read

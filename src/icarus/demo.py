@@ -1,7 +1,8 @@
-"""``icarus demo``: the shipped specialists take turns in one context, on a real model, on the CPU, in a minute.
+"""``icarus demo``: the shipped specialists take turns in one context: a real model, on the CPU, in a minute.
 
-First live: who speaks, what was encoded, what was cached, what the one cache holds, and what the base model alone would
-have said. Then the same tokens again both ways, alternating: an ordinary LoRA and KV cache for each model, and ICaRus.
+First live: who speaks, how many tokens were encoded and how many were cached, how much the one cache holds, and what
+the base model alone would have said. Then the same tokens again both ways, alternating: an ordinary LoRA and a KV cache
+for each model, and ICaRus.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from icarus.bench import measure, replay
 from icarus.context import BASE, Context, Specialists, Turn
 
 _COLORS = ("cyan", "green", "magenta", "yellow")
-_LIMIT = 48
+_MAX_NEW_TOKENS = 48
 _ROUNDS = 2
 
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the demo; prints as it goes and returns the figures."""
+    """Play the conversation, then compare both ways; prints as it goes and returns the figures."""
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     context, turns = _converse(console, team, colors)
     comparison = _compare(console, team, context, turns)
     _show_figures(console)
-    console.print(f"[dim]{time.perf_counter() - started:.0f} s in all.[/dim]")
+    console.print(f"[dim]{time.perf_counter() - started:.0f} s in total.[/dim]")
     return {
         "settings": measure.settings(base=base_model.PACKAGED, specialists=list(colors)),
         "turns": [{"model": t.model, "text": t.text, **_counts(t)} for t, _ in turns],
@@ -76,7 +77,9 @@ def _converse(console: Console, team: Specialists, colors: dict[str, str]) -> tu
         _dim(console, step["messages"][-1]["content"])
         _show_base(console, context.fork())
         console.print(f"[bold {colors[step['model']]}]{step['model']:>8}[/]  ", end="")
-        turn = context.generate(step["model"], max_new_tokens=_LIMIT, stream=lambda text: console.out(text, end=""))
+        turn = context.generate(
+            step["model"], max_new_tokens=_MAX_NEW_TOKENS, stream=lambda text: console.out(text, end="")
+        )
         turns.append((turn, len(context.token_ids) - len(turn.token_ids)))
         console.print()
         _dim(console, f"          {turn.encoded_tokens} tokens encoded, {turn.cached_tokens} cached; ", end="")
@@ -85,9 +88,9 @@ def _converse(console: Console, team: Specialists, colors: dict[str, str]) -> tu
 
 
 def _show_base(console: Console, fork: Context) -> None:
-    said = fork.generate(BASE, max_new_tokens=20)
-    line = " ".join(said.text.split())
-    _dim(console, f"    base  {line}{'' if said.finish_reason == 'stop' else ' ...'}")
+    turn = fork.generate(BASE, max_new_tokens=20)
+    line = " ".join(turn.text.split())
+    _dim(console, f"    base  {line}{'' if turn.finish_reason == 'stop' else ' ...'}")
 
 
 def _dim(console: Console, text: str, end: str = "\n") -> None:

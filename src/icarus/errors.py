@@ -4,8 +4,8 @@ IcarusError
 ├── InputError                 what the user gave cannot be used        exit status 2
 │   ├── AdapterError           an adapter directory that must not share a cache
 │   ├── DataError              a training file: names file, line and field
-│   └── UnsupportedModelError  a model or setting for which the method cannot hold
-└── CheckFailed                a check ran and the answer is no         exit status 1
+│   └── UnsupportedModelError  a model or setting that the method does not support
+└── CheckFailed                a check ran, and the answer is no        exit status 1
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DataError(InputError):
 
 
 class UnsupportedModelError(InputError):
-    """The method cannot hold for this model or setting; the message says why."""
+    """The method does not support this model or setting; the message says why."""
 
 
 class CheckFailed(IcarusError):

@@ -28,9 +28,11 @@ def snapshot(
 
     Args:
         repository: ``owner/name``.
-        files: patterns of the files that are wanted.
+        files: patterns of the files to download.
+        revision: branch, tag or commit.
+        token: for private repositories.
         cache: a folder in place of the Hugging Face cache.
-        cached: take what the cache has, whatever the hub has by now.
+        cached: take what the cache has, even if the Hub has a newer revision.
 
     Raises:
         DownloadError: with the reason.
@@ -56,7 +58,7 @@ def snapshot(
             except LocalEntryNotFoundError:
                 pass
         return download()
-    except Exception as error:  # offline, gated, missing: the hub has many exceptions and one meaning
+    except Exception as error:  # offline, gated, missing: its many exceptions have one meaning
         raise DownloadError(first_line(error)) from error
 
 

@@ -1,7 +1,7 @@
 """``icarus generate``: a JSON list of turns, played in one context.
 
-A turn: {"model": "sql", "append": "text" | "messages": [...], "max_new_tokens": 64, "temperature": 0, "top_p": 1,
-"top_k": 0, "stop": [...], "seed": 1}. All keys are optional; "model" is the base model's unless given.
+A turn is {"model": "sql", "append": "text" | "messages": [...], "max_new_tokens": 64, "temperature": 0, "top_p": 1,
+"top_k": 0, "stop": [...], "seed": 1}. All keys are optional; without "model" the base model speaks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Print each turn as it ends: its text, or with ``--json -`` an object a line and no report at the end."""
+    """Print each turn as it ends: its text or, with ``--json -``, one object a line and no report at the end."""
     script, as_json = read(options.turns), options.json == "-"
     played = []
     for turn in play(team.load(options), script):
@@ -47,14 +47,18 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def read(source: str) -> list[dict[str, Any]]:
-    """Read and check the turns of a file (``-``: standard input)."""
+    """Read the turns of a file (``-``: standard input) and check them.
+
+    Raises:
+        InputError: the file cannot be read, or a turn has an unknown key or a value of the wrong type.
+    """
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
         turns = json.loads(text)
     except OSError as error:
-        raise InputError(f"Turns cannot be read from {source} ({error.strerror}).") from error
+        raise InputError(f"The turns in {source} cannot be read ({error.strerror}); name a JSON file.") from error
     except ValueError as error:
-        raise InputError(f"{source} is not JSON ({error}).") from error
+        raise InputError(f"{source} is not JSON ({error}); give a list of turns.") from error
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{source} must hold a non-empty JSON list of turns.")
     for number, turn in enumerate(turns, 1):
@@ -64,7 +68,7 @@ def read(source: str) -> list[dict[str, Any]]:
 
 def _check(turn: Any, where: str) -> None:
     if not isinstance(turn, dict):
-        raise InputError(f"{where} is no JSON object.")
+        raise InputError(f"{where} is not a JSON object; give an object with keys such as 'model' and 'append'.")
     for key, value in turn.items():
         if key not in _KEYS:
             raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(_KEYS)}.")
@@ -77,9 +81,9 @@ def _check(turn: Any, where: str) -> None:
 
 
 def play(specialists: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Play checked turns in one context; yields each turn's figures as it ends."""
+    """Play turns, as ``read`` checked them, in one context; yields the figures of each as it ends."""
     for name in {turn.get("model", BASE) for turn in turns}:
-        specialists.adapter(name)  # an unknown name is said before anything runs
+        specialists.adapter(name)  # refuses an unknown name before anything runs
     context = specialists.context()
     for turn in turns:
         content = turn.get("append") or turn.get("messages")

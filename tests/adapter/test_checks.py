@@ -94,7 +94,7 @@ def test_damage_is_named(damage: str, good: Path) -> None:
     with pytest.raises(AdapterError, match=message) as error:
         checks.verify(good)
     assert str(good) in str(error.value)
-    assert ": " in checks.problems(good)[0], "reason: remedy"
+    assert "; " in checks.problems(good)[0], "reason; remedy"
 
 
 def test_all_problems_are_listed(good: Path) -> None:

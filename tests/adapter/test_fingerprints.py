@@ -256,7 +256,7 @@ def test_folder_is_read_again_once_it_changes(tmp_path: Path) -> None:
     [
         ({}, "holds no safetensors"),
         ({"adapter_model.safetensors": b""}, "holds no safetensors"),
-        ({"model.safetensors": b"\x08"}, "no complete safetensors"),
+        ({"model.safetensors": b"\x08"}, "not a complete safetensors"),
         ({"model.safetensors": b"\xff" * 16}, "header is longer"),
         ({"model.safetensors.index.json": b"{}"}, "not a safetensors index"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "one.safetensors"}}'}, "lacks one.safetensors"),

@@ -500,7 +500,7 @@ def test_offline_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
-        AdapterError, match=r"^me/sql is no local folder and .*Cannot find the snapshot\); check"
+        AdapterError, match=r"^me/sql is not a local folder and .*Cannot find the snapshot\); check"
     ) as error:
         adapter.load(llama(), "me/sql", "a")
     assert "\n" not in str(error.value)

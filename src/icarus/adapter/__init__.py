@@ -8,7 +8,7 @@
     attachment     adapters on a loaded model; imports PEFT
     storage        directories written from a model and loaded into one; imports PEFT
     model_card     the README.md of a directory
-    undo           a model as it was, after an exception
+    undo           a model as it was, after an error
 
 The names below are imported when first used: whoever only verifies a directory loads neither PEFT nor Transformers.
 """

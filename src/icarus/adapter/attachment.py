@@ -1,7 +1,7 @@
-"""Adapters on a loaded model: made fresh, and checked for what their targets became there.
+"""Adapters on a loaded model: created there, and checked for what their targets became.
 
-``attach`` lets nothing through that must not share a KV cache (``icarus.adapter.checks``), and a failed ``attach``
-leaves the model as it was.
+``attach`` lets nothing through that must not share a KV cache (``icarus.adapter.checks``). When it fails, the model is
+as it was.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ _ROUTERS = {"gate", "router", "router_gate", "modality_router", "wg", "shared_ex
 def decoder_targets(model: nn.Module) -> list[str]:
     """Default LoRA targets, sorted: the names of all linear projections in the layers except those that feed K or V.
 
-    That is PEFT's 'all-linear' (so no lm_head and no embeddings) without K, V and routers. Where PEFT would turn a
-    name into expert tensors (for example ``up_proj`` in Qwen3-MoE) it is left out, as those are no projections.
-    Raises UnsupportedModelError where nothing is left.
+    That is PEFT's 'all-linear' (so no lm_head and no embeddings) without K, V and routers. A name that PEFT would turn
+    into expert tensors (for example ``up_proj`` in Qwen3-MoE) is left out, because those are not projections.
+
+    Raises:
+        UnsupportedModelError: nothing is left.
     """
     leaves = {name.rpartition(".")[2] for name in linears(model) if re.search(r"\.\d+\.", name)}
     candidates = {leaf for leaf in leaves if not feeds_kv(leaf)} - _ROUTERS
     targets = sorted(leaf for leaf in candidates if not _means_experts(model, leaf))
     if not targets:
         raise UnsupportedModelError(
-            f"{type(base_of(model)).__name__} has no linear projection besides those that feed K and V: ICaRus needs "
-            "separate ones, so choose another base model."
+            f"{type(base_of(model)).__name__} has no linear projection besides those that feed K and V, and ICaRus "
+            "needs separate ones; choose another base model."
         )
     return targets
 
@@ -74,20 +76,29 @@ def attach(
     dropout: float = 0.0,
     targets: Sequence[str] | str | None = None,
 ) -> PeftModel:
-    """A fresh, trainable, active ICaRus adapter on a causal LM, plain or with other adapters; the base is frozen.
+    """Attach a new, trainable, active ICaRus adapter to a causal LM, plain or with other adapters; freeze the base.
 
-    Without ``config`` the adapter is plain LoRA of ``rank``, ``alpha`` (default: twice the rank), ``dropout`` and
-    ``targets`` (default: ``decoder_targets``); with it those arguments are not read. A config without targets gets the
-    default ones, and the caller's object is not changed. New modules are in training mode if the model is.
+    New modules are in training mode if the model is.
 
-    Raises AdapterError for a setting that ICaRus cannot serve, and UnsupportedModelError where the targets resolve to
-    a projection that feeds K or V; the model is then as it was.
+    Args:
+        model: a Transformers model or a ``PeftModel``.
+        config: LoRA settings in place of ``rank``, ``alpha``, ``dropout`` and ``targets``. Without targets it gets the
+            default ones; the caller's object is not changed.
+        name: what the adapter is called in the model.
+        rank: of the LoRA matrices.
+        alpha: default: twice the rank.
+        dropout: of the input of each LoRA layer.
+        targets: names of modules, or a regular expression (default: ``decoder_targets``).
+
+    Raises:
+        AdapterError: a setting that ICaRus cannot serve; the model is as it was.
+        UnsupportedModelError: the targets resolve to a projection that feeds K or V; the model is as it was.
     """
     from peft import PeftModel, get_peft_model
 
     check_name(model, name)
     if name in names(model):
-        raise AdapterError(f"The model already has an adapter {name!r}: choose another name or delete that one.")
+        raise AdapterError(f"The model already has an adapter {name!r}; choose another name or delete that one.")
     config = copy.deepcopy(config) if config else _lora(rank, alpha, dropout, targets)
     config.task_type = config.task_type or "CAUSAL_LM"
     config.target_modules = config.target_modules or decoder_targets(model)
@@ -114,7 +125,7 @@ def attach_conventional(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
 ) -> PeftModel:
-    """The baseline: ordinary LoRA on all linear projections, K and V too, so that each model needs its own cache."""
+    """Attach the baseline: ordinary LoRA on all linear projections, K and V too, so each model needs its own cache."""
     from peft import PeftModel, get_peft_model
 
     config = _lora(rank, alpha, dropout, targets or "all-linear")
@@ -133,58 +144,63 @@ def _lora(rank: int, alpha: int | None, dropout: float, targets: Sequence[str] |
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """PEFT builds module paths and file names from adapter names and finds them again by substring."""
+    """Refuse a name that confuses PEFT, which makes it a part of paths and looks for it as a substring."""
     reserved = {"lora_A", "lora_B", "base_layer", "base_model", "weight", "bias"}
     parts = {part for path, _ in base_of(model).named_modules() if ".lora_" not in path for part in path.split(".")}
     if not name or re.search(r"[./\\\0]", name) or hasattr(nn.ModuleDict(), name) or name in reserved | parts:
-        raise AdapterError(f"{name!r} cannot name an adapter in PEFT: choose a plain word that names no module.")
+        raise AdapterError(f"{name!r} cannot name an adapter in PEFT; choose a plain word that names no module.")
 
 
 def _check_settings(config: Any, name: str) -> None:
-    if found := setting_problems(vars(config)):
-        raise AdapterError(f"Adapter {name!r} cannot be attached: {found[0]}.")
+    if refusals := setting_problems(vars(config)):
+        raise AdapterError(f"Adapter {name!r} cannot be attached: {refusals[0]}.")
 
 
 def check_attached(model: Any, name: str) -> None:
-    """Refuses an attached adapter that ICaRus cannot serve, by what its targets became on this model."""
+    """Refuse an attached adapter that ICaRus cannot serve, by what its targets became on this model.
+
+    Raises:
+        AdapterError: a setting or a target that cannot be served, or an adapter that is merged.
+        UnsupportedModelError: a target feeds K or V.
+    """
     modules = [(path, module) for path, module in base_of(model).named_modules() if ".lora_" not in path]
     kinds = ("lora_A", "lora_embedding_A")
     adapted = [path for path, module in modules if any(name in getattr(module, kind, ()) for kind in kinds)]
     if kv := [path for path in adapted if feeds_kv(path)]:
         leaves = ", ".join(sorted({path.rpartition(".")[2] for path in kv}))
         raise UnsupportedModelError(
-            f"The targets of adapter {name!r} resolve to {leaves} ({kv[0]}), which feed K and V: leave them out, for "
+            f"The targets of adapter {name!r} resolve to {leaves} ({kv[0]}), which feed K and V; leave them out, for "
             f"example with target_modules={decoder_targets(model)}."
         )
     _check_settings(model.peft_config[name], name)  # PEFT may have rewritten them for this model
     if odd := sorted(set(adapted) - linears(model).keys()):
-        raise AdapterError(f"Adapter {name!r} targets {odd[0]}, which is no linear projection: leave it out.")
+        raise AdapterError(f"Adapter {name!r} targets {odd[0]}, which is not a linear projection; leave it out.")
     if merged := [path for path, module in modules if getattr(module, "merged_adapters", ())]:
         raise AdapterError(
-            f"An adapter is merged into {merged[0]}, so the base weights are not the base model's: call "
+            f"An adapter is merged into {merged[0]}, so the base weights are not the base model's; call "
             "unmerge_adapter() first."
         )
     if variants := [path for path, module in modules if name in getattr(module, "lora_variant", ())]:
-        raise AdapterError(f"Adapter {name!r} is a variant of LoRA on {variants[0]}: retrain it as plain LoRA.")
+        raise AdapterError(f"Adapter {name!r} is not plain LoRA on {variants[0]}; retrain it as such.")
 
 
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
-    """Which modules are in training mode, for ``set_training_modes``."""
+    """Which modules are in training mode; for ``set_training_modes``."""
     return {module: module.training for module in model.modules()}
 
 
 def set_training_modes(model: nn.Module, modes: Mapping[nn.Module, bool], *, new: bool) -> None:
-    """PEFT makes modules (dropout) in training mode, and puts the whole model into evaluation mode as it loads."""
+    """Undo PEFT's: it creates modules (dropout) in training mode, and loading puts the model into evaluation mode."""
     for module in model.modules():
         module.training = modes.get(module, new)
 
 
 @contextmanager
 def peft_errors(model: nn.Module, failure: str) -> Iterator[None]:
-    """PEFT's errors as ours, with the model as it was.
+    """Raise PEFT's errors as ours, with the model as it was.
 
-    Silent about what PEFT warns of needlessly: our marker as an unknown field, another adapter becoming active while
-    one is replaced, and names like 'a', after which it may not find tensors (``_check_loaded`` makes sure of that).
+    Needless warnings of PEFT are silenced: our marker is an unknown field, another adapter becomes active while one is
+    replaced, and tensors may be missed under names like 'a' (``_check_loaded`` makes sure that none is).
     """
     expected = r"Adapter name .* prefix|Unexpected keyword arguments \['icarus'\]|Adapter .* was active"
     try:

@@ -2,7 +2,7 @@
 
 An ICaRus adapter is a PEFT LoRA directory (``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``)
 without any projection that feeds K or V, and with ``"icarus": {"version": 1, "base_fingerprint": "<hex>"}`` in its
-config. All is read without PEFT and, but for ``projections.of_empty_model``, without Transformers.
+config. Nothing here needs PEFT and, but for ``projections.of_empty_model``, nothing needs Transformers.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ def feeds_kv(module_name: str) -> bool:
 
 
 def verify(directory: StrPath, base: Base = None, *, base_fingerprint: str | None = None) -> AdapterInfo:
-    """Checks that an adapter is sound and may share a KV cache; see ``problems`` for what is checked and how.
+    """Check that an adapter is sound and may share a KV cache; see ``problems`` for what is checked and how.
 
-    Raises AdapterError with the first refusal, its reason and remedy, and the number of further ones.
+    Raises:
+        AdapterError: it is refused; the message has the first reason with its remedy, and the number of further ones.
+        InputError: ``base`` cannot be read.
     """
-    found, config, tensors = _inspect(Path(directory), base, base_fingerprint)
-    if found:
-        more = f" ({len(found) - 1} more problems: see `icarus verify`)" if len(found) > 1 else ""
-        raise AdapterError(f"{directory}: {found[0]}.{more}")
+    refusals, config, tensors = _inspect(Path(directory), base, base_fingerprint)
+    if refusals:
+        more = f" ({len(refusals) - 1} more problems; see `icarus verify`)" if len(refusals) > 1 else ""
+        raise AdapterError(f"{directory}: {refusals[0]}.{more}")
     return AdapterInfo(
         directory=Path(directory),
         base_model=config.get("base_model_name_or_path"),
@@ -85,12 +87,19 @@ def verify(directory: StrPath, base: Base = None, *, base_fingerprint: str | Non
 
 
 def problems(directory: StrPath, base: Base = None, *, base_fingerprint: str | None = None) -> list[str]:
-    """All reasons to refuse an adapter directory, in order of weight; empty for a sound one.
+    """All reasons to refuse an adapter directory, the weightiest first; empty for a sound one.
 
     Checked: files, config, marker, settings, targets (by config and by tensor names), tensors (halves, shapes, rank,
-    finite values). With ``base``, a loaded model or its safetensors folder, also that the tensors are exactly those of
-    the modules that the targets name there, and its fingerprint; ``base_fingerprint`` saves the hashing where that is
-    known already. Raises InputError where ``base`` cannot be read.
+    finite values).
+
+    Args:
+        directory: the adapter's.
+        base: a loaded model or its safetensors folder. With it the tensors must be exactly those of the modules that
+            the targets name there, and the fingerprints must agree.
+        base_fingerprint: that of ``base``, where it is known, which saves hashing.
+
+    Raises:
+        InputError: ``base`` cannot be read.
     """
     return _inspect(Path(directory), base, base_fingerprint)[0]
 
@@ -101,22 +110,22 @@ def _inspect(directory: Path, base: Base, mark: str | None) -> tuple[list[str], 
     except AdapterError as error:
         return [str(error)], {}, {}
     malformed = _malformed_settings(config)
-    found = _marker_problems(config) + (malformed or setting_problems(config) + _target_problems(config))
+    refusals = _marker_problems(config) + (malformed or setting_problems(config) + _target_problems(config))
     try:
         tensors = read_tensors(directory)
     except AdapterError as error:
-        return [*found, str(error)], config, {}
-    found += _tensor_problems(tensors)
+        return [*refusals, str(error)], config, {}
+    refusals += _tensor_problems(tensors)
     if malformed:  # nothing to compare the tensors with
-        return found, config, tensors
-    found += _module_problems(tensors, config)
+        return refusals, config, tensors
+    refusals += _module_problems(tensors, config)
     if mark is None and base is not None:
         mark = fingerprint(base)
     if mark is not None:
-        found += _fingerprint_problems(config, mark)
+        refusals += _fingerprint_problems(config, mark)
     if base is not None:
-        found += _layout_problems(config, tensors, base)
-    return found, config, tensors
+        refusals += _layout_problems(config, tensors, base)
+    return refusals, config, tensors
 
 
 # ---------------------------------------------------------------------------------------------- the config
@@ -124,12 +133,14 @@ def _inspect(directory: Path, base: Base, mark: str | None) -> tuple[list[str], 
 
 def _marker_problems(config: Config) -> list[str]:
     if "icarus" not in config:
-        return ["no ICaRus marker, so it is a plain LoRA: serve it as a conventional adapter, or retrain with icarus"]
+        return [
+            "no ICaRus marker, so it is a plain LoRA; serve it as a conventional adapter, or retrain it with icarus"
+        ]
     version, mark = (_marker(config).get(field) for field in ("version", "base_fingerprint"))
     if type(version) is int and version != MARKER_VERSION:
-        return [f"marker version {version} is unknown, this icarus reads {MARKER_VERSION}: update icarus or retrain"]
+        return [f"marker version {version} is unknown, as this icarus reads {MARKER_VERSION}; update icarus or retrain"]
     if type(version) is not int or not re.fullmatch(r"[0-9a-f]+", str(mark)):
-        return [f"the marker is malformed (version {version!r}, base_fingerprint {mark!r}): save the adapter again"]
+        return [f"the marker is malformed (version {version!r}, base_fingerprint {mark!r}); save the adapter again"]
     return []
 
 
@@ -139,44 +150,48 @@ def _marker(config: Config) -> dict[str, Any]:
 
 
 def _malformed_settings(config: Config) -> list[str]:
-    """Fields that the other checks compute with and cannot."""
+    """Fields of a form that the other checks cannot compute with."""
     rank = config.get("r")
     if type(rank) is not int or rank <= 0:
-        return [f"r is {rank!r} and not a positive whole number: save the adapter again"]
+        return [f"r is {rank!r} and must be a positive integer; save the adapter again"]
     if not config.get("target_modules"):
-        return ["target_modules names no modules: save the adapter again"]
+        return ["target_modules names no modules; save the adapter again"]
     try:
         _targeted(config, "any.0.module")
     except (TypeError, re.error) as error:
-        return [f"a field for targets has no names and no regular expression ({error}): save it again"]
+        return [f"a target field holds neither names nor a valid regular expression ({error}); save the adapter again"]
     return []
 
 
 def setting_problems(config: Config) -> list[str]:
     """Settings that cannot be split into two streams or served as they are, or that change the base weights.
 
-    Targets are another matter.
+    Targets are checked elsewhere.
     """
-    found = []
+    refusals = []
     for field, wanted in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM"), ("bias", "none")):
         value = config.get(field, "none" if field == "bias" else None)
         if str(getattr(value, "value", value)) != wanted:
-            found.append(f"{field} is {value!r}, and ICaRus needs {wanted!r}: retrain with it")
-    found += [f"{field} is set, which is not plain LoRA: retrain without it" for field in _REFUSED if config.get(field)]
+            refusals.append(f"{field} is {value!r}, and ICaRus needs {wanted!r}; retrain with it")
+    refusals += [
+        f"{field} is set, which is not plain LoRA; retrain without it" for field in _REFUSED if config.get(field)
+    ]
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_BASE_CHANGING_INITS):
-        found.append(f"init_lora_weights {init!r} changes the base weights, which write the cache: retrain with True")
+        refusals.append(
+            f"init_lora_weights {init!r} changes the base weights, which write the cache; retrain with True"
+        )
     remedy = "use one rank and one alpha for all modules"
-    found += [
-        f"{field} is set, and vLLM would ignore it silently: {remedy}" for field in _PATTERNS if config.get(field)
+    refusals += [
+        f"{field} is set, and vLLM would ignore it silently; {remedy}" for field in _PATTERNS if config.get(field)
     ]
     alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout", 0)
     if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
-        found.append(f"lora_alpha is {alpha!r} and not a finite number above 0: set it to one")
+        refusals.append(f"lora_alpha is {alpha!r}; set it to a finite number above 0")
     if not _is_number(dropout) or not 0 <= dropout < 1:
-        found.append(f"lora_dropout is {dropout!r} and not a number from 0 to below 1: set it to one")
-    odd = [flag for flag in _FLAGS if type(config.get(flag, False)) is not bool]
-    return found + [f"{flag} is {config[flag]!r} and neither true nor false: set it to one" for flag in odd]
+        refusals.append(f"lora_dropout is {dropout!r}; set it to a number from 0 to below 1")
+    neither = [flag for flag in _FLAGS if type(config.get(flag, False)) is not bool]
+    return refusals + [f"{flag} is {config[flag]!r}; set it to true or false" for flag in neither]
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
@@ -191,7 +206,7 @@ def _target_problems(config: Config) -> list[str]:
     elif targets.lower() == "all-linear" or any(_targeted(config, probe) for probe in _KV_PROBES):
         kv = [targets]
     remedy = "retrain without it, or serve the adapter as a conventional one"
-    return [f"target_modules has {', '.join(kv)}, which feeds K or V: {remedy}"] if kv else []
+    return [f"target_modules has {', '.join(kv)}, which feeds K or V; {remedy}"] if kv else []
 
 
 def _targeted(config: Config, module: str) -> bool:
@@ -201,8 +216,8 @@ def _targeted(config: Config, module: str) -> bool:
     if not isinstance(targets, str) and module not in targets and layers not in (None, []):
         patterns = config.get("layers_pattern") or [r"[^.]*"]
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns]
-        index = next((int(match.group(1)) for match in found if match), None)
+        matches = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns]
+        index = next((int(match.group(1)) for match in matches if match), None)
         named &= index in ([layers] if isinstance(layers, int) else layers)
     excluded = _matches(config.get("exclude_modules") or [], module)
     return named and not excluded
@@ -226,32 +241,32 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, list[Tensor | None]]:
 
 def _tensor_problems(tensors: dict[str, Tensor]) -> list[str]:
     if not tensors:
-        return [f"{WEIGHTS_NAME} holds no tensors: save the adapter again"]
-    found = []
+        return [f"{WEIGHTS_NAME} holds no tensors; save the adapter again"]
+    refusals = []
     for name, tensor in tensors.items():
         if not _TENSOR.fullmatch(name):
-            found.append(f"{name} is no LoRA weight (lora_A or lora_B of a projection): retrain without it")
+            refusals.append(f"{name} is not a LoRA weight (lora_A or lora_B of a projection); retrain without it")
         elif not tensor.is_floating_point():
-            found.append(f"{name} holds {tensor.dtype} and not floating point numbers: save the adapter again")
+            refusals.append(f"{name} holds {tensor.dtype} and not floating point numbers; save the adapter again")
         elif not torch.isfinite(tensor.float()).all():
-            found.append(f"{name} holds NaN or infinity: training diverged, so retrain with a lower learning rate")
-    return found
+            refusals.append(f"{name} holds NaN or infinity, so training diverged; retrain with a lower learning rate")
+    return refusals
 
 
 def _module_problems(tensors: dict[str, Tensor], config: Config) -> list[str]:
-    found = []
+    refusals = []
     for module, (a, b) in _pairs(tensors).items():
         if feeds_kv(module):
-            found.append(f"it has weights for {module}, which feeds K or V: retrain it, or serve it as conventional")
+            refusals.append(f"it has weights for {module}, which feeds K or V; retrain it, or serve it as conventional")
         elif not _targeted(config, module):
-            found.append(f"it has weights for {module}, which target_modules does not name: save the adapter again")
+            refusals.append(f"it has weights for {module}, which target_modules does not name; save the adapter again")
         elif a is None or b is None:
-            found.append(f"lora_{'A' if a is None else 'B'} of {module} is missing: copy or save the adapter again")
+            refusals.append(f"lora_{'A' if a is None else 'B'} of {module} is missing; copy or save the adapter again")
         elif a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            found.append(f"the shapes {[*a.shape]} and {[*b.shape]} of {module} do not fit together: save it again")
+            refusals.append(f"the shapes {[*a.shape]} and {[*b.shape]} of {module} do not fit together; save it again")
         elif a.shape[0] != config["r"]:
-            found.append(f"{module} has rank {a.shape[0]} and the config says {config['r']}: save the adapter again")
-    return found
+            refusals.append(f"{module} has rank {a.shape[0]} and the config says {config['r']}; save the adapter again")
+    return refusals
 
 
 def _fingerprint_problems(config: Config, actual: str) -> list[str]:
@@ -259,21 +274,27 @@ def _fingerprint_problems(config: Config, actual: str) -> list[str]:
     if trained == actual:
         return []
     told = f"({config.get('base_model_name_or_path')}, fingerprint {trained[:12]}) than this one ({actual[:12]})"
-    return [f"it was trained on another base model {told}: load that one, or retrain on this"]
+    return [f"it was trained on another base model {told}; load that one, or retrain on this"]
 
 
 def _layout_problems(config: Config, tensors: dict[str, Tensor], base: nn.Module | StrPath) -> list[str]:
     adapted = _pairs(tensors)
     shapes = _shapes(base, config, set(adapted))
     missing = [module for module in shapes if _targeted(config, module) and module not in adapted]
-    found = [f"the weights of {module}, which target_modules names, are missing: save it again" for module in missing]
+    refusals = [
+        f"the weights of {module}, which target_modules names, are missing; save it again" for module in missing
+    ]
     for module, (a, b) in adapted.items():
         wanted = shapes.get(module)
         if wanted is None:
-            found.append(f"it has weights for {module}, which the base model lacks: use the one it was trained on")
+            refusals.append(
+                f"it has weights for {module}, which the base model lacks; use the base model it was trained on"
+            )
         elif a is not None and b is not None and (shape := (*b.shape[:1], *a.shape[1:])) != wanted:
-            found.append(f"{module} is {shape} here and {wanted} in the base model: use the one it was trained on")
-    return found
+            refusals.append(
+                f"{module} is {shape} here and {wanted} in the base model; use the one that it was trained on"
+            )
+    return refusals
 
 
 def _shapes(base: nn.Module | StrPath, config: Config, adapted: set[str]) -> projections.Shapes:

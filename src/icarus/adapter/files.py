@@ -26,7 +26,7 @@ StrPath = str | os.PathLike[str]
 
 
 def is_icarus(directory: StrPath) -> bool:
-    """Whether the directory's config carries the ICaRus marker; says nothing about its soundness."""
+    """Whether the directory's config carries the ICaRus marker; says nothing about whether the adapter is sound."""
     try:
         return "icarus" in read_config(Path(directory))
     except AdapterError:
@@ -40,15 +40,15 @@ def read_config(directory: Path) -> dict[str, Any]:
         AdapterError: it is missing or no JSON object.
     """
     if not directory.is_dir():
-        raise AdapterError("there is no such directory: give the folder of an adapter, with adapter_config.json")
+        raise AdapterError("there is no such directory; give the folder of an adapter, with adapter_config.json")
     try:
         config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{CONFIG_NAME} is missing: give the folder of an adapter, or copy it again") from None
+        raise AdapterError(f"{CONFIG_NAME} is missing; give the folder of an adapter, or copy it again") from None
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{CONFIG_NAME} is not readable JSON ({error}): copy or save the adapter again") from None
+        raise AdapterError(f"{CONFIG_NAME} is not readable JSON ({error}); copy or save the adapter again") from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG_NAME} is not a JSON object: copy or save the adapter again")
+        raise AdapterError(f"{CONFIG_NAME} is not a JSON object; copy or save the adapter again")
     return config
 
 
@@ -60,12 +60,12 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """
     if not (directory / WEIGHTS_NAME).is_file():
         if (directory / PICKLE_NAME).is_file():
-            raise AdapterError(f"only {PICKLE_NAME} is there, a pickle that could run code: save it as {WEIGHTS_NAME}")
-        raise AdapterError(f"{WEIGHTS_NAME} is missing: copy or save the adapter again")
+            raise AdapterError(f"only {PICKLE_NAME} is there, a pickle that could run code; save it as {WEIGHTS_NAME}")
+        raise AdapterError(f"{WEIGHTS_NAME} is missing; copy or save the adapter again")
     try:
         tensors: dict[str, Tensor] = load_file(directory / WEIGHTS_NAME)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
-            f"{WEIGHTS_NAME} is truncated or no safetensors file ({error}): copy or save it again"
+            f"{WEIGHTS_NAME} is truncated or not a safetensors file ({error}); copy or save it again"
         ) from None
     return tensors

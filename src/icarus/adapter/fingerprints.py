@@ -1,17 +1,17 @@
 """The identity of a base model: one hash of all its weights.
 
-It says over which base model an adapter was trained: specialists may share a cache only if all were trained over the
-weights that write it, and one is right only over those that it was trained on, ``lm_head`` among them. What this file
-promises:
+It says on which base model an adapter was trained. Specialists may share a cache only if all were trained on the
+weights that write it, and each is right only with the weights that it was trained on, ``lm_head`` among them.
+Fingerprints are
 
 * equal for float32 and bfloat16 copies (values are rounded to bfloat16 first), for one file, shards, or a loaded model
   (with or without adapters), on any device, in any order of tensors, with a tied ``lm_head`` stored or not;
-* different when any base weight differs by more than that rounding. Up to ``FULL_HASH_LIMIT`` elements every element is
-  read; above it, see ``fingerprint`` for what is not.
+* different when any base weight differs by more than that rounding: up to ``FULL_HASH_LIMIT`` elements every element is
+  read; above it, ``fingerprint`` says what is not.
 
-It needs no modelling code for folders (the vLLM plugin uses it there). For a loaded Transformers model it asks
-Transformers to undo the conversions made at loading (for example experts merged into one tensor), so that names and
-shapes are the checkpoint's, as ``save_pretrained`` would write them.
+For folders no modelling code is needed (the vLLM plugin uses them). For a loaded model, Transformers undoes what it
+converted on loading (for example experts merged into one tensor), so that names and shapes are the checkpoint's, as
+``save_pretrained`` would write them.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def fingerprint(source: nn.Module | StrPath) -> str:
     Models of up to ``FULL_HASH_LIMIT`` (512 Mi) elements without ``lm_head`` are hashed element by element. Of larger
     ones each tensor of more than 65,536 elements is sampled: 64 runs of 1,024 consecutive elements, evenly spaced, the
     first at its start and the last at its end. A change confined to elements that are not sampled is then not seen:
-    this finds another model, another revision or further training, and not a deliberate edit of single elements.
+    another model, another revision or further training is told apart, a deliberate edit of single elements is not.
     Changes below bfloat16's resolution are not seen either, and a float16 copy counts as another model where its
     rounding differs. A quantised model is another model.
 
-    Raises InputError for a folder without readable safetensors, and for a model that cannot be read in full (adapter
-    merged into the weights, weights on the meta device).
+    Raises:
+        InputError: a folder without readable safetensors, or a model that cannot be read in full (an adapter is merged
+            into the weights, weights are on the meta device).
     """
     if isinstance(source, nn.Module):
         return _of_model(base_of(source))
@@ -90,7 +91,11 @@ def fingerprint(source: nn.Module | StrPath) -> str:
 
 
 def checkpoint_shapes(folder: StrPath) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a safetensors checkpoint by name, from the headers alone; raises InputError."""
+    """Shape of every tensor of a safetensors checkpoint by name, from the headers alone.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged.
+    """
     return {name: weight.shape for name, weight in _stored(_weight_files(Path(folder))).items()}
 
 
@@ -105,7 +110,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 @functools.lru_cache(maxsize=32)
 def _of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Many adapters are checked against one folder; name, size and time of each file make a changed one a new key."""
+    """Cached, because many adapters are checked against one folder; a changed file has another size or time."""
     weights = {name: weight for name, weight in _stored([file for file, _, _ in files]).items() if _counts(name)}
     return _combine(_digests(weights, _in_full(weights)))
 
@@ -118,18 +123,18 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             files = [folder / file for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index: fetch the base model again.") from error
+            raise InputError(f"{index} is not a safetensors index; fetch the base model again.") from error
     elif not files[0].is_file():
         raise InputError(
-            f"{folder} holds no safetensors weights of a base model: give a folder written by save_pretrained."
+            f"{folder} holds no safetensors weights of a base model; give a folder written by save_pretrained."
         )
     if missing := [file.name for file in files if not file.is_file()]:
-        raise InputError(f"{folder} lacks {missing[0]}, which its index names: fetch the base model again.")
+        raise InputError(f"{folder} lacks {missing[0]}, which its index names; fetch the base model again.")
     return files
 
 
 def _stored(files: Iterable[Path]) -> dict[str, _Weight]:
-    """By their headers (8 bytes of length, JSON, data: the safetensors format)."""
+    """The tensors of files, by their headers (safetensors: 8 bytes of length, JSON, data)."""
     weights: dict[str, _Weight] = {}
     for file in files:
         try:
@@ -144,7 +149,7 @@ def _stored(files: Iterable[Path]) -> dict[str, _Weight]:
             weights |= {name: _stored_weight(file, 8 + length, **entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{file} is no complete safetensors file ({error}): fetch the base model again."
+                f"{file} is not a complete safetensors file ({error}); fetch the base model again."
             ) from error
     return weights
 
@@ -177,16 +182,16 @@ def _of_model(base: nn.Module) -> str:
 
 
 def _base_state(base: nn.Module) -> dict[str, Tensor]:
-    """State of the base model alone, under the names that it has without adapters and without tied copies."""
+    """State of the base model alone, under its names without adapters, and without tied copies."""
     if merged := [name for name, module in base.named_modules() if getattr(module, "merged_adapters", None)]:
-        raise InputError(f"An adapter is merged into {merged[0]}: call unmerge_adapter() first, the base has changed.")
+        raise InputError(f"An adapter is merged into {merged[0]}; call unmerge_adapter() first, the base has changed.")
     state: dict[str, Tensor] = {}
     for name, tensor in base.state_dict().items():
         plain = _WRAPPED.sub("", name)
         if _ADDED.search(name) or not isinstance(tensor, Tensor) or not _counts(plain):
             continue
         if tensor.device.type == "meta":
-            raise InputError(f"Weight {plain} is not in memory: load the model without offloading, or give its folder.")
+            raise InputError(f"Weight {plain} is not in memory; load the model without offloading, or give its folder.")
         state[plain] = tensor.detach()
     for copy, source in (getattr(base, "all_tied_weights_keys", None) or {}).items():
         if {copy, source} <= state.keys() and state[copy].data_ptr() == state[source].data_ptr():
@@ -230,12 +235,12 @@ def _of_head(name: str) -> bool:
 
 
 def _in_full(weights: dict[str, _Weight]) -> bool:
-    """Whether every element is hashed. The head has no say in it, as a tied one may be stored or not."""
+    """Whether every element is hashed. The head does not count, as a tied one may be stored or not."""
     return sum(weight.size for name, weight in weights.items() if not _of_head(name)) <= FULL_HASH_LIMIT
 
 
 def _digests(weights: dict[str, _Weight], full: bool) -> dict[str, bytes]:
-    """Threads, because hashing, reading and converting all release the interpreter."""
+    """In threads, because hashing, reading and converting all release the interpreter's lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(weights, pool.map(lambda weight: _digest(weight, full), weights.values()), strict=True))
 
@@ -257,13 +262,13 @@ def _ranges(size: int, full: bool) -> Ranges:
 
 
 def _combine(digests: dict[str, bytes]) -> str:
-    """One hash of all, but for a head that equals another weight: it is tied to the input embedding.
+    """One hash of all weights but a head that equals another weight, which is tied to the input embedding.
 
-    The prefix that all other names share is dropped, as checkpoints of a bare decoder lack ``model.``
+    The prefix that all other names share is dropped, as checkpoints of a bare decoder lack ``model.``.
     """
     paths = [name.split(".") for name in digests if not _of_head(name)]
     if not paths:
-        raise InputError("The base model has no weights: give a model or a folder that holds them.")
+        raise InputError("The base model has no weights; give a model or a folder that holds them.")
     shared = 0
     while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
         shared += 1

@@ -25,6 +25,6 @@ def locate(source: StrPath, revision: str | None = None, token: str | bool | Non
         )
     except hub.DownloadError as error:
         raise AdapterError(
-            f"{source} is no local folder and could not be downloaded from the Hub ({error}); check its name and the "
-            "connection."
+            f"{source} is not a local folder and could not be downloaded from the Hub ({error}); "
+            "check its name and the connection."
         ) from error

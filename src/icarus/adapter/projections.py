@@ -16,36 +16,42 @@ Shapes = dict[str, tuple[int, int]]
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Linear modules (also GPT-2's Conv1D) by the names that they have without adapters."""
-    found = {}
+    projections = {}
     for name, module in base_of(model).named_modules():
         inner = getattr(module, "base_layer", module)
         linear = isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D"
         if linear and ".lora_" not in name and not name.endswith(".base_layer"):
-            found[name] = inner
-    return found
+            projections[name] = inner
+    return projections
 
 
 def of_model(model: nn.Module) -> Shapes:
     """From the modules of a loaded model, with or without adapters."""
-    found = {}
+    shapes = {}
     for name, module in linears(model).items():
         if isinstance(module, nn.Linear):
-            found[name] = module.out_features, module.in_features
+            shapes[name] = module.out_features, module.in_features
         else:
             inputs, outputs = module.get_parameter("weight").shape  # Conv1D stores its transpose
-            found[name] = outputs, inputs
-    return found
+            shapes[name] = outputs, inputs
+    return shapes
 
 
 def of_checkpoint(folder: StrPath, *, transposed: bool) -> Shapes:
-    """From the headers of a checkpoint: every matrix, by its name there. Raises InputError."""
+    """From the headers of a checkpoint: every matrix, by its name there; ``transposed`` if it stores inputs first.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged.
+    """
     stored = {name: s for name, s in checkpoint_shapes(folder).items() if name.endswith(".weight") and len(s) == 2}
     return {name.removesuffix(".weight"): (b, a) if transposed else (a, b) for name, (a, b) in stored.items()}
 
 
 def of_empty_model(folder: StrPath) -> Shapes | None:
-    """From a model without weights, for checkpoints that have other names than the model, or experts as separate
-    matrices that the model holds as one; None where Transformers does not know the model."""
+    """From a model without weights; None where Transformers does not know the model.
+
+    For checkpoints with other names than the model's, or with an expert a matrix where the model holds all in one.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

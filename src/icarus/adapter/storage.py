@@ -1,7 +1,7 @@
 """Adapter directories: written from a model, and loaded into one.
 
-* ``save`` is atomic: whatever happens, the directory holds the old adapter or the new one, whole;
-* ``load`` lets nothing through that must not share a KV cache, and a failed one leaves the model as it was.
+* ``save`` is atomic: whatever happens, the directory holds the old adapter or the new one, whole.
+* ``load`` lets nothing through that must not share a KV cache. When it fails, the model is as it was.
 """
 
 from __future__ import annotations
@@ -48,15 +48,22 @@ def save(
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes adapter ``name`` as an ICaRus adapter directory, atomically, and returns the directory.
+    """Write an adapter of a model as an ICaRus adapter directory, atomically; returns the directory.
 
-    ``base_fingerprint`` defaults to the model's own; ``card`` adds fields to the model card's front matter (a list of
-    ``tags`` is joined); ``dtype`` is that of the stored tensors, by default the one in memory; ``state_dict`` is the
-    model's, where it had to be gathered from several processes (FSDP). Other files in the directory are kept; config,
-    weights, model card and an ``adapter_model.bin`` are replaced.
+    Config, weights, model card and an ``adapter_model.bin`` are replaced; other files in the directory are kept.
 
-    Raises AdapterError, with the directory untouched, for an adapter that ``problems`` refuses (NaN, a target that
-    feeds K or V, ...).
+    Args:
+        model: what holds the adapter.
+        directory: where to write.
+        name: the adapter's in the model.
+        base_fingerprint: default: computed from the model.
+        card: more fields for the model card's front matter; ``tags`` are added to ours.
+        dtype: of the stored tensors (default: as in memory).
+        state_dict: the model's, where it was gathered from several processes (FSDP).
+
+    Raises:
+        AdapterError: ``problems`` refuses the adapter (NaN, a target that feeds K or V, ...); the directory is as it
+            was.
     """
     target = Path(directory).expanduser().resolve()
     if name not in names(model):
@@ -65,12 +72,12 @@ def save(
         _write(model, folder, name, dtype, state_dict)
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if isinstance(config["target_modules"], list):
-            config["target_modules"].sort()  # a set in memory; equal adapters shall give equal files
+            config["target_modules"].sort()  # a set in memory; equal adapters give equal files
         config["icarus"] = {"version": MARKER_VERSION, "base_fingerprint": base_fingerprint or fingerprint(model)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / CARD_NAME).write_text(model_card.text(config, card or {}), encoding="utf-8")
-        if found := problems(folder):
-            raise AdapterError(f"Adapter {name!r} is not saved to {target}: {found[0]}.")
+        if refusals := problems(folder):
+            raise AdapterError(f"Adapter {name!r} is not saved to {target}: {refusals[0]}.")
     return target
 
 
@@ -81,7 +88,7 @@ def save_conventional(
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes a conventional adapter as a plain PEFT directory, atomically as ``save`` does; returns the directory."""
+    """Write a conventional adapter as a plain PEFT directory, as atomically as ``save``; returns the directory."""
     target = Path(directory).expanduser().resolve()
     with atomic.replacing(target, key=CONFIG_NAME, obsolete=[PICKLE_NAME]) as folder:
         _write(model, folder, "default", dtype, state_dict)
@@ -114,12 +121,23 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> PeftModel:
-    """Attaches an adapter directory, or a Hub repository (a local path wins), as ``name``; returns the PEFT model.
+    """Attach the adapter of a directory or a Hub repository to a model; returns the PEFT model.
 
-    An adapter of that name is replaced, and stays active if it was. Like PEFT, the first adapter of a model becomes
-    active and a further one does not. ``base_fingerprint``, where it is known, saves hashing the model.
-    ``verify=False`` skips the checks, and so takes conventional adapters. New modules are in training mode if the
-    model is. Raises AdapterError, the model as it was.
+    As with PEFT, the first adapter of a model becomes active and further ones do not. An adapter of the same name is
+    replaced, and stays active if it was. New modules are in training mode if the model is.
+
+    Args:
+        model: a Transformers model or a ``PeftModel``.
+        source: a local path, which wins, or a repository.
+        name: what the adapter is called in the model.
+        verify: False skips the checks, and so takes conventional adapters.
+        base_fingerprint: the model's, where it is known, which saves hashing.
+        is_trainable: whether the adapter's parameters take gradients.
+        revision: of the repository.
+        token: for the Hub.
+
+    Raises:
+        AdapterError: the adapter is refused or cannot be loaded; the model is as it was.
     """
     from peft import PeftModel
 
@@ -148,13 +166,13 @@ def load(
 
 
 def _check_loaded(model: PeftModel, directory: Path, name: str) -> None:
-    """PEFT only warns of tensors that it did not find a place for."""
+    """PEFT only warns of tensors for which it did not find a place."""
     from peft import get_peft_model_state_dict
 
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     for key, tensor in read_tensors(directory).items():
         if key not in loaded or not torch.equal(loaded[key].detach().cpu().float(), tensor.float()):
-            raise AdapterError(f"{directory}: PEFT did not load {key}: use a base model of the right kind.")
+            raise AdapterError(f"{directory}: PEFT did not load {key}; use a base model of the right kind.")
 
 
 def from_pretrained(
@@ -181,7 +199,7 @@ def push_to_hub(
     create_pr: bool = False,
     **saving: Any,
 ) -> CommitInfo:
-    """Saves the adapter (``saving``: see ``save``) and uploads it to a Hub repository, made where it is missing."""
+    """Save an adapter (``saving``: arguments of ``save``) and upload it to a Hub repository, created where missing."""
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as folder:

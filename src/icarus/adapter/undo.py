@@ -1,4 +1,4 @@
-"""Changing a model in place, or not at all: on an error it gets back what it had. PEFT has no way back of its own."""
+"""A model is changed in place, or not at all: after an error it is as it was. PEFT has no way back of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def on_error(model: nn.Module) -> Iterator[None]:
-    """Puts back the modules, the attributes of each, and which parameters are trainable; not the parameters' values."""
+    """Restore modules, the attributes of each, and which parameters are trainable; not the parameters' values."""
     held: dict[int, tuple[Any, Any]] = {}  # every container of every module by identity, and its content
     for attributes in (vars(module) for module in model.modules()):
         for value in (attributes, *attributes.values()):

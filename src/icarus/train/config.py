@@ -1,4 +1,4 @@
-"""What ``icarus train`` can be told: one pair of dataclasses behind flags and YAML.
+"""The settings of ``icarus train``: one pair of dataclasses behind flags and YAML.
 
 ``TrainConfig`` is ours; ``IcarusSFTConfig`` is TRL's SFTConfig (so all of Transformers' TrainingArguments: schedules,
 accumulation, precision, FSDP, ``report_to``) with the defaults that suit a decoder.
@@ -29,35 +29,38 @@ class TrainConfig:
     output: str = field(metadata={"help": "adapter directory to write; checkpoints and logs go to OUTPUT.run"})
     eval_data: str | None = field(default=None, metadata={"help": "evaluation data, as --data"})
     method: Literal["icarus", "lora"] = field(
-        default="icarus", metadata={"help": "icarus: a decoder that shares the cache; lora: the conventional baseline"}
+        default="icarus",
+        metadata={"help": "icarus: a specialist that shares the cache; lora: the conventional baseline"},
     )
     rank: int = field(default=16, metadata={"help": "LoRA rank"})
     alpha: int | None = field(default=None, metadata={"help": "LoRA alpha (default: twice the rank)"})
     dropout: float = field(default=0.0, metadata={"help": "LoRA dropout"})
     targets: list[str] | None = field(
-        default=None, metadata={"help": "projections to adapt (default: all linear ones; icarus: but those of K, V)"}
+        default=None,
+        metadata={"help": "projections to adapt (default: all linear ones; with icarus, without those of K and V)"},
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "of the base weights in training (auto: bfloat16 on a GPU, else float32)"}
+        default="auto",
+        metadata={"help": "dtype of the base weights in training (auto: bfloat16 on a GPU, else float32)"},
     )
     adapter_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "of the adapter's tensors on disk"}
+        default="float32", metadata={"help": "dtype of the adapter's tensors on disk"}
     )
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in OUTPUT.run"})
+    resume: bool = field(default=False, metadata={"help": "resume from the last checkpoint in OUTPUT.run"})
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(TrainConfig).items():  # a recipe's values, which argparse does not check
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):
-                raise InputError(f"{name} is {value!r}; give one of {', '.join(get_args(kind))}.")
+                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
         if type(self.rank) is not int or self.rank < 1:
-            raise InputError(f"rank is {self.rank}; give a whole number from 1 on.")
+            raise InputError(f"rank must be a positive integer, not {self.rank!r}.")
         if self.alpha is not None and (type(self.alpha) is not int or self.alpha < 1):
-            raise InputError(f"alpha is {self.alpha}; give a whole number from 1 on.")
+            raise InputError(f"alpha must be a positive integer, not {self.alpha!r}.")
         if isinstance(self.targets, str):
-            raise InputError(f"targets is {self.targets!r}; give a list.")
+            raise InputError(f"targets must be a list of names, not {self.targets!r}.")
         if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout}; give 0 or more and less than 1.")
+            raise InputError(f"dropout must be 0 or more and less than 1, not {self.dropout!r}.")
 
 
 @dataclass
@@ -73,7 +76,7 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute decoder rows to save memory"})
     bf16: bool = field(default=False, metadata={"help": "autocast on top of --dtype"})
     max_length: int | None = field(default=4096, metadata={"help": "longest example in tokens; the rest is cut off"})
-    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    logging_steps: float = field(default=10, metadata={"help": "steps from one log line to the next"})
     # None first, as TRL has it: its parser takes the second type for the flag's, and cannot use list[str].
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "tensorboard, wandb, ... or none"}
@@ -81,7 +84,7 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
 
 
-_UNSET = "trainer_output"  # what TrainingArguments makes of an output_dir that nobody gave
+_UNSET = "trainer_output"  # what TrainingArguments sets where no output_dir was given
 
 
 class _Parser(TrlParser, Parser):  # type: ignore[misc]
@@ -97,7 +100,7 @@ def _parser() -> Any:
     )
 
 
-def help() -> str:
+def help_text() -> str:
     """The text of ``icarus train --help``."""
     return str(_parser().format_help())
 
@@ -116,10 +119,10 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
     except ValueError as error:
         raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
     except OSError as error:
-        raise InputError(f"The config file could not be read ({error}).") from error
+        raise InputError(f"--config could not be read ({error}); name a YAML file of settings.") from error
     except yaml.YAMLError as error:
-        raise InputError(f"The config file is not YAML ({' '.join(str(error).split())}).") from error
+        raise InputError(f"--config is not YAML ({' '.join(str(error).split())}); mend the file.") from error
     for name, instead in (("output_dir", "--output"), ("resume_from_checkpoint", "--resume")):
         if getattr(sft, name) not in (None, _UNSET):
-            raise InputError(f"{name} is not taken; say {instead} instead.")
+            raise InputError(f"{name} cannot be set; give {instead} instead.")
     return config, sft

@@ -18,9 +18,8 @@ from trl import SFTTrainer
 
 from icarus import adapter, arguments, base_model
 from icarus.errors import InputError
-from icarus.train import config as settings
 from icarus.train import data
-from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig
+from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig, help_text, parse
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
 
@@ -28,23 +27,23 @@ from icarus.train.trainer import IcarusSFTTrainer
 def add_arguments(parser: arguments.Parser) -> None:
     """``--json``; all other flags are those of the dataclasses in ``icarus.train.config``, which TRL's parser reads."""
     arguments.add_json(parser)
-    parser.pass_on(help=settings.help)
+    parser.pass_on(help=help_text)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """``icarus train``: train, say what was done, and return it as the report, in one of several processes."""
-    report = train(*settings.parse(options.rest))
-    if os.environ.get("RANK", "0") != "0":  # one of torchrun's processes speaks for all
+    """Train, and return what was done as the report; of several processes, the first one alone."""
+    report = train(*parse(options.rest))
+    if os.environ.get("RANK", "0") != "0":  # torchrun started several processes
         return None
     print(f"{report['output']}: {report['steps']} steps in {report['seconds']} s", file=sys.stderr)
     return report
 
 
 def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
-    """Train one adapter. Returns what was done: paths, counts, seconds and the trainer's metrics.
+    """Train one adapter; returns what was done: paths, counts, seconds and the trainer's metrics.
 
     Raises:
-        DataError, UnsupportedModelError, InputError: before anything is trained or written.
+        InputError: settings, data or model cannot be used; nothing was trained or written.
     """
     started = time.perf_counter()
     output = Path(config.output).expanduser()
@@ -55,7 +54,7 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     model, tokenizer = base_model.load(config.base, dtype=_dtype(config.dtype))
     sft.output_dir = str(_run_directory(output))
-    sft.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at every start
+    sft.dataloader_pin_memory &= torch.cuda.is_available()  # or torch warns at every start
     if sft.learning_rate is None:
         sft.learning_rate = LEARNING_RATES[config.method]
     train_rows, left_out = _token_rows(rows, tokenizer, sft, config, config.data)
@@ -87,11 +86,13 @@ def _run_directory(output: Path) -> Path:
 
 def _checkpoint(output: Path, resume: bool) -> str | None:
     folder = _run_directory(output)
-    # What is written last tells a whole checkpoint from one that a kill cut short.
-    whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda f: int(f.parent.name.split("-")[1]))
-    last = str(whole[-1].parent) if whole else None
+    # The file that is written last tells a complete checkpoint from one that was cut short.
+    complete = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda f: int(f.parent.name.split("-")[1]))
+    last = str(complete[-1].parent) if complete else None
     if last and not resume:
-        raise InputError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove that folder.")
+        raise InputError(
+            f"{folder} holds checkpoints of an earlier run; resume it with --resume, or remove that folder."
+        )
     if resume and not last:
         raise InputError(f"There is nothing to resume: {folder} holds no checkpoint; start without --resume.")
     return last
@@ -101,7 +102,7 @@ def _token_rows(rows: Any, tokenizer: Any, sft: IcarusSFTConfig, config: TrainCo
     packed = sft.packing or sft.eval_packing or sft.padding_free
     if "completions" in rows[0] and (config.method == "lora" or packed):
         if packed:
-            raise InputError("Packing and several completions on one prompt exclude each other; leave out --packing.")
+            raise InputError("Packing and several completions of one prompt exclude each other; leave out --packing.")
         rows = [part for row in rows for part in data.separate(row)]
     tokens, left_out = data.token_rows(rows, tokenizer, sft.max_length, source)
     if left_out and sft.process_index == 0:
