@@ -187,7 +187,7 @@ def test_merged_adapters_and_variants_are_refused() -> None:
     config = LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM", use_dora=True)
     dora = get_peft_model(llama(), config)
     config.use_dora = False  # the layers tell nevertheless
-    with pytest.raises(AdapterError, match=r"variant of LoRA on model\.layers\.0\.self_attn\.o_proj"):
+    with pytest.raises(AdapterError, match=r"not plain LoRA on model\.layers\.0\.self_attn\.o_proj"):
         adapter.check_attached(dora, "default")
 
 
