@@ -1,0 +1,270 @@
+"""What becomes of an adapter wherever one can come in: ``icarus verify``, ``icarus serve``, HTTP, a watched folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.soak.malformed import CONVENTIONAL, Case, Outcome
+from icarus.bench.agents.server import Server, free_port
+
+SECONDS = 30.0
+"""After which a command or a load counts as one that hangs."""
+
+MEGABYTES = 1500
+"""Memory that a command may take more than before it looked at an adapter."""
+
+LONGEST, MOST_LINES = 1000, 200
+"""Characters of a sentence that somebody reads; lines of ``icarus verify``, which has one for each problem."""
+
+REFUSED, SERVED, BROKEN = "refused", "served", "broken"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one way in made of one adapter."""
+
+    outcome: str  # REFUSED, SERVED or BROKEN
+    said: str
+    seconds: float
+
+
+def fault(case: Case, seen: Seen, way: str) -> str:
+    """What is wrong with what was seen; empty if it is as expected."""
+    if seen.outcome == BROKEN:
+        return f"{way}: {seen.said}"
+    if seen.seconds > SECONDS:
+        return f"{way}: took {seen.seconds:.0f} s"
+    wanted = _wanted(case, way)
+    if wanted and seen.outcome != wanted:
+        return f"{way}: {seen.outcome} and not {wanted} ({seen.said[:300]})"
+    if seen.outcome == REFUSED:
+        if said := _unreadable(seen.said):
+            return f"{way}: {said} ({seen.said[:300]!r})"
+        if wanted and not re.search(case.says, seen.said):
+            return f"{way}: the sentence does not say {case.says!r} ({seen.said[:300]})"
+    return ""
+
+
+def _wanted(case: Case, way: str) -> str:
+    """The outcome that is right; empty where both are."""
+    if way == "verify":  # which answers whether the cache may be shared
+        if case.kind == CONVENTIONAL or case.expected is Outcome.CONVENTIONAL:
+            return REFUSED
+    elif case.expected is Outcome.CONVENTIONAL:
+        return SERVED
+    return {Outcome.REFUSED: REFUSED, Outcome.SERVED: SERVED}.get(case.expected, "")
+
+
+def _unreadable(said: str) -> str:
+    if not said.strip():
+        return "no sentence"
+    if "Traceback" in said or "run with --debug" in said:
+        return "a traceback, or an error that nobody foresaw"
+    lines = said.splitlines()
+    if len(lines) > MOST_LINES or max(map(len, lines)) > LONGEST:
+        return f"{len(lines)} lines, the longest of {max(map(len, lines))} characters"
+    if any(not character.isprintable() for character in said.replace("\n", "")):
+        return "characters that a terminal obeys"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def verify(folder: Path, base: Path) -> Seen:
+    """``icarus verify FOLDER --base BASE``."""
+    status, said, seconds, problem = _command(["verify", str(folder), "--base", str(base)])
+    if problem or status not in (0, 1, 2):
+        return Seen(BROKEN, problem or f"exit status {status}: {said[-300:]}", seconds)
+    return Seen(REFUSED if status else SERVED, said, seconds)
+
+
+def plan(folder: Path, base: Path) -> Seen:
+    """``icarus serve BASE --adapters x=FOLDER``, up to where vLLM would take over."""
+    words = ["serve", str(base), "--adapters", f"x={folder}", "--port", str(free_port())]
+    status, said, seconds, problem = _command(words)
+    if problem or status not in (0, 2):
+        return Seen(BROKEN, problem or f"exit status {status}: {said[-300:]}", seconds)
+    lines = said.strip().splitlines()
+    if status and len(lines) != 1:
+        return Seen(BROKEN, f"{len(lines)} lines: {said[-300:]}", seconds)
+    return Seen(REFUSED if status else SERVED, said, seconds)
+
+
+def _command(words: Sequence[str]) -> tuple[int | None, str, float, str]:
+    """Exit status, output, seconds, and what went wrong; in a child, which may hang or take all memory."""
+    context: Any = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_run, args=(list(words), theirs))
+    started = time.monotonic()
+    child.start()
+    theirs.close()
+    try:
+        answered = mine.poll(SECONDS)
+        status, said, memory = mine.recv() if answered else (None, "", 0)
+    except EOFError:
+        child.join()
+        return None, "", time.monotonic() - started, f"it ended with {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+    seconds = time.monotonic() - started
+    if not answered:
+        return None, "", seconds, f"it hung for {SECONDS:.0f} s"
+    problem = f"it took {memory:.0f} MB" if memory > MEGABYTES else ""
+    return status, said, seconds, problem
+
+
+def _run(words: list[str], answer: Any) -> None:
+    import torch
+
+    from icarus import cli
+    from icarus.vllm.server import serve
+
+    torch.set_num_threads(1)  # OpenMP's threads did not come along
+    resource.setrlimit(resource.RLIMIT_AS, (48 << 30, 48 << 30))
+    assert hasattr(serve, "_start_vllm"), "what is left out here has another name now"
+    serve._start_vllm = lambda words: None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict", write_through=True)  # as a terminal's
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            status: int | None = cli.main(words)
+        except SystemExit as error:
+            status = int(error.code or 0)
+        except BaseException as error:
+            status = None
+            output.write(f"{type(error).__name__} escaped: {error}"[:500])
+    said = output.buffer.getvalue().decode()
+    answer.send((status, said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    answer.close()
+    os._exit(0)
+
+
+# ---------------------------------------------------------------------------------------------- a running server
+
+
+class Running:
+    """A server with the adapters that are sound, and ways to try others."""
+
+    def __init__(self, server: Server, base: str, steady: str, prompt: list[int]) -> None:
+        """
+        Args:
+            base: the name of the base model.
+            steady: the name of an adapter that is sound and stays.
+            prompt: token ids that are asked for again and again.
+        """
+        self.server, self._prompt, self._models = server, prompt, (base, steady)
+        self.http = httpx.Client(base_url=server.url, timeout=SECONDS)
+        self._right = [self.tokens(name) for name in self._models]
+
+    def tokens(self, model: str) -> list[int]:
+        """Greedy tokens of the steady prompt; raises where the answer is no 200 or not finite."""
+        reply = self.http.post(
+            "/v1/completions",
+            json={
+                "model": model,
+                "prompt": self._prompt,
+                "max_tokens": 8,
+                "temperature": 0,
+                "ignore_eos": True,
+                "logprobs": 1,
+                "return_token_ids": True,
+            },
+        )
+        if reply.status_code != 200:
+            raise ValueError(f"{reply.status_code}: {reply.text[:300]}")
+        [choice] = reply.json()["choices"]
+        if not all(math.isfinite(value) for value in choice["logprobs"]["token_logprobs"]):
+            raise ValueError(f"log-probabilities are not finite: {choice['logprobs']['token_logprobs']}")
+        return list(choice["token_ids"])
+
+    def disturbed(self) -> str:
+        """What is wrong with the server now; empty where base model and steady adapter answer as they did at first."""
+        try:
+            self.server.check()
+            got = [self.tokens(name) for name in self._models]
+        except Exception as error:
+            return f"the server is not well afterwards ({type(error).__name__}: {error})"
+        return "" if got == self._right else "the server answers wrongly afterwards"
+
+    def load(self, name: str, folder: Path) -> Seen:
+        """``/v1/load_lora_adapter``, and a request where it succeeds."""
+        started = time.monotonic()
+        try:
+            reply = self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+        except httpx.HTTPError as error:
+            return Seen(BROKEN, f"{type(error).__name__} at loading", time.monotonic() - started)
+        seconds = time.monotonic() - started
+        if reply.status_code == 200:
+            seen = self._asked(name, seconds)
+            with contextlib.suppress(httpx.HTTPError):
+                self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+            return seen
+        said = _message(reply)
+        if not 400 <= reply.status_code < 500:
+            return Seen(BROKEN, f"{reply.status_code}: {said[:300]}", seconds)
+        return Seen(REFUSED, said, seconds)
+
+    def _asked(self, name: str, seconds: float) -> Seen:
+        try:
+            self.tokens(name)
+        except Exception as error:
+            return Seen(BROKEN, f"loaded, and then {type(error).__name__}: {error}", seconds)
+        return Seen(SERVED, "", seconds)
+
+    def watched(self, folders: Sequence[Path], patience: float) -> dict[str, Seen]:
+        """What becomes of adapters that were moved into the watched folder, by the names of their folders.
+
+        Those of which nothing is heard are left out.
+        """
+        started, seen = time.monotonic(), dict[str, Seen]()
+        while len(seen) < len(folders) and time.monotonic() - started < patience:
+            time.sleep(1)
+            log = self.server.log.read_text(encoding="utf-8", errors="replace")
+            try:
+                listed = {card["id"] for card in self.http.get("/v1/models").json()["data"]}
+            except (httpx.HTTPError, ValueError, KeyError):  # it hangs, or is gone
+                return seen
+            for folder in folders:
+                if folder.name in seen:
+                    continue
+                if folder.name in listed:
+                    seen[folder.name] = self._asked(folder.name, 0.0)
+                elif told := re.search(rf"Not loaded (?:yet )?from {re.escape(str(folder))}: (.*)", log):
+                    seen[folder.name] = Seen(BROKEN if " yet from " in told[0] else REFUSED, told[1], 0.0)
+        return seen
+
+
+def _message(reply: httpx.Response) -> str:
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return reply.text
+
+
+@contextlib.contextmanager
+def running(base: Path, adapters: Sequence[str], folder: Path, *more: str, steady: str = "") -> Iterator[Running]:
+    """A server of the tiny model. ``adapters`` are NAME=PATH; a client may load from anywhere below ``folder``."""
+    port = free_port()
+    words = [sys.executable, "-m", "icarus.cli", "serve", str(base), "--adapters", *adapters]
+    words += ["--allow-adapters-from", str(folder), "--served-model-name", "base", "--host", "127.0.0.1"]
+    words += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--generation-config", "vllm"]
+    words += ["--block-size", "32", "--max-model-len", "256", "--max-num-seqs", "8", "--seed", "0", *more]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with Server(words, variables, port, folder / "server.log", 300) as server:
+        yield Running(server, "base", steady or adapters[0].partition("=")[0], list(range(10, 60)))
