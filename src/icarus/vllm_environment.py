@@ -1,4 +1,4 @@
-"""The variables that a vLLM is started with so that it can serve ICaRus adapters, and starts fast."""
+"""Environment variables with which vLLM can serve ICaRus adapters, and starts fast."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping
 
 import torch
 
-_FEW_CORES = 2  # as measured; the scheduler waits actively, so it would take its share of more cores too
+_FEW_CORES = 2  # measured; the scheduler busy-waits, so of more cores it would take its share, too
 
 
 def variables(current: Mapping[str, str]) -> dict[str, str]:
-    """What to set; what is set in ``current`` stays as it is."""
+    """What to set. Values in ``current`` stay as they are."""
     wanted = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # decoder rows are in V1
-    # Not torch.cuda.is_available(): a driver that is asked could not be used after a fork.
+    # torch.cuda.is_available() would initialize the driver, which then could not be used after a fork.
     if torch.version.cuda is None and torch.version.hip is None:
-        # On CPUs vLLM 0.32.0 saves the model that it compiled, cannot load it ("'function' object has no attribute
-        # 'finalize_loading'"), and compiles again at every start; without, torch's own cache is used.
+        # On CPUs, vLLM 0.32.0 saves the compiled model, cannot load it ("'function' object has no attribute
+        # 'finalize_loading'"), and compiles again at every start. With 0, torch's own cache is used.
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
-        # vLLM keeps one core for its scheduler; of two, that is half of what computes (docs/log.md has figures).
+        # vLLM keeps one core for its scheduler. Of two cores, that is half of the compute (docs/log.md has figures).
         if _cores() <= _FEW_CORES:
             wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     return {name: current.get(name, value) for name, value in wanted.items()}
