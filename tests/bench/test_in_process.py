@@ -34,11 +34,11 @@ def test_alternate_runs_the_sides_in_turn_and_leaves_the_first_round_out():
 
 
 def test_peak_memory_sees_what_was_freed_again():
-    found: list[int] = []
-    with measure.peak_memory(found):
+    peaks: list[int] = []
+    with measure.peak_memory(peaks):
         del_me = torch.ones(64 * 1024**2 // 4)
         del del_me
-    assert 60e6 < found[0] < 100e6
+    assert 60e6 < peaks[0] < 100e6
 
 
 @pytest.mark.parametrize("bench", [decode, train])

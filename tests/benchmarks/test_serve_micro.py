@@ -140,12 +140,12 @@ SHAPE = bounds.Shape(layer_weights=100, head_weights=10, kv_per_token=4, queries
 
 def test_a_bound_by_hand() -> None:
     work = bounds.Work(rows=3, sampled=2, context=5, pairs=7, adapted=1, adapters=1, adapter_weights=20)
-    found = bounds.bound(MACHINE, SHAPE, [work])
-    assert found["reading_ms"] == 2 * (100 + 10 + 20 + 5 * 4)
-    assert found["arithmetic_ms"] == 2 * (3 * 100 + 2 * 10 + 20 + 2 * 7 * 6)
-    assert (found["bound_ms"], found["by"]) == (found["arithmetic_ms"], "arithmetic")
+    bound = bounds.bound(MACHINE, SHAPE, [work])
+    assert bound["reading_ms"] == 2 * (100 + 10 + 20 + 5 * 4)
+    assert bound["arithmetic_ms"] == 2 * (3 * 100 + 2 * 10 + 20 + 2 * 7 * 6)
+    assert (bound["bound_ms"], bound["by"]) == (bound["arithmetic_ms"], "arithmetic")
     one = bounds.bound(bounds.Machine(1e3, 1e6), SHAPE, [replace(work, times=4)])
-    assert (one["bound_ms"], one["by"]) == (4 * found["reading_ms"], "reading")
+    assert (one["bound_ms"], one["by"]) == (4 * bound["reading_ms"], "reading")
 
 
 def works(name: str, side: Side, sizes: Sizes = SIZES) -> list[bounds.Work]:
@@ -350,7 +350,7 @@ def test_a_whole_run(pretended: None, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "said"),
     [
         (["--systems", "base", "vapour"], "'vapour'"),
         (["--prompt-tokens", "2048"], "2048 tokens"),
@@ -358,9 +358,9 @@ def test_a_whole_run(pretended: None, tmp_path: Path, capsys: pytest.CaptureFixt
     ],
     ids=["systems", "prompt", "profile"],
 )
-def test_bad_input(words: list[str], found: str, pretended: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(words: list[str], said: str, pretended: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*WORDS, *words]) == 2
-    assert found in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_without_vllm_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,9 @@ class Fake:
     def prefill(self, model: str, tokens: list[int]) -> int:
         """Puts the blocks of a prompt into the cache; gives how many tokens were there."""
         keys = [("" if self.shared else model, *tokens[:end]) for end in range(BLOCK, len(tokens), BLOCK)]
-        found = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys)) * BLOCK
+        cached = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys)) * BLOCK
         self.blocks.update(keys)
-        return found
+        return cached
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()

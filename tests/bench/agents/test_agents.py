@@ -36,8 +36,8 @@ SMALL = (
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.05)
     raise AssertionError("it did not happen")
 
@@ -139,10 +139,10 @@ def test_the_whole_command_and_what_it_goes_on_with(
     agents_job.install(monkeypatch.setattr)
     output = tmp_path / "out"
     assert bench(base, output, "--json", str(tmp_path / "report.json")) == 0
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert found["speedup"]["throughput"] > 0
-    assert found["speedup"]["p95"] > 0
-    rows = {(row["system"], row["rate"]): row for row in found["runs"]}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["speedup"]["throughput"] > 0
+    assert report["speedup"]["p95"] > 0
+    rows = {(row["system"], row["rate"]): row for row in report["runs"]}
     ours, theirs = rows["icarus", None], rows["conventional", None]
     assert ours["total_input_tokens"] == theirs["total_input_tokens"]
     assert ours["total_output_tokens"] == theirs["total_output_tokens"] == 2 * 4 * 3
@@ -284,12 +284,12 @@ def test_adapters_are_made_without_weights_and_fit_the_base(base: Path, tmp_path
 def test_a_stand_in_has_the_shapes_and_takes_no_room(base: Path, tmp_path: Path) -> None:
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "config.json").write_bytes((base / "config.json").read_bytes())
-    made = checkpoints.stand_in(tmp_path / "shapes", tmp_path / "made")
+    stand_in = checkpoints.stand_in(tmp_path / "shapes", tmp_path / "stand-in")
     from icarus.adapter.fingerprints import checkpoint_shapes
 
-    assert checkpoint_shapes(made) == checkpoint_shapes(base)
-    checkpoints.make_adapters(made, tmp_path, ["icarus"], 1, rank=4, seed=0)
-    assert adapter.problems(tmp_path / "icarus" / "agent-0", made) == []
+    assert checkpoint_shapes(stand_in) == checkpoint_shapes(base)
+    checkpoints.make_adapters(stand_in, tmp_path, ["icarus"], 1, rank=4, seed=0)
+    assert adapter.problems(tmp_path / "icarus" / "agent-0", stand_in) == []
     assert adapter.problems(tmp_path / "icarus" / "agent-0", base) != []
 
 

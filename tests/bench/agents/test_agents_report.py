@@ -61,15 +61,15 @@ def finished(
 
 
 def test_figures_of_one_run() -> None:
-    found = figures.Figures.of(finished()).as_json()
-    assert found["request_throughput"] == found["workflow_throughput"] == 1.0
-    assert (found["total_input_tokens"], found["total_output_tokens"]) == (20, 6)
-    assert (found["output_throughput"], found["total_token_throughput"]) == (3.0, 13.0)
-    assert (found["mean_ttft_ms"], found["median_e2el_ms"], found["p50_workflow_ms"]) == (750, 1500, 1500)
-    assert found["p95_workflow_ms"] == 1950  # 1000 + 0.95 x 1000, as numpy.percentile and vllm bench serve do it
-    assert found["p99_e2el_ms"] == 1990
-    assert (found["mean_tpot_ms"], found["std_tpot_ms"]) == (375, 125)  # half of the latency over two tokens
-    assert (found["mean_itl_ms"], found["peak_kv_usage"]) == (375, 0.5)
+    row = figures.Figures.of(finished()).as_json()
+    assert row["request_throughput"] == row["workflow_throughput"] == 1.0
+    assert (row["total_input_tokens"], row["total_output_tokens"]) == (20, 6)
+    assert (row["output_throughput"], row["total_token_throughput"]) == (3.0, 13.0)
+    assert (row["mean_ttft_ms"], row["median_e2el_ms"], row["p50_workflow_ms"]) == (750, 1500, 1500)
+    assert row["p95_workflow_ms"] == 1950  # 1000 + 0.95 x 1000, as numpy.percentile and vllm bench serve do it
+    assert row["p99_e2el_ms"] == 1990
+    assert (row["mean_tpot_ms"], row["std_tpot_ms"]) == (375, 125)  # half of the latency over two tokens
+    assert (row["mean_itl_ms"], row["peak_kv_usage"]) == (375, 0.5)
 
 
 def test_medians_are_of_each_figure_and_unknown_where_one_is_unknown() -> None:
@@ -222,17 +222,17 @@ def test_a_run_that_takes_long_goes_beyond_the_edge(seconds: float, edge: float)
 def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     kinds = {system: systems.ServerKind(system, 2, 6400) for system in settings.SYSTEMS}
     lines = {
-        system: systems.command(kind, settings.CPU, Path("base"), Path("made"), 80) for system, kind in kinds.items()
+        system: systems.command(kind, settings.CPU, Path("base"), Path("adapters"), 80) for system, kind in kinds.items()
     }
     assert lines["stock"] == lines["conventional"]
-    assert lines["icarus"] == [word.replace("made/conventional", "made/icarus") for word in lines["conventional"]]
+    assert lines["icarus"] == [word.replace("adapters/conventional", "adapters/icarus") for word in lines["conventional"]]
     lora = lines["icarus"].index("--enable-lora")
     assert lines["icarus"][:lora] == lines["base"]
     assert (
         lines["icarus"][lora:]
         == (
             "--enable-lora --max-loras 2 --max-lora-rank 16 "
-            "--lora-modules agent-0=made/icarus/agent-0 agent-1=made/icarus/agent-1"
+            "--lora-modules agent-0=adapters/icarus/agent-0 agent-1=adapters/icarus/agent-1"
         ).split()
     )
     assert lines["base"][lines["base"].index("--num-gpu-blocks-override") + 1] == "200"

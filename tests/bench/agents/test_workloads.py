@@ -106,11 +106,11 @@ def words(text: str) -> tuple[int, ...]:
 def test_a_recorded_run_keeps_its_lengths(tmp_path: Path, name: str) -> None:
     text = json.dumps(RUN) + "\n\n" + json.dumps({**RUN, "question": "w " * 99}) + "\n"
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    (found,) = trajectories.read(tmp_path / name, words, limit=9, longest=20)
-    workflow = workloads.replay(found, reflection=7)
+    (trajectory,) = trajectories.read(tmp_path / name, words, limit=9, longest=20)
+    workflow = workloads.replay(trajectory, reflection=7)
     assert [(call.role, call.output_tokens) for call in workflow.calls] == [(0, 2), (1, 3), (3, 2), (4, 7)]
     assert [workflow.prompt_tokens(index) for index in range(4)] == [3, 5, 10, 12]
-    assert workloads.make("plan-act-reflect", 2, Sizes(output=7), 64, "0", [found]) == [workflow] * 2
+    assert workloads.make("plan-act-reflect", 2, Sizes(output=7), 64, "0", [trajectory]) == [workflow] * 2
 
 
 @pytest.mark.parametrize(
