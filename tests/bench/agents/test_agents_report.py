@@ -222,10 +222,12 @@ def test_a_run_that_takes_long_goes_beyond_the_edge(seconds: float, edge: float)
 def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     kinds = {system: systems.ServerKind(system, 2, 6400) for system in settings.SYSTEMS}
     lines = {
-        system: systems.command(kind, settings.CPU, Path("base"), Path("adapters"), 80) for system, kind in kinds.items()
+        system: systems.command(kind, settings.CPU, Path("base"), Path("adapters"), 80)
+        for system, kind in kinds.items()
     }
     assert lines["stock"] == lines["conventional"]
-    assert lines["icarus"] == [word.replace("adapters/conventional", "adapters/icarus") for word in lines["conventional"]]
+    swapped = [word.replace("adapters/conventional", "adapters/icarus") for word in lines["conventional"]]
+    assert lines["icarus"] == swapped
     lora = lines["icarus"].index("--enable-lora")
     assert lines["icarus"][:lora] == lines["base"]
     assert (
