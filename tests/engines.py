@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from conftest import tiny, tiny_tokenizer, tokens
 from icarus import adapter
 from icarus.context import Specialists
+from specimens import CONVENTIONAL_DAMAGES
 
 JOB = Path(__file__).parent / "vllm" / "engine_job.py"
 
@@ -25,6 +28,8 @@ NEW = 12
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 LENGTHS = (1, 2, 31, 32, 33, 64, 97, 150)
 SHAPE = {"head_dim": 32, "hidden_size": 128}  # of sizes that vLLM's CPU attention takes
+
+ADAPTERS = ("sql", "chat", "plain", "foreign", "wide", "uneven", "odd", "poisoned")
 
 Reply = dict[str, Any]
 Step = dict[str, Any]
@@ -54,10 +59,20 @@ class Shop:
         adapter.save_conventional(randomize(ordinary, 7), folder / "plain")
         wide = adapter.attach_conventional(tiny(**SHAPE), rank=8, targets=["embed_tokens", "lm_head", "q_proj"])
         adapter.save_conventional(randomize(wide, 8), folder / "wide")
+        patterns: dict[str, Any] = {
+            "rank_pattern": {r"layers\.1\..*o_proj": 3, "up_proj": 2},
+            "alpha_pattern": {"o_proj": 4},
+        }
+        uneven = adapter.attach(tiny(**SHAPE), LoraConfig(r=8, lora_alpha=16, **patterns))
+        adapter.save(randomize(uneven, 3), folder / "uneven")
+        odd = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], **patterns)
+        adapter.save_conventional(randomize(get_peft_model(tiny(**SHAPE), odd), 4), folder / "odd")
+        shutil.copytree(folder / "plain", folder / "poisoned")
+        CONVENTIONAL_DAMAGES["nan"][0](folder / "poisoned")
         model = tiny(**SHAPE)
         model.generation_config.eos_token_id = None  # engines are told to ignore it, too
         self.team = Specialists(model, tiny_tokenizer())
-        for name in ("sql", "chat"):
+        for name in ("sql", "chat", "uneven"):
             self.team.add(name, folder / name)
 
     def reference(self, model: str, prompt: Sequence[int], count: int = NEW) -> list[int]:
@@ -101,7 +116,7 @@ class Shop:
         }
         adapters = {
             name: {"lora_name": name, "lora_int_id": number, "lora_path": str(self.folder / name)}
-            for number, name in enumerate(("sql", "chat", "plain", "foreign", "wide"), 1)
+            for number, name in enumerate(ADAPTERS, 1)
         }
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else "", **(variables or {})}
         job = {"engine": options, "adapters": adapters, "steps": steps, "min_paired_keys": min_paired_keys}

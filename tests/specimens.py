@@ -1,6 +1,7 @@
 """Tiny models of many families, adapters on them whose weights do something, and ways to damage a saved one."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,10 +167,24 @@ def pickle_only(directory: Path) -> None:
     (directory / "adapter_model.safetensors").unlink()
 
 
+def pipe(directory: Path) -> None:
+    (directory / "adapter_config.json").unlink()
+    os.mkfifo(directory / "adapter_config.json")
+
+
+def folder_of_weights(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").unlink()
+    (directory / "adapter_model.safetensors").mkdir()
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "directory": (lambda d: d.rename(d.parent / "moved"), "no such directory"),
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json is missing"),
     "broken json": (lambda d: (d / "adapter_config.json").write_text("{"), "adapter_config.json is not readable JSON"),
+    "deep json": (lambda d: (d / "adapter_config.json").write_text("[" * 100_000), "not readable JSON"),
+    "huge config": (lambda d: (d / "adapter_config.json").write_text(" " * 2**24 + "{}"), "16,777,218 bytes long"),
+    "config is a pipe": (pipe, "adapter_config.json is missing"),
+    "weights are a folder": (folder_of_weights, "adapter_model.safetensors is missing"),
     "binary config": (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\xfe"), "not readable JSON"),
     "config is a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "not a JSON object"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
@@ -194,6 +209,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "trainable tokens": (setting(trainable_token_indices=[1]), "trainable_token_indices is set"),
     "layer_replication": (setting(layer_replication=[[0, 2]]), "layer_replication is set"),
     "pissa": (setting(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
+    "unknown init": (setting(init_lora_weights="true"), "init_lora_weights 'true'"),
     "k target": (edit(lambda c: c["target_modules"].append("k_proj")), "target_modules has k_proj"),
     "path of v target": (edit(lambda c: c["target_modules"].append("self_attn.v_proj")), "has self_attn.v_proj"),
     "regex target": (setting(target_modules=r".*proj"), "target_modules has .*proj"),
@@ -207,7 +223,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "alpha negative": (setting(lora_alpha=-1), "lora_alpha is -1;"),
     "alpha true": (setting(lora_alpha=True), "lora_alpha is True"),
     "alpha too large": (setting(lora_alpha=10**400), "finite number above 0"),
-    "alpha_pattern": (setting(alpha_pattern={"o_proj": 3}), "alpha_pattern is set.* one rank and one alpha"),
+    "alpha pattern of 0": (setting(alpha_pattern={"o_proj": 0}), "lora_alpha is 0;"),
+    "alpha pattern of a word": (setting(alpha_pattern={"o_proj": "3"}), "alpha_pattern has '3' for o_proj"),
+    "alpha pattern that is a list": (setting(alpha_pattern=["o_proj"]), "alpha_pattern is .* no object"),
     "dropout": (setting(lora_dropout=1.0), "lora_dropout is 1.0"),
     "dropout text": (setting(lora_dropout="0"), "lora_dropout is '0'"),
     "dropout nan": (setting(lora_dropout=float("nan")), "lora_dropout is nan"),
@@ -216,7 +234,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "exclude_modules": (setting(exclude_modules=5), "neither names nor a valid regular expression"),
     "layers": (setting(layers_to_transform="first"), "neither names nor a valid regular expression"),
     "layers_pattern": (setting(layers_to_transform=[0], layers_pattern=["layers", "("]), "valid regular expression"),
-    "rank_pattern": (setting(rank_pattern={"o_proj": 4}), "rank_pattern is set.* one rank and one alpha"),
+    "rank pattern": (setting(rank_pattern={"o_proj": 3}), "o_proj has rank 4 and the config says 3"),
+    "rank pattern of 0": (setting(rank_pattern={"o_proj": 0}), "rank_pattern has 0 for o_proj"),
+    "rank pattern of true": (setting(rank_pattern={"o_proj": True}), "rank_pattern has True for o_proj"),
+    "rank pattern of no regex": (setting(rank_pattern={"(": 4}), "no valid regular expression"),
     "kv tensors": (tensors(kv_tensors), "weights for model.layers.0.self_attn.k_proj, which feeds K or V"),
     "missing half": (tensors(lambda t: t.pop(f"{O_PROJ}.lora_B.weight")), "lora_B of model.layers.0.self_attn.o_proj"),
     "foreign tensor": (tensors(lambda t: t.update({"lm_head.weight": torch.ones(2)})), "lm_head.weight is not a LoRA"),
@@ -240,6 +261,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
+def rename(found: dict[str, Tensor], old: str, new: str) -> None:
+    renamed = {name.replace(old, new): tensor for name, tensor in found.items()}
+    found.clear()
+    found.update(renamed)
+
+
 def resize(found: dict[str, Tensor]) -> None:
     found[f"{O_PROJ}.lora_A.weight"] = torch.zeros(4, 16)
 
@@ -251,3 +278,18 @@ def drop_module(found: dict[str, Tensor]) -> None:
 def add_layer(found: dict[str, Tensor]) -> None:
     for half in "AB":
         found[O_PROJ.replace("0", "7") + f".lora_{half}.weight"] = found[f"{O_PROJ}.lora_{half}.weight"].clone()
+
+
+# What a server is offered as a conventional adapter, and what it says.
+CONVENTIONAL_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "nan": (tensors(lambda found: next(iter(found.values())).fill_(float("nan"))), "holds NaN or infinity"),
+    "dora": (setting(use_dora=True), "use_dora is set"),
+    "saved modules": (setting(modules_to_save=["lm_head"]), "modules_to_save is"),
+    "no alpha": (edit(lambda config: config.pop("lora_alpha")), "lora_alpha is None"),
+    "empty file": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "is truncated"),
+    "rank above r": (setting(r=2), r"has rank \d and the config says 2"),
+    "another prefix": (
+        tensors(lambda found: rename(found, "base_model.model.", "base_model.model.language_model.")),
+        "which the base model lacks",
+    ),
+}

@@ -214,23 +214,48 @@ def test_verify_sound(base: list[str], capsys: Capture) -> None:
     }
 
 
-@pytest.mark.parametrize("against_base", [False, True])
-def test_verify_unsound(against_base: bool, tmp_path: Path, capsys: Capture) -> None:
-    """A plain LoRA, or an adapter of another base model."""
+def test_verify_an_adapter_of_another_base_model(tmp_path: Path, capsys: Capture) -> None:
     words = ["verify", str(save_adapter(tmp_path / "bad")), "--json", str(tmp_path / "report.json")]
-    if against_base:
-        words += ["--base", str(save_base(tmp_path / "other", seed=5))]
-    else:
-        config = tmp_path / "bad" / "adapter_config.json"
-        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "icarus"}))
-    assert cli.main(words) == 1
+    assert cli.main([*words, "--base", str(save_base(tmp_path / "other", seed=5))]) == 1
     out, err = capsys.readouterr()
-    assert "must not share a KV cache (1 problem(s) above)" in sentence(err)
+    assert "must not share a KV cache, for the reason above" in sentence(err)
     report = json.loads((tmp_path / "report.json").read_text())
     (problem,) = report["problems"]
     assert out == f"{tmp_path / 'bad'}: {problem}\n"
-    assert ("another base model" if against_base else "no ICaRus marker") in problem
+    assert "another base model" in problem
     assert report["sound"] is False
+
+
+def without_marker(folder: Path, **fields: Any) -> Path:
+    """A plain LoRA."""
+    config = save_adapter(folder) / "adapter_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "icarus"} | fields))
+    return folder
+
+
+@pytest.mark.parametrize("base", [[], BASE], ids=["alone", "with base"])
+def test_verify_says_what_a_conventional_adapter_is(base: list[str], tmp_path: Path, capsys: Capture) -> None:
+    words = ["verify", str(without_marker(tmp_path / "plain")), *base, "--json", str(tmp_path / "report.json")]
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    assert "must not share a KV cache, for the reason above" in sentence(err)
+    reason, kind, *more = out.splitlines()
+    assert "no ICaRus marker" in reason
+    assert "a conventional adapter, rank 4 on down_proj" in kind
+    assert "it can be served, with a cache of its own" in kind
+    assert more == ([] if base else ["not checked against its base model; give --base to do so"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["sound"], report["kind"], report["served"], report["rank"]) == (False, "conventional", True, 4)
+
+
+def test_verify_says_why_a_conventional_adapter_cannot_be_served(tmp_path: Path, capsys: Capture) -> None:
+    plain = without_marker(tmp_path / "plain", use_dora=True, lora_alpha=None)
+    assert cli.main(["verify", str(plain), "--json", "-"]) == 1
+    reason, kind, *problems, report = capsys.readouterr().out.splitlines()
+    assert "no ICaRus marker" in reason
+    assert kind.endswith("a conventional adapter, which cannot be served either:")
+    assert [word in problem for word, problem in zip(("use_dora", "lora_alpha"), problems, strict=True)] == [True] * 2
+    assert json.loads(report)["served"] is False
 
 
 def test_train(tmp_path: Path, capsys: Capture) -> None:

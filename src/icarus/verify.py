@@ -1,4 +1,7 @@
-"""``icarus verify``: may this adapter share a KV cache; exit status 0 or 1."""
+"""``icarus verify``: may this adapter share a KV cache; exit status 0 or 1.
+
+A conventional adapter may not, and may well be served: it says so.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,41 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     base = base_model.folder(options.base) if options.base else None
     problems = adapter.problems(directory, base)
     report: dict[str, Any] = {"adapter": directory, "sound": not problems, "problems": problems}
-    for problem in problems:
-        print(f"{directory}: {problem}")
     if problems:
-        raise CheckFailed(f"{directory} must not share a KV cache ({len(problems)} problem(s) above).", report)
+        if plain := adapter.is_conventional(directory):
+            print(f"{directory}: {problems[0]}")
+            report |= _served(directory, base)
+        else:
+            print(*(f"{directory}: {problem}" for problem in problems), sep="\n")
+        count = 1 if plain else len(problems)
+        above = "for the reason above" if count == 1 else f"for the {count} reasons above"
+        raise CheckFailed(f"{directory} must not share a KV cache, {above}.", report)
     info = adapter.verify(directory, base)
     print(f"{directory}: sound; rank {info.rank} on {', '.join(info.targets)}, {info.bytes / 1e6:.1f} MB")
     print(f"base model {info.base_model}, fingerprint {info.base_fingerprint[:16]}")
+    if info.patterns:
+        print(_PATTERNS.format(" and ".join(info.patterns)))
     if base is None:
-        print("not checked against its base model; give --base to do so")
+        print(_UNCHECKED)
     return {**report, "rank": info.rank, "targets": list(info.targets), "base_fingerprint": info.base_fingerprint}
+
+
+_PATTERNS = "has {}, which vLLM serves from 0.32.0 on"
+_UNCHECKED = "not checked against its base model; give --base to do so"
+
+
+def _served(directory: str, base: Path | None) -> dict[str, Any]:
+    """Say whether a conventional adapter can be served; returns what the report has of it."""
+    problems = adapter.conventional_problems(directory, base)
+    if problems:
+        print(f"{directory}: a conventional adapter, which cannot be served either:")
+        print(*(f"{directory}: {problem}" for problem in problems), sep="\n")
+        return {"kind": "conventional", "served": False, "serving_problems": problems}
+    info = adapter.verify_conventional(directory, base)
+    size = f"rank {info.rank} on {', '.join(info.targets)}, {info.bytes / 1e6:.1f} MB"
+    print(f"{directory}: a conventional adapter, {size}; it can be served, with a cache of its own")
+    if info.patterns:
+        print(_PATTERNS.format(" and ".join(info.patterns)))
+    if base is None:
+        print(_UNCHECKED)
+    return {"kind": "conventional", "served": True, "rank": info.rank, "targets": list(info.targets)}

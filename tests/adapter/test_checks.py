@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from peft import LoraConfig
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.torch import load_file
 
 from icarus import adapter
@@ -182,25 +178,3 @@ def test_base_folder_without_a_config_is_told_by_its_checkpoint(good: Path, tmp_
     tensors(drop_module)(good)
     (problem,) = checks.problems(good, tmp_path / "bare")
     assert "are missing" in problem
-
-
-MODULES = [name for name, _ in llama().named_modules() if "proj" in name] + ["model.layers.0.mlp.experts.1.up_proj"]
-
-
-@given(
-    targets=st.one_of(
-        st.lists(st.sampled_from(["o_proj", "mlp.up_proj", "proj", *MODULES[:3]]), min_size=1),
-        st.sampled_from([r".*o_proj", r"model\.layers\.1\..*", "o_proj"]),
-    ),
-    exclude=st.sampled_from([None, [], ["o_proj"], r".*layers\.0.*"]),
-    layers=st.sampled_from([None, [], 0, [1], [0, 1]]),
-    pattern=st.sampled_from([None, [], "layers", ["h", "layers"], ["experts"]]),
-    module=st.sampled_from(MODULES),
-)
-def test_targets_match_as_in_peft(targets: Any, exclude: Any, layers: Any, pattern: Any, module: str) -> None:
-    if isinstance(targets, str) or layers is None:
-        layers = pattern = None
-    fields = {"target_modules": targets, "exclude_modules": exclude}
-    fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
-    found = check_target_module_exists(LoraConfig(**fields), module)
-    assert checks._targeted(fields, module) == (bool(found) and not isinstance(found, _ExcludedModule))

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import tiny, tokens
 from engines import BLOCK, LENGTHS, NEW, SHAPE, Asked, Reply, Shop, Step, ask, of, prompts
+from icarus.vllm import abilities
 from icarus.vllm.engine import limits
 from strict_skips import needs_vllm
 
@@ -35,6 +36,7 @@ def stock(shop: Shop) -> dict[str, Any]:
         "mixed": [ask(*MIXED)],
         "in turn": in_turn(),
         "wide": [ask(("wide", SHARED)), ask(*WIDE)],
+        "odd": [ask(("odd", SHARED))],
     }
     return shop.serve_parts(steps, plugin=False, max_loras=5)
 
@@ -76,6 +78,8 @@ def served(shop: Shop) -> dict[str, Any]:
         "scored beside a head": [scored_beside_a_head()],
         "same blocks": [{"written": [{"model": model, **once} for model in ("sql", "chat", "base", "plain")]}],
         "bad": [ask(("foreign", SHARED)), {"load": {"name": "foreign"}}, ask(("base", SHARED))],
+        "poisoned": [ask(("poisoned", SHARED)), {"load": {"name": "poisoned"}}, ask(("base", SHARED))],
+        "patterns": [ask(("uneven", SHARED), ("base", SHARED)), ask(("odd", SHARED), ("base", SHARED))],
         "reload": [
             {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
             ask(("sql", SHARED)),
@@ -161,6 +165,23 @@ def test_an_adapter_of_another_base_is_refused_and_the_engine_lives(shop: Shop, 
     assert "base" in asked["error"]
     assert "base" in loaded["error"]
     assert afterwards["tokens"] == shop.reference("base", SHARED)
+
+
+def test_a_poisoned_conventional_adapter_is_refused_and_the_engine_lives(shop: Shop, served: Any) -> None:
+    asked, loaded, [afterwards] = served["poisoned"]
+    assert "NaN" in asked["error"]
+    assert "NaN" in loaded["error"]
+    assert afterwards["tokens"] == shop.reference("base", SHARED)
+
+
+def test_ranks_and_alphas_by_module(shop: Shop, served: Any, stock: Any) -> None:
+    uneven, odd = served["patterns"]
+    if not abilities.reads_patterns():
+        assert "ignores" in uneven["error"]
+        assert "ignores" in odd["error"]
+        return
+    assert of(uneven) == [shop.reference("uneven", SHARED), shop.reference("base", SHARED)]
+    assert odd[0]["tokens"] == stock["odd"][0][0]["tokens"] != odd[1]["tokens"] == shop.reference("base", SHARED)
 
 
 def test_a_reload_keeps_the_cache_and_takes_the_new_weights(shop: Shop, served: Any) -> None:

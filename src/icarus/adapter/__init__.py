@@ -1,7 +1,10 @@
 """The adapters of specialists: PEFT directories that may share a KV cache, on disk and on a loaded model.
 
     files          the files of a directory, and reading them
+    settings       what a config says, of either kind of adapter
+    weights        the tensors of either kind, beside their config and the base model
     checks         may the adapter in a directory share a cache?
+    conventional   may one without the marker be served, with a cache of its own?
     fingerprints   the identity of a base model: one hash of its weights
     projections    the linear projections of a base model, by name
     location       from a path or a Hub repository to a local directory
@@ -19,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icarus.adapter.attachment import attach, attach_conventional, check_attached, decoder_targets, names
     from icarus.adapter.checks import AdapterInfo, feeds_kv, problems, verify
-    from icarus.adapter.files import CONFIG_NAME, MARKER_VERSION, WEIGHTS_NAME, is_icarus, read_tensors
+    from icarus.adapter.conventional import ConventionalInfo, conventional_problems, verify_conventional
+    from icarus.adapter.files import CONFIG_NAME, MARKER_VERSION, WEIGHTS_NAME, is_conventional, is_icarus
     from icarus.adapter.fingerprints import fingerprint
     from icarus.adapter.location import locate
     from icarus.adapter.storage import from_pretrained, load, push_to_hub, save, save_conventional
@@ -29,23 +33,26 @@ _HOMES = {
     "MARKER_VERSION": "files",
     "WEIGHTS_NAME": "files",
     "AdapterInfo": "checks",
+    "ConventionalInfo": "conventional",
     "attach": "attachment",
     "attach_conventional": "attachment",
     "check_attached": "attachment",
+    "conventional_problems": "conventional",
     "decoder_targets": "attachment",
     "feeds_kv": "checks",
     "fingerprint": "fingerprints",
     "from_pretrained": "storage",
+    "is_conventional": "files",
     "is_icarus": "files",
     "load": "storage",
     "locate": "location",
     "names": "attachment",
     "problems": "checks",
     "push_to_hub": "storage",
-    "read_tensors": "files",
     "save": "storage",
     "save_conventional": "storage",
     "verify": "checks",
+    "verify_conventional": "conventional",
 }
 
 __all__ = [
@@ -53,23 +60,26 @@ __all__ = [
     "MARKER_VERSION",
     "WEIGHTS_NAME",
     "AdapterInfo",
+    "ConventionalInfo",
     "attach",
     "attach_conventional",
     "check_attached",
+    "conventional_problems",
     "decoder_targets",
     "feeds_kv",
     "fingerprint",
     "from_pretrained",
+    "is_conventional",
     "is_icarus",
     "load",
     "locate",
     "names",
     "problems",
     "push_to_hub",
-    "read_tensors",
     "save",
     "save_conventional",
     "verify",
+    "verify_conventional",
 ]
 
 

@@ -25,8 +25,8 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return projections
 
 
-def of_model(model: nn.Module) -> Shapes:
-    """From the modules of a loaded model, with or without adapters."""
+def of_model(model: nn.Module, *, embeddings: bool = False) -> Shapes:
+    """From the modules of a loaded model, with or without adapters; ``embeddings`` are (tokens, features)."""
     shapes = {}
     for name, module in linears(model).items():
         if isinstance(module, nn.Linear):
@@ -34,6 +34,9 @@ def of_model(model: nn.Module) -> Shapes:
         else:
             inputs, outputs = module.get_parameter("weight").shape  # Conv1D stores its transpose
             shapes[name] = outputs, inputs
+    if embeddings:
+        tables = {name: module for name, module in base_of(model).named_modules() if isinstance(module, nn.Embedding)}
+        shapes |= {name: (table.num_embeddings, table.embedding_dim) for name, table in tables.items()}
     return shapes
 
 
@@ -47,7 +50,7 @@ def of_checkpoint(folder: StrPath, *, transposed: bool) -> Shapes:
     return {name.removesuffix(".weight"): (b, a) if transposed else (a, b) for name, (a, b) in stored.items()}
 
 
-def of_empty_model(folder: StrPath) -> Shapes | None:
+def of_empty_model(folder: StrPath, *, embeddings: bool = False) -> Shapes | None:
     """From a model without weights; None where Transformers does not know the model.
 
     For checkpoints with other names than the model's, or with an expert a matrix where the model holds all in one.
@@ -58,6 +61,6 @@ def of_empty_model(folder: StrPath) -> Shapes | None:
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM  # untyped
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return of_model(auto.from_config(config, trust_remote_code=False))
+            return of_model(auto.from_config(config, trust_remote_code=False), embeddings=embeddings)
     except (OSError, ValueError, KeyError):
         return None

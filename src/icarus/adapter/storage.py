@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from icarus import atomic
-from icarus.adapter import model_card
+from icarus.adapter import model_card, settings
 from icarus.adapter.attachment import check_name, names, peft_errors, set_training_modes, training_modes
 from icarus.adapter.checks import problems
 from icarus.adapter.checks import verify as check_directory  # in ``load``, ``verify`` is the caller's choice
@@ -74,7 +74,7 @@ def save(
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()  # a set in memory; equal adapters give equal files
         config["icarus"] = {"version": MARKER_VERSION, "base_fingerprint": base_fingerprint or fingerprint(model)}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_config(folder, config)
         (folder / CARD_NAME).write_text(model_card.text(config, card or {}), encoding="utf-8")
         if refusals := problems(folder):
             raise AdapterError(f"Adapter {name!r} is not saved to {target}: {refusals[0]}.")
@@ -106,8 +106,17 @@ def _write(
         for file in list((folder / name).iterdir()):
             file.rename(folder / file.name)
         (folder / name).rmdir()
+    if patterns := settings.patterns_in(vars(model.peft_config[name])):
+        # PEFT sorts their keys as it writes them, and the first one that matches counts.
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        _write_config(folder, config | {field: getattr(model.peft_config[name], field) for field in patterns})
     mode = (folder / CONFIG_NAME).stat().st_mode
     (folder / WEIGHTS_NAME).chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    fields = {field: config[field] for field in sorted(config)}
+    (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def load(

@@ -22,7 +22,7 @@ from icarus.vllm.engine.attached_policy import policy_of
 def owner(model: Path | str = "/nowhere", *caches: str, **sizes: Any) -> Any:
     """A front end, or with ``caches`` an engine core whose model keeps these."""
     config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(model), revision="main"),
+        model_config=SimpleNamespace(model=str(model), revision="main", runner_type="generate"),
         load_config=SimpleNamespace(download_dir=None),
         scheduler_config=SimpleNamespace(**{"max_num_active_seqs": 8, **sizes}),
     )

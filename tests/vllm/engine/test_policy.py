@@ -10,9 +10,11 @@ import torch
 
 from conftest import tiny
 from icarus import adapter
-from icarus.errors import AdapterError
+from icarus.errors import AdapterError, InputError
+from icarus.vllm import abilities
 from icarus.vllm.engine import policy
 from icarus.vllm.engine.policy import Policy
+from specimens import edit
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,50 @@ def test_a_verified_adapter_shares(base: Path, shared: Path) -> None:
     assert verdict.base_fingerprint == adapter.fingerprint(base)
 
 
-def test_a_conventional_adapter_does_not_and_the_base_is_not_even_read(conventional: Path) -> None:
-    def never() -> Path:
-        raise AssertionError("no fingerprint is needed")
-
-    verdict = Policy(never, refusal="MLA").decide(1, str(conventional))
+def test_a_conventional_adapter_does_not_and_no_fingerprint_is_computed(
+    base: Path, conventional: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "frombuffer", None)  # what reading weights of the base model needs
+    verdict = Policy(lambda: base, refusal="MLA").decide(1, str(conventional))
     assert not verdict.shares
+    assert verdict.rank == 2
+
+
+def test_a_conventional_adapter_is_verified_against_the_base_model(
+    base: Path, conventional: Path, tmp_path: Path
+) -> None:
+    tiny(hidden_size=128).save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="in the base model"):
+        Policy(lambda: tmp_path / "other").decide(1, str(conventional))
+
+    def unreadable() -> Path:
+        raise InputError("The weights are on the Hub.")
+
+    assert not Policy(unreadable).decide(1, str(conventional)).shares, "vLLM serves it, and has to tell"
+    edit(lambda config: config.update(use_dora=True))(conventional)
+    for folder in (lambda: base, unreadable):
+        with pytest.raises(AdapterError, match="use_dora"):
+            Policy(folder).decide(1, str(conventional))
+
+
+@pytest.mark.parametrize("kind", ["shared", "conventional"])
+def test_patterns_are_refused_where_vllm_does_not_read_them(
+    kind: str, base: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    edit(lambda config: config.update(alpha_pattern={"o_proj": 3}))(folder)
+    monkeypatch.setattr(abilities, "reads_patterns", lambda: True)
+    assert Policy(lambda: base).decide(1, str(folder)).shares is (kind == "shared")
+    monkeypatch.setattr(abilities, "reads_patterns", lambda: False)
+    with pytest.raises(AdapterError, match="has alpha_pattern, which this version of vLLM ignores"):
+        Policy(lambda: base).decide(1, str(folder))
+
+
+def test_an_adapter_of_a_classifier_has_a_head(base: Path, conventional: Path) -> None:
+    edit(lambda config: config.update(modules_to_save=["score"]))(conventional)
+    assert not Policy(lambda: base, heads=True).decide(1, str(conventional)).shares
+    with pytest.raises(AdapterError, match="modules_to_save"):
+        Policy(lambda: base).decide(1, str(conventional))
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, shared: Path) -> None:

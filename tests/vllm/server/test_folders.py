@@ -1,23 +1,13 @@
-"""What an adapter folder holds, and which ones a client may name. Needs no vLLM."""
+"""Which adapter folders a client may name. Needs no vLLM."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-from conftest import tiny
-from icarus import adapter
-from icarus.errors import AdapterError
 from icarus.vllm.server import folders
-
-
-@pytest.fixture(scope="module")
-def conventional(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters") / "plain"
-    return adapter.save_conventional(adapter.attach_conventional(tiny(), rank=4), folder)
 
 
 def test_paths_are_followed_before_they_are_judged(tmp_path: Path) -> None:
@@ -55,16 +45,3 @@ def test_allowed_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert folders.allowed() == []
     monkeypatch.setenv(folders.ALLOWED_VARIABLE, f"{tmp_path}{os.pathsep}{tmp_path / 'x'}")
     assert folders.allowed() == [tmp_path.resolve(), tmp_path.resolve() / "x"]
-
-
-@pytest.mark.parametrize("damage", ["{", '{"r": 0}', '{"r": "8"}', "[]", None])
-def test_damaged_conventional_adapters(conventional: Path, tmp_path: Path, damage: str | None) -> None:
-    folder = tmp_path / "plain"
-    shutil.copytree(conventional, folder)
-    assert folders.describe(folder, None) == folders.Described(4, "")
-    if damage is None:
-        (folder / "adapter_model.safetensors").write_bytes(b"cut")
-    else:
-        (folder / "adapter_config.json").write_text(damage)
-    with pytest.raises(AdapterError):
-        folders.describe(folder, None)

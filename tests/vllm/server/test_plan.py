@@ -13,9 +13,11 @@ from conftest import tiny
 from icarus import adapter
 from icarus.arguments import Parser
 from icarus.errors import AdapterError, InputError
+from icarus.vllm import abilities
 from icarus.vllm.server import folders, plan, serve, watch
 from icarus.vllm.server.plan import Plan
 from saved import save_base
+from specimens import CONVENTIONAL_DAMAGES, setting
 from strict_skips import needs_vllm
 
 
@@ -131,6 +133,23 @@ def test_a_folder_makes_room_for_what_it_holds(home: Path, tmp_path: Path) -> No
     assert value(planned, "--max-loras") == ["8"], "the sound ones"
     assert planned.environment[watch.WATCHED_VARIABLE] == str(tmp_path)
     assert planned.environment[folders.ALLOWED_VARIABLE] == str(tmp_path)
+
+
+@pytest.mark.parametrize("damage", CONVENTIONAL_DAMAGES)
+def test_a_bad_conventional_adapter_stops_the_start(damage: str, home: Path, tmp_path: Path) -> None:
+    spoil, message = CONVENTIONAL_DAMAGES[damage]
+    folder = Path(shutil.copytree(home / "plain", tmp_path / "plain"))
+    spoil(folder)
+    with pytest.raises(AdapterError, match=message):
+        plan_of(str(home / "base"), "--adapters", f"plain={folder}")
+
+
+def test_ranks_of_patterns_have_room(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abilities, "reads_patterns", lambda: True)
+    folder = Path(shutil.copytree(home / "team" / "sql", tmp_path / "sql"))
+    setting(rank_pattern={"nobody": 40})(folder)
+    planned = plan_of(str(home / "base"), "--adapters", f"sql={folder}")
+    assert value(planned, "--max-lora-rank") == ["64"]
 
 
 def test_an_adapter_of_another_base_model_stops_the_start(home: Path, tmp_path: Path) -> None:

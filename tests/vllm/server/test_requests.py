@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from conftest import tiny
 from icarus import adapter
+from icarus.errors import InputError
 from icarus.vllm.engine.policy import Policy
 from strict_skips import WITHOUT_VLLM
 
@@ -29,7 +31,11 @@ def process(self: Any, request_id: str, prompt: str, lora_request: Any = None) -
 @pytest.fixture
 def front_end() -> Any:
     owner = SimpleNamespace(lora_config=SimpleNamespace())
-    POLICY.set(owner, Policy(lambda: pytest.fail("no base model is needed"), refusal="set --pipeline-parallel-size 1"))
+
+    def folder() -> Path:
+        raise InputError("the weights are unreadable, which no answer here depends on")
+
+    POLICY.set(owner, Policy(folder, refusal="set --pipeline-parallel-size 1"))
     return owner
 
 

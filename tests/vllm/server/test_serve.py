@@ -30,8 +30,8 @@ BAD = {
     ("./nowhere",): "nowhere",
     ("{base}", "--adapters", "sql"): "'sql' is not NAME=PATH",
     ("{base}", "--adapters", "a={home}/sql", "a={home}/sql"): "'a' is given twice",
-    ("{base}", "--adapters", "a={home}/nowhere"): "nowhere is not an adapter",
-    ("{base}", "--adapters", "a={base}"): "is not an adapter",
+    ("{base}", "--adapters", "a={home}/nowhere"): "nowhere: there is no such directory",
+    ("{base}", "--adapters", "a={base}"): "base: adapter_config.json is missing",
     ("{base}", "--lora-modules", "a=b"): "--adapters NAME=PATH",
     ("{base}", "--adapter-dir", "{home}/nowhere"): "nowhere is not a folder",
 }

@@ -19,6 +19,7 @@ from conftest import tiny, tiny_tokenizer, tokens
 from engines import BLOCK, SHAPE
 from http_server import CONTEXT, LETTERS, QUEUE, UNLOAD_GRACE_S, Server, body, eventually, serving
 from icarus import adapter
+from specimens import CONVENTIONAL_DAMAGES
 from strict_skips import needs_vllm
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -272,6 +273,29 @@ def test_a_damaged_adapter(server: Server, kind: str) -> None:
     assert "truncated" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("damage", CONVENTIONAL_DAMAGES)
+def test_a_bad_conventional_adapter(server: Server, damage: str) -> None:
+    spoil, message = CONVENTIONAL_DAMAGES[damage]
+    folder = Path(shutil.copytree(server.shop.folder / "plain", server.shop.folder / f"bad-{damage.replace(' ', '-')}"))
+    spoil(folder)
+    reply = server.load("bad", folder)
+    assert (reply.status_code, "bad" in server.models()) == (400, False)
+    assert re.search(message, reply.json()["error"]["message"])
+
+
+def test_paths_that_are_no_folders_of_adapters(server: Server) -> None:
+    (server.shop.folder / "empty").mkdir()
+    for path, status, message in (
+        ("missing", 404, "No adapter"),
+        ("empty", 400, "adapter_config.json is missing"),
+        ("plain/adapter_config.json", 400, "is a file and an adapter is a folder"),
+        ("n" * 300, 400, "cannot be read"),
+    ):
+        reply = server.load("nothing", server.shop.folder / path)
+        assert reply.status_code == status, reply.text
+        assert message in reply.json()["error"]["message"]
+
+
 def test_an_adapter_that_is_too_large(server: Server) -> None:
     folder = server.shop.folder / "large"
     adapter.save(adapter.attach(tiny(**SHAPE), rank=9), folder)
@@ -418,8 +442,9 @@ def test_a_watched_folder(server: Server) -> None:
     (server.watched / "broken").mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(shop.folder / "foreign" / file, server.watched / "broken")
+    shutil.copytree(shop.folder / "poisoned", server.watched / "poisoned")
     time.sleep(3)
-    assert not {"followed", "broken"} & server.models().keys()
+    assert not {"followed", "broken", "poisoned"} & server.models().keys()
     shutil.copy(shop.folder / "sql" / "adapter_model.safetensors", folder)
     eventually(lambda: answers("sql"))
     shutil.copytree(shop.folder / "chat", folder, dirs_exist_ok=True)
@@ -427,7 +452,8 @@ def test_a_watched_folder(server: Server) -> None:
     shutil.rmtree(folder)
     eventually(lambda: "followed" not in server.models())
     assert server.post("/v1/completions", **body("followed", asked)).status_code == 404
-    assert server.log.read_text().count(f"Not loaded from {server.watched / 'broken'}") == 1
+    for refused in ("broken", "poisoned"):
+        assert server.log.read_text().count(f"Not loaded from {server.watched / refused}") == 1
 
 
 # ------------------------------------------------------------------------------------------------- metrics

@@ -33,7 +33,8 @@ def _policy(owner: Any) -> Policy:
         or limits.room_refusal(config.scheduler_config)
         or limits.cache_refusal(group.kv_cache_spec for group in groups)
     )
-    return Policy(cache(partial(_base_folder, config)), refusal, get_adapter_absolute_path)
+    heads = config.model_config.runner_type != "generate"
+    return Policy(cache(partial(_base_folder, config)), refusal, get_adapter_absolute_path, heads=heads)
 
 
 def _base_folder(config: Any) -> Path:

@@ -5,8 +5,8 @@ adapter's files and the base model's weights, and is what ``icarus verify`` chec
 K/V into another model's context. So there are three verdicts:
 
     shares         a verified ICaRus adapter of this base model
-    conventional   no ICaRus marker: vLLM serves it as usual, with the adapter's name in the cache key
-    refused        the marker is there, but a check failed or this engine cannot run decoder rows. As plain LoRA such an
+    conventional   no ICaRus marker, and verified: vLLM serves it as usual, with the adapter's name in the cache key
+    refused        a check failed, or the marker is there and this engine cannot run decoder rows. As plain LoRA such an
                    adapter would be subtly wrong, so it is an error and never a conventional adapter.
 
 Nothing here imports vLLM.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from icarus import adapter
 from icarus.errors import AdapterError
+from icarus.vllm.engine.description import describe
 from icarus.vllm.worker.copies import digest
 
 Locate = Callable[[str], str]
@@ -34,6 +35,7 @@ class Verdict:
     base_fingerprint: str = ""  # of the base model whose cache it shares; empty for a conventional adapter
     sha256: str = ""  # of the files that were verified (worker/copies.py)
     generation: int = 0  # later verdicts have higher ones
+    rank: int = 0  # the highest of its modules
 
     @property
     def shares(self) -> bool:
@@ -44,15 +46,18 @@ class Verdict:
 class Policy:
     """The decisions of one engine."""
 
-    def __init__(self, base: Callable[[], Path], refusal: str = "", locate: Locate = str) -> None:
+    def __init__(
+        self, base: Callable[[], Path], refusal: str = "", locate: Locate = str, *, heads: bool = False
+    ) -> None:
         """
         Args:
-            base: returns the folder of the base model. Called for the first adapter with a marker; the fingerprint is
-                computed once (``icarus.adapter`` caches it).
+            base: returns the folder of the base model. Called for every adapter; the fingerprint is computed once, for
+                the first one with a marker (``icarus.adapter`` caches it).
             refusal: why this engine cannot run ICaRus adapters at all; empty if it can.
             locate: from the path in a request to a local folder, as the engine resolves it.
+            heads: whether the base model is one for classification, whose adapters may have a head.
         """
-        self._base, self.refusal, self._locate = base, refusal, locate
+        self._base, self.refusal, self._locate, self._heads = base, refusal, locate, heads
         # Two threads of vLLM come here (v1/engine/core.py:1903), so each change of these is a single operation.
         self._verdicts: dict[int, Verdict] = {}
         self._generations = count(1)
@@ -110,8 +115,9 @@ class Policy:
     def _judge(self, path: str) -> Verdict:
         folder = Path(self._locate(path))
         if not adapter.is_icarus(folder):
-            return Verdict(path)
+            return Verdict(path, rank=describe(folder, self._base, heads=self._heads).rank)
         if self.refusal:
             raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self.refusal}.")
         sha256 = digest(folder)  # before it is verified, so that files written in between do not pass for verified
-        return Verdict(path, adapter.verify(folder, self._base()).base_fingerprint, sha256, next(self._generations))
+        described = describe(folder, self._base)
+        return Verdict(path, described.base_fingerprint, sha256, next(self._generations), described.rank)

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
@@ -51,6 +52,8 @@ def wrap_load_lora_adapter(original: Original) -> Original:
                 await asyncio.to_thread(_check, self, request)
             except InputError as error:
                 return _refused(str(error), HTTPStatus.BAD_REQUEST)
+            except LoRAAdapterNotFoundError as error:
+                return create_error_response(error)
         response = await original(self, request, base_model_name)
         if not isinstance(response, ErrorResponse):
             # Decided here, so that no request has to wait for it and the next replacement is compared with it.
@@ -61,19 +64,36 @@ def wrap_load_lora_adapter(original: Original) -> Original:
 
 
 def _check(models: Any, request: Any) -> None:
-    """Raise InputError for an adapter that the engine would refuse."""
+    """Refuse what the engine would refuse.
+
+    Raises:
+        InputError: the adapter is refused.
+        LoRAAdapterNotFoundError: there is no such folder.
+    """
     config = models.engine_client.vllm_config.lora_config
     folder = Path(get_adapter_absolute_path(request.lora_path))
-    if config is None or not folder.is_dir():
-        return  # vLLM answers these itself, with 500 and 404
+    if config is None:
+        return  # vLLM answers this itself, with 500
+    if not _exists(folder):
+        raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
     loaded = models.lora_requests.get(request.lora_name)
-    policy_of(models.input_processor).judge(request.lora_path, loaded.lora_int_id if loaded else 0)  # ids start at 1
-    rank = folders.describe(folder, None).rank
+    adapter_id = loaded.lora_int_id if loaded else 0  # ids start at 1
+    rank = policy_of(models.input_processor).judge(request.lora_path, adapter_id).rank
     if rank > config.max_lora_rank:
         raise InputError(
             f"{folder} has rank {rank} and this server has room for {config.max_lora_rank}; start it with "
             f"--max-lora-rank {rank} or more."
         )
+
+
+def _exists(folder: Path) -> bool:
+    """Raises InputError for what cannot be a folder."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file and an adapter is a folder; name the folder that it is in.")
+        return folder.exists()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}); choose another path.") from error
 
 
 def _decide(models: Any, name: str) -> None:

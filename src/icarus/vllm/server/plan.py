@@ -15,6 +15,7 @@ from pathlib import Path
 
 from icarus import adapter, base_model, vllm_environment
 from icarus.errors import InputError
+from icarus.vllm.engine.description import describe
 from icarus.vllm.server import folders, watch
 from icarus.vllm.server.flags import given, several_servers
 
@@ -72,7 +73,8 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     model = base_model.resolve(options.base)
     # Only the engine has the weights of another revision; it verifies the adapters, too, when it starts.
     base = None if "revision" in present else base_model.folder(options.base)
-    adapters = tuple(_served(name, path, base) for name, path in options.adapters.items())
+    classifies = bool(present & {"runner", "convert"})
+    adapters = tuple(_served(name, path, base, classifies=classifies) for name, path in options.adapters.items())
     watched = _watched(options.adapter_dir)
     several = several_servers(words)
     if several and watched:
@@ -88,9 +90,9 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     )
 
 
-def _served(name: str, path: str, base: Path | None) -> Served:
+def _served(name: str, path: str, base: Path | None, *, classifies: bool) -> Served:
     folder = adapter.locate(path).resolve()
-    described = folders.describe(folder, base)
+    described = describe(folder, lambda: base, heads=classifies)
     return Served(name, folder, described.rank, described.base_fingerprint)
 
 
@@ -143,7 +145,7 @@ def _ranks_in(watched: Path | None) -> list[int]:
     ranks = []
     for name in watch.scan(watched):
         try:
-            ranks.append(folders.describe(watched / name, None).rank)
+            ranks.append(describe(watched / name, lambda: None, heads=True).rank)
         except InputError:
             continue
     return ranks

@@ -1,0 +1,59 @@
+"""Targets and ranks mean what they mean to PEFT."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from icarus.adapter import settings
+from specimens import llama
+
+MODULES = [name for name, _ in llama().named_modules() if "proj" in name] + ["model.layers.0.mlp.experts.1.up_proj"]
+
+
+@given(
+    targets=st.one_of(
+        st.lists(st.sampled_from(["o_proj", "mlp.up_proj", "proj", *MODULES[:3]]), min_size=1),
+        st.sampled_from([r".*o_proj", r"model\.layers\.1\..*", "o_proj"]),
+    ),
+    exclude=st.sampled_from([None, [], ["o_proj"], r".*layers\.0.*"]),
+    layers=st.sampled_from([None, [], 0, [1], [0, 1]]),
+    pattern=st.sampled_from([None, [], "layers", ["h", "layers"], ["experts"]]),
+    module=st.sampled_from(MODULES),
+)
+def test_targets_match_as_in_peft(targets: Any, exclude: Any, layers: Any, pattern: Any, module: str) -> None:
+    if isinstance(targets, str) or layers is None:
+        layers = pattern = None
+    fields = {"target_modules": targets, "exclude_modules": exclude}
+    fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
+    found = check_target_module_exists(LoraConfig(**fields), module)
+    assert settings.targeted(fields, module) == (bool(found) and not isinstance(found, _ExcludedModule))
+
+
+KEYS = [
+    "o_proj",
+    "self_attn.o_proj",
+    "proj",
+    r"layers\.1\..*",
+    r".*\.layers\.0\.mlp\.\w+",
+    "model",
+    r"^model\..*up_proj",
+]
+
+
+@given(
+    ranks=st.dictionaries(st.sampled_from(KEYS), st.integers(1, 9)),
+    module=st.sampled_from(MODULES),
+    order=st.randoms(use_true_random=False),
+)
+def test_ranks_are_looked_up_as_in_peft(ranks: dict[str, int], module: str, order: Any) -> None:
+    keys = list(ranks)
+    order.shuffle(keys)
+    pattern = {key: ranks[key] for key in keys}
+    config = {"r": 16, "rank_pattern": pattern}
+    assert settings.rank_of(config, module) == pattern.get(get_pattern_key(keys, module), 16)
+    assert settings.highest_rank(config) == 16
+    assert settings.highest_rank({**config, "r": 1}) == max(pattern.values(), default=1)
