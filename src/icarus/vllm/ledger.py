@@ -271,10 +271,20 @@ LEDGER = (
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
         parameters="self request base_model_name",
         by="icarus.vllm.server.loading:wrap_load_lora_adapter",
-        what="adapters that cannot be served are refused with 400, and paths outside the allowed folders with 403",
+        what="adapters that cannot be served, and names with another meaning, are refused with 400, paths outside the "
+        "allowed folders with 403",
         why="an error in the engine core is reported as the server's (500)",
         upstream="vllm/entrypoints/openai/models/serving.py:163",
         until="plugins can add a check of adapters",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.resolve_lora",
+        parameters="self lora_name",
+        by="icarus.vllm.server.loading:wrap_resolve_lora",
+        what="resolvers bring no adapter that is named like the type of a message's part",
+        why="vLLM answers base-model requests with such parts by an adapter of that name (stock vLLM does, too)",
+        upstream="vllm/entrypoints/openai/models/serving.py:300",
+        until="vLLM asks default_mm_loras which adapters stand for a modality",
     ),
     Patch(
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter",
@@ -284,5 +294,14 @@ LEDGER = (
         why="vLLM's unloading removes the name, and keeps slot and memory",
         upstream="vllm/entrypoints/openai/models/serving.py:212",
         until="vLLM removes unloaded adapters from the engine (issues 42207, 54839)",
+    ),
+    Patch(
+        target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
+        parameters="self prompt request_id params lora_request trace_headers session_id",
+        by="icarus.vllm.server.beam_search:wrap_beam_search",
+        what="answers of beam searches say how many prompt tokens were in the cache",
+        why="cached_tokens are in every other answer (stock vLLM drops them here)",
+        upstream="vllm/entrypoints/generate/beam_search/online.py:28",
+        until="vLLM fills num_cached_tokens of a search's output",
     ),
 )

@@ -1,4 +1,4 @@
-"""Unloading: an adapter that shares leaves the engine when nobody uses it any more."""
+"""What the front end adds to loading and unloading: names, and an adapter that nobody uses any more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from strict_skips import WITHOUT_VLLM
 
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
-from icarus.errors import AdapterError
+from vllm.lora.request import LoRARequest
+
+from icarus.errors import AdapterError, InputError
 from icarus.vllm.engine.attached_policy import POLICY
 from icarus.vllm.engine.policy import Policy, Verdict
-from icarus.vllm.server import loading
+from icarus.vllm.server import loading, names
+
+try:
+    from vllm.renderers.chat_utils import MM_PARSER_MAP
+except ImportError:
+    from vllm.entrypoints.chat_utils import MM_PARSER_MAP
 
 
 class Models:
@@ -78,3 +85,62 @@ def test_conventional_adapters_stay_where_vllm_leaves_them() -> None:
         assert models.removed == []
 
     asyncio.run(story())
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def test_names_that_vllm_compares_with_the_types_of_parts() -> None:
+    """By asking vLLM itself: an adapter of such a name answers for the base model."""
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    def answers(name: str, kind: str) -> bool:
+        request = SimpleNamespace(messages=[{"role": "user", "content": [{"type": kind}]}])
+        serving: Any = SimpleNamespace(models=SimpleNamespace(lora_requests={name: LoRARequest(name, 1, "/nowhere")}))
+        serving._get_message_types = lambda request: BaseServing._get_message_types(serving, request)
+        return BaseServing._get_active_default_mm_loras(serving, request) is not None
+
+    taken = {kind.split("_")[0] for kind in MM_PARSER_MAP}
+    assert all(answers(kind.split("_")[0], kind) for kind in MM_PARSER_MAP)
+    assert taken <= names.part_types()
+    assert {"text", "image", "audio", "video", "input", "input_text", "tool", "thinking"} <= names.part_types()
+    for name in names.part_types():
+        with pytest.raises(InputError, match="choose another name"):
+            names.check_name(name)
+    for name in ("sql", "texts", "Text", "my_text"):
+        names.check_name(name)
+    names.check_name("audio", modalities=["audio"])
+
+
+@pytest.mark.parametrize(("name", "status"), [("text", 400), ("sql", None)])
+def test_a_resolver_brings_no_such_name(name: str, status: int | None) -> None:
+    async def original(self: Any, lora_name: str) -> str:
+        return f"{lora_name} is resolved"
+
+    resolve = loading.wrap_resolve_lora(original)
+    answer = asyncio.run(resolve(SimpleNamespace(lora_resolvers=["one"]), name))
+    assert (answer.error.code if status else answer) == (status or "sql is resolved")
+    assert asyncio.run(resolve(SimpleNamespace(lora_resolvers=[]), "text")) == "text is resolved", "it finds none"
+
+
+@pytest.mark.parametrize("modalities", [None, {"audio": "/a"}])
+def test_loading_under_such_a_name_is_the_clients_error(
+    modalities: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ICARUS_ADAPTER_FOLDERS", raising=False)
+
+    async def original(self: Any, request: Any, base_model_name: str | None = None) -> str:
+        return pytest.fail("vLLM is not asked")
+
+    config = SimpleNamespace(default_mm_loras=modalities)
+    models = SimpleNamespace(
+        engine_client=SimpleNamespace(vllm_config=SimpleNamespace(lora_config=config)), lora_requests={}
+    )
+    load = loading.wrap_load_lora_adapter(original)
+    for name in ("audio", "text"):
+        answer = asyncio.run(load(models, SimpleNamespace(lora_name=name, lora_path="/nowhere")))
+        if modalities and name == "audio":
+            assert answer.error.code == 404, "the user gave it for this"
+        else:
+            assert answer.error.code == 400
+            assert f"cannot be named {name!r}" in answer.error.message

@@ -1,7 +1,10 @@
-"""``icarus serve`` up to the start of vLLM: bad input, a port that is taken, and what it prints. Needs no vLLM."""
+"""``icarus serve`` up to the start of vLLM: bad input, a port that is taken, and what it prints."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from icarus.errors import InputError
 from icarus.vllm.server import serve
 from icarus.vllm.server.plan import Plan, Served
 from saved import save_adapter, save_base
+from strict_skips import needs_vllm
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,11 @@ BAD = {
     ("{base}", "--adapters", "a={home}/sql", "a={home}/sql"): "'a' is given twice",
     ("{base}", "--adapters", "a={home}/nowhere"): "nowhere: there is no such directory",
     ("{base}", "--adapters", "a={base}"): "base: adapter_config.json is missing",
+    ("{base}", "--adapters", "{base}={home}/sql"): "has the name of the base model",
+    ("{base}", "--adapters", "a={home}/sql", "--served-model-name", "b", "a"): "'a' has the name of the base model",
+    ("{base}", "--adapters", "a={home}/sql", "--max-lora-rank", "1"): "'a' has rank 4 and --max-lora-rank is 1",
+    ("{base}", "--adapters", "a={home}/sql", "--no-enable-lora"): "--no-enable-lora turns off",
+    ("{base}", "--port", "http"): "--port 'http' must be an integer",
     ("{base}", "--lora-modules", "a=b"): "--adapters NAME=PATH",
     ("{base}", "--adapter-dir", "{home}/nowhere"): "nowhere is not a folder",
 }
@@ -57,7 +66,7 @@ def test_without_vllm_the_remedy_is_said(
     assert "pip install 'icarus-llm[cpu]'" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -65,20 +74,68 @@ def test_a_port_that_is_taken() -> None:
         with pytest.raises(InputError, match="--port"):
             serve._check_port(["--host", "127.0.0.1", "--port", port])
         serve._check_port(["--uds", "somewhere", "--port", port])
+        (tmp_path / "flags.yaml").write_text(f"host: 127.0.0.1\nport: {port}\n")
+        with pytest.raises(InputError, match="--port"):
+            serve._check_port(["--config", str(tmp_path / "flags.yaml")])
+
+
+ADAPTERS = (Served("sql", Path("/a/sql"), 8, "0123456789abcdef"), Served("plain", Path("/a/plain"), 16, ""))
+
+
+def said(words: list[str], adapters: tuple[Served, ...] = ADAPTERS, names: tuple[str, ...] = ("smollm",)) -> str:
+    return serve.announcement(Plan("smollm", names, "/models/smollm", adapters, Path("/b"), [], {}), words)
 
 
 def test_the_announcement() -> None:
-    adapters = (Served("sql", Path("/a/sql"), 8, "0123456789abcdef"), Served("plain", Path("/a/plain"), 16, ""))
-    said = serve.announcement(Plan("smollm", "/models/smollm", adapters, Path("/b"), [], {}), ["--port", "9000"])
-    assert "smollm (fingerprint 0123456789ab) writes the KV cache" in said
-    assert "sql    shares it     ICaRus adapter of this base model, rank 8" in said
-    assert "plain  its own cache conventional adapter (no ICaRus marker), rank 16" in said
-    assert "adapters in /b come and go" in said
-    assert "http://localhost:9000/metrics" in said
-    assert '"model": "sql"' in said
+    lines = said(["--port", "9000"])
+    assert "smollm (fingerprint 0123456789ab) writes the KV cache" in lines
+    assert "sql    shares it     ICaRus adapter of this base model, rank 8" in lines
+    assert "plain  its own cache conventional adapter (no ICaRus marker), rank 16" in lines
+    assert "adapters in /b come and go" in lines
+    assert "http://localhost:9000/metrics" in lines
+    assert '"model": "sql"' in lines
+
+
+def test_no_word_of_it_means_that_the_server_is_ready() -> None:
+    """Scripts wait for what vLLM, uvicorn and others log then."""
+    for words in ("startup complete", "Uvicorn running", "Started server"):
+        assert words not in said([])
 
 
 def test_the_announcement_of_a_base_model_alone() -> None:
-    said = serve.announcement(Plan("smollm", "/models/smollm", (), None, [], {}), ["--host", "10.0.0.1"])
-    assert said.startswith("smollm writes the KV cache\nmetrics  http://10.0.0.1:8000/metrics")
-    assert '"model": "smollm"' in said
+    lines = said(["--host", "10.0.0.1"], (), ("name", "other"))
+    assert lines.startswith("smollm writes the KV cache\n")
+    assert "metrics  http://10.0.0.1:8000/metrics" in lines
+    assert '"model": "name"' in lines
+
+
+def test_the_announcement_goes_by_vllms_file_of_flags(tmp_path: Path) -> None:
+    (tmp_path / "flags.yaml").write_text("host: '::1'\nport: 9001\nssl-certfile: cert.pem\n")
+    config = ["--config", str(tmp_path / "flags.yaml")]
+    assert "metrics  https://[::1]:9001/metrics" in said(config)
+    assert "metrics  https://[::1]:9002/metrics" in said([*config, "--port", "9002"])
+
+
+def test_what_to_type_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "curl --unix-socket '/tmp/a b' http://localhost/health" in said(["--uds", "/tmp/a b"])
+    assert "Authorization" not in said([])
+    keyed = said(["--api-key", "secret"])
+    assert '-H "Authorization: Bearer $VLLM_API_KEY"' in keyed
+    assert "secret" not in keyed
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert '-H "Authorization: Bearer $VLLM_API_KEY"' in said([])
+    odd = Served("it's", Path("/a"), 8, "")
+    curl = said([], (odd,)).splitlines()[-1].removeprefix("ask      ")
+    assert json.loads(shlex.split(curl)[-1])["model"] == "it's"
+    assert "curl" not in said(["--headless"])
+
+
+@needs_vllm
+def test_a_name_that_vllm_gives_a_meaning_is_refused_before_the_engine_starts(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "_start_vllm", lambda words: pytest.fail("the engine starts"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert cli.main(["serve", str(home / "base"), "--adapters", f"text={home}/sql", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be named 'text'" in line

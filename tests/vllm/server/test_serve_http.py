@@ -87,6 +87,17 @@ def test_cached_tokens_are_there_in_streams_too(server: Server, chat: bool) -> N
         assert last.usage.prompt_tokens_details.cached_tokens == wanted
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_cached_tokens_are_in_answers_of_beam_search_too(server: Server, chat: bool) -> None:
+    text = "".join(tiny_tokenizer().convert_ids_to_tokens(prompt(70)))
+    content: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    content |= {"model": "sql", "max_tokens": 3, "temperature": 0, "n": 2, "use_beam_search": True}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    for cached in (0, 64):
+        reply = server.post(path, **content).json()
+        assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+
+
 def test_hand_over_without_prefill(server: Server) -> None:
     """A conversation goes from one model to the next; all that was generated is in the cache, too."""
     size = len(
@@ -294,6 +305,19 @@ def test_paths_that_are_no_folders_of_adapters(server: Server) -> None:
         reply = server.load("nothing", server.shop.folder / path)
         assert reply.status_code == status, reply.text
         assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["text", "image", "input", "base"])
+def test_a_name_that_means_something_else(server: Server, name: str) -> None:
+    before = server.models().keys()
+    reply = server.load(name, server.shop.folder / "sql")
+    assert (reply.status_code, server.models().keys()) == (400, before)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    answers = [
+        server.post("/v1/chat/completions", model=model, messages=messages, max_tokens=8, temperature=0).json()
+        for model in ("base", "sql")
+    ]
+    assert [answer["model"] for answer in answers] == ["base", "sql"]
 
 
 def test_an_adapter_that_is_too_large(server: Server) -> None:

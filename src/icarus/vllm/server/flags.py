@@ -26,23 +26,46 @@ def given(words: Iterable[str]) -> set[str]:
     return names | {name.removeprefix("no-") for name in names}
 
 
-def address(words: Sequence[str]) -> tuple[str, str]:
-    """Host and port that the user gave, or vLLM's own."""
+def values(words: Sequence[str], name: str, *short: str) -> list[str]:
+    """What the user gave for a flag: on the command line, else in the ``--config`` file; nothing if neither has it.
+
+    ``short`` are other spellings of it on the command line, as in ``-asc``.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--host", default="localhost")
-    parser.add_argument("--port", default="8000")
-    options = parser.parse_known_args(list(words))[0]
-    return options.host, options.port
+    parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", *short, dest="values", nargs="*")
+    listed: list[str] | None = parser.parse_known_args(list(words))[0].values
+    if listed is None:
+        value = _config(words).get(name)
+        listed = [] if value is None else [str(item) for item in (value if isinstance(value, list) else [value])]
+    return listed
+
+
+def value(words: Sequence[str], name: str, default: str, *short: str) -> str:
+    """The one value of a flag, or ``default``, which is vLLM's own."""
+    return (values(words, name, *short) or [default])[0]
+
+
+def number(words: Sequence[str], name: str, default: int, *short: str) -> int:
+    """The same for a whole number.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = value(words, name, str(default), *short)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"--{name} {text!r} must be an integer.") from error
+
+
+def address(words: Sequence[str]) -> tuple[str, int]:
+    """Host and port that the user gave, or vLLM's own."""
+    return value(words, "host", "localhost"), number(words, "port", 8000)
 
 
 def several_servers(words: Sequence[str]) -> bool:
     """Whether the user asked for more than one API server; vLLM then loads no adapters at run time."""
-    if "api-server-count" not in given(words):
-        return False
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--api-server-count", "--api_server_count", "-asc", type=int)
-    count = parser.parse_known_args(list(words))[0].api_server_count
-    return int(count if count is not None else _config(words).get("api-server-count", 0)) > 1
+    return number(words, "api-server-count", 0, "-asc") > 1
 
 
 def _config(words: Sequence[str]) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from icarus.errors import InputError
 from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.patching import Original
 from icarus.vllm.server import folders
+from icarus.vllm.server.names import check_name
 
 logger = init_logger("vllm.icarus.loading")
 
@@ -64,13 +65,14 @@ def wrap_load_lora_adapter(original: Original) -> Original:
 
 
 def _check(models: Any, request: Any) -> None:
-    """Refuse what the engine would refuse.
+    """Refuse what the engine would refuse, and names that would answer for others.
 
     Raises:
-        InputError: the adapter is refused.
+        InputError: the name or the adapter is refused.
         LoRAAdapterNotFoundError: there is no such folder.
     """
     config = models.engine_client.vllm_config.lora_config
+    check_name(request.lora_name, (config and config.default_mm_loras) or ())
     folder = Path(get_adapter_absolute_path(request.lora_path))
     if config is None:
         return  # vLLM answers this itself, with 500
@@ -109,6 +111,21 @@ def _decide(models: Any, name: str) -> None:
 def _refused(message: str, status: HTTPStatus) -> ErrorResponse:
     kind = "PermissionDeniedError" if status is HTTPStatus.FORBIDDEN else "BadRequestError"
     return create_error_response(message=message, err_type=kind, status_code=status, param="lora_path")
+
+
+def wrap_resolve_lora(original: Original) -> Original:
+    """``OpenAIServingModels.resolve_lora``: a resolver brings no adapter whose name would answer for others."""
+
+    @wraps(original)
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        try:
+            if self.lora_resolvers:
+                check_name(lora_name)
+        except InputError as error:
+            return _refused(str(error), HTTPStatus.BAD_REQUEST)
+        return await original(self, lora_name)
+
+    return resolve_lora
 
 
 # ------------------------------------------------------------------------------------------------- unloading

@@ -17,7 +17,7 @@ from icarus import adapter, base_model, vllm_environment
 from icarus.errors import InputError
 from icarus.vllm.engine.description import describe
 from icarus.vllm.server import folders, watch
-from icarus.vllm.server.flags import given, several_servers
+from icarus.vllm.server.flags import given, number, several_servers, value, values
 
 MIN_LORA_SLOTS = 8
 """Default of ``--max-loras``, the number of adapters that can be in one step, unless more are served."""
@@ -49,6 +49,7 @@ class Plan:
     """What is served, and how vLLM is called."""
 
     base: str  # as the user calls it
+    names: tuple[str, ...]  # as clients call it
     model: str  # as vLLM calls it
     adapters: tuple[Served, ...]
     watched: Path | None  # the folder of --adapter-dir
@@ -70,11 +71,17 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     present = given(words)
     if "lora-modules" in present:
         raise InputError("--lora-modules is set by icarus serve; name the adapters with --adapters NAME=PATH.")
+    if options.adapters and ("no-enable-lora" in present or values(words, "enable-lora") == ["False"]):
+        raise InputError("--adapters need LoRA, which --no-enable-lora turns off; take one of them out.")
+    names = tuple(values(words, "served-model-name")) or (options.base,)
+    if taken := [name for name in options.adapters if name in names]:
+        raise InputError(f"Adapter {taken[0]!r} has the name of the base model; choose another name.")
     model = base_model.resolve(options.base)
     # Only the engine has the weights of another revision; it verifies the adapters, too, when it starts.
     base = None if "revision" in present else base_model.folder(options.base)
-    classifies = bool(present & {"runner", "convert"})
+    classifies = value(words, "runner", "generate") != "generate" or "convert" in present
     adapters = tuple(_served(name, path, base, classifies=classifies) for name, path in options.adapters.items())
+    _check_room(adapters, number(words, "max-lora-rank", LORA_RANKS[-1]))
     watched = _watched(options.adapter_dir)
     several = several_servers(words)
     if several and watched:
@@ -82,6 +89,7 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     allowed = [*map(_beside, adapters), *options.allow_adapters_from, *filter(None, [watched])]
     return Plan(
         base=options.base,
+        names=names,
         model=model,
         adapters=adapters,
         watched=watched,
@@ -94,6 +102,13 @@ def _served(name: str, path: str, base: Path | None, *, classifies: bool) -> Ser
     folder = adapter.locate(path).resolve()
     described = describe(folder, lambda: base, heads=classifies)
     return Served(name, folder, described.rank, described.base_fingerprint)
+
+
+def _check_room(adapters: Sequence[Served], room: int) -> None:
+    """``room`` is the user's ``--max-lora-rank``, which vLLM compares with ranks when the engine has started."""
+    if too_large := [served for served in adapters if served.rank > room]:
+        name, rank = too_large[0].name, too_large[0].rank
+        raise InputError(f"Adapter {name!r} has rank {rank} and --max-lora-rank is {room}; raise it, or leave it out.")
 
 
 def _watched(folder: Path | None) -> Path | None:
@@ -128,9 +143,9 @@ def _flags(base: str, adapters: Sequence[Served], watched: Path | None, present:
     flags = ["--middleware", MIDDLEWARE]
     if adapters:
         flags += ["--lora-modules", *(_module(base, served) for served in adapters)]
-    for name, values in defaults.items():
+    for name, words in defaults.items():
         if name not in present:
-            flags += [f"--{name}", *values]
+            flags += [f"--{name}", *words]
     return flags
 
 

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from icarus import arguments, base_model
 from icarus.errors import InputError
-from icarus.vllm.server.flags import address, given
+from icarus.vllm.server import names
+from icarus.vllm.server.flags import address, given, value
 from icarus.vllm.server.plan import Plan, plan
 
 
@@ -67,8 +69,10 @@ def run(options: argparse.Namespace) -> None:
     _need_vllm()
     planned = plan(options, os.environ)
     _check_port(options.rest)
+    os.environ.update(planned.environment)  # vLLM reads some of it when it is imported
+    for served in planned.adapters:
+        names.check_name(served.name)
     print(announcement(planned, options.rest), flush=True)
-    os.environ.update(planned.environment)
     _start_vllm(["serve", planned.model, *planned.flags])
 
 
@@ -96,7 +100,7 @@ def _need_vllm() -> None:
 
 def _check_port(words: Sequence[str]) -> None:
     """Raise InputError if the port is taken, which vLLM would find out only after its start."""
-    if given(words) & {"uds", "headless", "config"}:
+    if given(words) & {"uds", "headless"}:
         return
     host, port = address(words)
     if ":" in host:  # IPv6
@@ -104,8 +108,8 @@ def _check_port(words: Sequence[str]) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("" if host == "localhost" else host, int(port)))
-        except (OSError, ValueError) as error:
+            probe.bind(("" if host == "localhost" else host, port))
+        except (OSError, OverflowError) as error:
             raise InputError(f"Port {port} is unavailable ({error}); choose another with --port.") from error
 
 
@@ -114,8 +118,6 @@ def _check_port(words: Sequence[str]) -> None:
 
 def announcement(planned: Plan, words: Sequence[str]) -> str:
     """What is shared and why, where the metrics are, and how to ask. ``words`` are for vLLM."""
-    host, port = address(words)
-    url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
     mark = next((served.base_fingerprint[:12] for served in planned.adapters if served.base_fingerprint), "")
     lines = [f"{planned.base}{f' (fingerprint {mark})' if mark else ''} writes the KV cache"]
     width = max((len(served.name) for served in planned.adapters), default=0)
@@ -128,14 +130,27 @@ def announcement(planned: Plan, words: Sequence[str]) -> str:
         lines.append(f"  {served.name:{width}}  {why}")
     if planned.watched:
         lines.append(f"  adapters in {planned.watched} come and go with their folders")
-    model = planned.adapters[0].name if planned.adapters else planned.base
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    lines += [
+    return "\n".join(lines if "headless" in given(words) else [*lines, *_how_to_ask(planned, words)])
+
+
+def _how_to_ask(planned: Plan, words: Sequence[str]) -> list[str]:
+    """For people, with words that no log of a running server has: scripts look for those."""
+    host, port = address(words)
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    url = f"{'https' if 'ssl-certfile' in given(words) else 'http'}://{host}:{port}"
+    curl = "curl"
+    if socket_path := value(words, "uds", ""):
+        curl, url = f"curl --unix-socket {shlex.quote(socket_path)}", "http://localhost"
+    asked = curl
+    if "api-key" in given(words) or os.environ.get("VLLM_API_KEY"):
+        asked += ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    model = planned.adapters[0].name if planned.adapters else planned.names[0]
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False)
+    return [
         f"metrics  {url}/metrics (icarus:* beside vllm:*)",
-        'ready    when "startup complete" appears below; the first start compiles for a minute or two',
-        f"ask      curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"ready    when `{curl} {url}/health` succeeds; the first start compiles for a minute or two",
+        f"ask      {asked} {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
     ]
-    return "\n".join(lines)
 
 
 def _start_vllm(words: list[str]) -> None:
