@@ -39,7 +39,7 @@ def test_a_folder_and_a_hub_id_resolve_to_themselves(base: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("nowhere", "'nowhere': no such folder.*smollm2-135m-instruct"),
+        ("nowhere", "'nowhere' is neither a folder nor a hub id; try 'smollm2-135m-instruct'"),
         ("./nowhere", "'./nowhere'"),
         ("/nowhere/at/all", "'/nowhere/at/all'"),
         ("a/b/c", "'a/b/c'"),
