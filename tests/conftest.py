@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from reference import Shape
 
-pytest_plugins = ["engines", "pytester", "strict_skips"]
+pytest_plugins = ["engines", "home", "pytester", "strict_skips"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -1,4 +1,7 @@
-"""Downloads: repositories of the Hugging Face Hub, and wheels of PyPI. No other file of the project downloads."""
+"""Downloads: repositories of the Hugging Face Hub, and wheels of PyPI. No other file of the project downloads.
+
+(What is given to Transformers, Datasets or vLLM by its hub id, they download themselves.)
+"""
 
 from __future__ import annotations
 
