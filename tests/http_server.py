@@ -67,6 +67,8 @@ class Server:
         raise AssertionError(self.log.read_text()[-5000:])
 
     def stop(self) -> int:
+        for client in (self.http, self.openai):
+            client.close()
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(60)
 

@@ -177,6 +177,25 @@ def folder_of_weights(directory: Path) -> None:
     (directory / "adapter_model.safetensors").mkdir()
 
 
+def huge_rank(directory: Path) -> None:
+    """Sparse files, of more than fits into memory."""
+    rank, names = 2**34, [f"{O_PROJ}.lora_{half}.weight" for half in "AB"]
+    shapes, size = ([rank, 32], [32, rank]), rank * 32 * 4
+    header = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [number * size, (number + 1) * size]}
+        for number, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    }
+    text = json.dumps(header).encode()
+    with (directory / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 2 * size)
+    setting(r=rank, target_modules=["layers.0.self_attn.o_proj"])(directory)
+
+
+def two_lines(found: dict[str, Tensor]) -> None:
+    found["x\nicarus: all is well"] = torch.ones(2)
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "directory": (lambda d: d.rename(d.parent / "moved"), "no such directory"),
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json is missing"),
@@ -254,9 +273,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "rank of one": (tensors(rank_of_o_proj), "o_proj has rank 3 and the config says 4"),
     "nan": (tensors(poison(float("nan"))), r"o_proj.lora_A.weight holds NaN"),
     "inf": (tensors(poison(float("-inf"))), r"o_proj.lora_A.weight holds NaN or inf"),
+    "rank above all dimensions": (huge_rank, "which is more than it has inputs or outputs"),
+    "name of two lines": (tensors(two_lines), r"'x\\nicarus: all is well' is not a LoRA weight"),
+    "name too long": (tensors(lambda t: t.update({"x" * 10_000: torch.ones(2)})), r"x \.\.\. is not a LoRA weight"),
     "integers": (
         tensors(lambda t: t.update({f"{O_PROJ}.lora_A.weight": torch.zeros(4, 32, dtype=torch.int8)})),
-        "torch.int8 and not floating",
+        "I8 and not floating",
     ),
 }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from home import BASE, Capture, sentence
 from icarus import adapter, cli
@@ -74,3 +76,14 @@ def test_verify_says_why_a_conventional_adapter_cannot_be_served(tmp_path: Path,
     assert kind.endswith("a conventional adapter, which cannot be served either:")
     assert [word in problem for word, problem in zip(("use_dora", "lora_alpha"), problems, strict=True)] == [True] * 2
     assert json.loads(report)["served"] is False
+
+
+def test_verify_prints_some_of_very_many_reasons(tmp_path: Path, capsys: Capture) -> None:
+    odd = {f"odd.{number}": torch.ones(1) for number in range(100)}
+    save_file(odd, save_adapter(tmp_path / "odd") / "adapter_model.safetensors")
+    assert cli.main(["verify", str(tmp_path / "odd"), "--json", str(tmp_path / "report.json")]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 21
+    assert "80 more" in out
+    assert "for the 100 reasons above" in sentence(err)
+    assert len(json.loads((tmp_path / "report.json").read_text())["problems"]) == 100

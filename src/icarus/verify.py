@@ -6,6 +6,7 @@ A conventional adapter may not, and may well be served: it says so.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{directory}: {problems[0]}")
             report |= _served(directory, base)
         else:
-            print(*(f"{directory}: {problem}" for problem in problems), sep="\n")
+            _print(directory, problems)
         count = 1 if plain else len(problems)
         above = "for the reason above" if count == 1 else f"for the {count} reasons above"
         raise CheckFailed(f"{directory} must not share a KV cache, {above}.", report)
@@ -52,6 +53,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {**report, "rank": info.rank, "targets": list(info.targets), "base_fingerprint": info.base_fingerprint}
 
 
+_SHOWN = 20  # of the reasons; the report has all
+
+
+def _print(directory: str, problems: Sequence[str]) -> None:
+    for problem in problems[:_SHOWN]:
+        print(f"{directory}: {problem}")
+    if len(problems) > _SHOWN:
+        print(f"{directory}: {len(problems) - _SHOWN} more; --json writes all of them")
+
+
 _PATTERNS = "has {}, which vLLM serves from 0.32.0 on"
 _UNCHECKED = "not checked against its base model; give --base to do so"
 
@@ -61,7 +72,7 @@ def _served(directory: str, base: Path | None) -> dict[str, Any]:
     problems = adapter.conventional_problems(directory, base)
     if problems:
         print(f"{directory}: a conventional adapter, which cannot be served either:")
-        print(*(f"{directory}: {problem}" for problem in problems), sep="\n")
+        _print(directory, problems)
         return {"kind": "conventional", "served": False, "serving_problems": problems}
     info = adapter.verify_conventional(directory, base)
     size = f"rank {info.rank} on {', '.join(info.targets)}, {info.bytes / 1e6:.1f} MB"

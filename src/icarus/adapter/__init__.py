@@ -1,6 +1,7 @@
 """The adapters of specialists: PEFT directories that may share a KV cache, on disk and on a loaded model.
 
     files          the files of a directory, and reading them
+    stored         tensors in files, read when they are asked for
     settings       what a config says, of either kind of adapter
     weights        the tensors of either kind, beside their config and the base model
     checks         may the adapter in a directory share a cache?

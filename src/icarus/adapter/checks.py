@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from icarus.adapter import settings, weights
-from icarus.adapter.files import MARKER_VERSION, Config, StrPath, read_config, read_tensors
+from icarus.adapter.files import MARKER_VERSION, Config, StrPath, read_config, stored_tensors
 from icarus.adapter.fingerprints import fingerprint
-from icarus.adapter.settings import short
+from icarus.adapter.settings import short, shown
 from icarus.errors import AdapterError
 
 Base = nn.Module | StrPath | None  # loaded, its safetensors folder, or nothing to compare with
@@ -73,7 +73,7 @@ def verify(directory: StrPath, base: Base = None, *, base_fingerprint: str | Non
         targets=tuple(sorted({pair.module.rpartition(".")[2] for pair in weights.pairs(tensors)})),
         base_fingerprint=config["icarus"]["base_fingerprint"],
         tensors=len(tensors),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        bytes=sum(tensor.bytes for tensor in tensors.values()),
         patterns=tuple(settings.patterns_in(config)),
     )
 
@@ -96,29 +96,41 @@ def problems(directory: StrPath, base: Base = None, *, base_fingerprint: str | N
     return _inspect(Path(directory), base, base_fingerprint)[0]
 
 
-def _inspect(directory: Path, base: Base, mark: str | None) -> tuple[list[str], Config, dict[str, Tensor]]:
+def _inspect(directory: Path, base: Base, mark: str | None) -> tuple[list[str], Config, weights.Tensors]:
     try:
         config = read_config(directory)
     except AdapterError as error:
         return [str(error)], {}, {}
-    malformed = settings.malformed(config) or _no_targets(config)
-    refusals = _marker_problems(config) + (malformed or setting_problems(config) + _target_problems(config))
+    refusals = _marker_problems(config)
     try:
-        tensors = read_tensors(directory)
+        refusals += (malformed := settings.malformed(config) or _no_targets(config)) or _config_problems(config)
+        tensors = stored_tensors(directory)
+        refusals += weights.name_problems(tensors)
+        if not malformed:  # else there is nothing to compare the tensors with
+            refusals += _tensor_problems(config, tensors, base, mark)
     except AdapterError as error:
         return [*refusals, str(error)], config, {}
-    refusals += weights.value_problems(tensors)
-    if malformed:  # nothing to compare the tensors with
-        return refusals, config, tensors
+    except TimeoutError:
+        return [*refusals, settings.SLOW], config, {}
+    return refusals, config, tensors
+
+
+def _config_problems(config: Config) -> list[str]:
+    return setting_problems(config) + _target_problems(config)
+
+
+def _tensor_problems(config: Config, tensors: weights.Tensors, base: Base, mark: str | None) -> list[str]:
     pairs = weights.pairs(tensors)
-    refusals += filter(None, (_pair_problem(pair, config) for pair in pairs))
     if mark is None and base is not None:
         mark = fingerprint(base)
-    if mark is not None:
-        refusals += _fingerprint_problems(config, mark)
-    if base is not None:
-        refusals += _layout_problems(config, pairs, base)
-    return refusals, config, tensors
+    return [
+        *(_fingerprint_problems(config, mark) if mark is not None else []),
+        *weights.compared(
+            pairs,
+            lambda pair: _pair_problem(pair, config),
+            lambda: [] if base is None else _layout_problems(config, pairs, base),
+        ),
+    ]
 
 
 def _marker_problems(config: Config) -> list[str]:
@@ -180,14 +192,14 @@ def _target_problems(config: Config) -> list[str]:
     elif targets.lower() == settings.ALL_LINEAR or any(settings.targeted(config, probe) for probe in _KV_PROBES):
         kv = [targets]
     remedy = "retrain without it, or serve the adapter as a conventional one"
-    return [f"target_modules has {', '.join(kv)}, which feeds K or V; {remedy}"] if kv else []
+    return [f"target_modules has {shown(', '.join(kv))}, which feeds K or V; {remedy}"] if kv else []
 
 
 def _pair_problem(pair: weights.Pair, config: Config) -> str:
     if feeds_kv(pair.module):
-        return f"it has weights for {pair.module}, which feeds K or V; retrain it, or serve it as conventional"
+        return f"it has weights for {shown(pair.module)}, which feeds K or V; retrain it, or serve it as conventional"
     if not settings.targeted(config, pair.module):
-        return f"it has weights for {pair.module}, which target_modules does not name; save the adapter again"
+        return f"it has weights for {shown(pair.module)}, which target_modules does not name; save the adapter again"
     return weights.pair_problem(pair, settings.rank_of(config, pair.module))
 
 
@@ -195,7 +207,8 @@ def _fingerprint_problems(config: Config, actual: str) -> list[str]:
     trained = str(_marker(config).get("base_fingerprint", actual))  # a marker without it is refused as such
     if trained == actual:
         return []
-    told = f"({config.get('base_model_name_or_path')}, fingerprint {trained[:12]}) than this one ({actual[:12]})"
+    name = shown(str(config.get("base_model_name_or_path")))
+    told = f"({name}, fingerprint {trained[:12]}) than this one ({actual[:12]})"
     return [f"it was trained on another base model {told}; load that one, or retrain on this"]
 
 

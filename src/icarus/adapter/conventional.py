@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icarus.adapter import settings, weights
-from icarus.adapter.files import Config, StrPath, read_config, read_served_tensors
+from icarus.adapter.files import Config, StrPath, read_config, served_tensors
 from icarus.adapter.projections import Shapes
-from icarus.adapter.settings import short
+from icarus.adapter.settings import short, shown
 from icarus.errors import AdapterError
 
 HEADS = {"classifier", "score"}
@@ -50,15 +50,15 @@ def verify_conventional(directory: StrPath, base: StrPath | None = None, *, head
 
     Raises AdapterError with the first refusal and the number of further ones.
     """
-    found, config, tensors = _inspect(Path(directory), base, heads)
-    if found:
-        more = f" ({len(found) - 1} more problems; see `icarus verify`)" if len(found) > 1 else ""
-        raise AdapterError(f"{directory}: {found[0]}.{more}")
+    refusals, config, tensors = _inspect(Path(directory), base, heads)
+    if refusals:
+        more = f" ({len(refusals) - 1} more problems; see `icarus verify`)" if len(refusals) > 1 else ""
+        raise AdapterError(f"{directory}: {refusals[0]}.{more}")
     return ConventionalInfo(
         directory=Path(directory),
         rank=settings.highest_rank(config),
         targets=tuple(sorted({pair.module.rpartition(".")[2] for pair in weights.pairs(tensors, _NAME)})),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        bytes=sum(tensor.bytes for tensor in tensors.values()),
         patterns=tuple(settings.patterns_in(config)),
     )
 
@@ -79,25 +79,27 @@ def _inspect(directory: Path, base: StrPath | None, heads: bool) -> tuple[list[s
         config = read_config(directory)
     except AdapterError as error:
         return [str(error)], {}, {}
-    malformed = settings.malformed(config) or _no_targets(config)
-    found = malformed or _setting_problems(config, heads)
+    refusals: list[str] = []
     try:
-        tensors = read_served_tensors(directory)
+        malformed = settings.malformed(config) or _no_targets(config)
+        refusals += malformed or _setting_problems(config, heads)
+        tensors = _applied(served_tensors(directory), heads)
+        if tensors or not heads:
+            refusals += weights.name_problems(tensors, _NAME)
+        if not malformed:  # else there is nothing to compare the tensors with
+            config["target_modules"] = config["target_modules"] or []
+            refusals += _tensor_problems(config, tensors, base)
     except AdapterError as error:
-        return [*found, str(error)], config, {}
-    used = {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)}
-    if heads:
-        used = {name: tensor for name, tensor in used.items() if not _HEAD.fullmatch(name)}
-    if used or not heads:
-        found += weights.value_problems(used, _NAME)
-    if malformed:
-        return found, config, used
-    config["target_modules"] = config["target_modules"] or []
-    pairs = weights.pairs(used, _NAME)
-    found += filter(None, (_pair_problem(pair, config) for pair in pairs))
-    if base is not None:
-        found += _layout_problems(config, [pair for pair in pairs if not _EXPERTS.fullmatch(pair.module)], base)
-    return found, config, used
+        return [*refusals, str(error)], config, {}
+    except TimeoutError:
+        return [*refusals, settings.SLOW], config, {}
+    return refusals, config, tensors
+
+
+def _applied(tensors: weights.Tensors, heads: bool) -> weights.Tensors:
+    """Those that vLLM makes LoRA of."""
+    skipped = [_IGNORED, _HEAD] if heads else [_IGNORED]
+    return {name: tensor for name, tensor in tensors.items() if not any(skip.fullmatch(name) for skip in skipped)}
 
 
 # ---------------------------------------------------------------------------------------------- the config
@@ -111,22 +113,32 @@ def _no_targets(config: Config) -> list[str]:
 
 
 def _setting_problems(config: Config, heads: bool) -> list[str]:
-    found = []
+    refusals = []
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        found.append(f"peft_type is {short(kind)}, and vLLM serves LoRA; retrain with 'LORA'")
+        refusals.append(f"peft_type is {short(kind)}, and vLLM serves LoRA; retrain with 'LORA'")
     saved = config.get("modules_to_save") or []
     if saved and not (heads and isinstance(saved, list) and set(map(str, saved)) <= HEADS):
-        found.append(f"modules_to_save is {short(saved)}, and vLLM serves LoRA weights alone; retrain without it")
-    found += settings.variant_problems(config) + settings.init_problems(config, {_LORA_GA})
+        refusals.append(f"modules_to_save is {short(saved)}, and vLLM serves LoRA weights alone; retrain without it")
+    refusals += settings.variant_problems(config) + settings.init_problems(config, {_LORA_GA})
     for alpha in settings.alphas(config):
         if not settings.is_number(alpha):
-            found.append(f"lora_alpha is {short(alpha)}; set it to a finite number")
+            refusals.append(f"lora_alpha is {short(alpha)}; set it to a finite number")
     unset = [flag for flag in ("use_rslora", "fan_in_fan_out") if config.get(flag) is not None]
-    return found + settings.flag_problems(config, unset)
+    return refusals + settings.flag_problems(config, unset)
 
 
 # ---------------------------------------------------------------------------------------------- the tensors
+
+
+def _tensor_problems(config: Config, tensors: weights.Tensors, base: StrPath | None) -> list[str]:
+    pairs = weights.pairs(tensors, _NAME)
+    single = [pair for pair in pairs if not _EXPERTS.fullmatch(pair.module)]
+    return weights.compared(
+        pairs,
+        lambda pair: _pair_problem(pair, config),
+        lambda: [] if base is None else _layout_problems(config, single, base),
+    )
 
 
 def _pair_problem(pair: weights.Pair, config: Config) -> str:
@@ -134,7 +146,7 @@ def _pair_problem(pair: weights.Pair, config: Config) -> str:
         return ""
     leaf = pair.module.rpartition(".")[2]
     if leaf in _EMBEDDINGS and not pair.embedding:
-        return f"{pair.module} is an embedding, whose weights are lora_embedding_A and _B; save the adapter again"
+        return f"{shown(pair.module)} is an embedding, whose weights are lora_embedding_A and _B; save it again"
     return weights.pair_problem(pair, settings.rank_of(config, pair.module))
 
 
@@ -152,16 +164,16 @@ def _layout_problems(config: Config, pairs: list[weights.Pair], base: StrPath) -
         return []
     if _COMPOSITE & kind.keys():
         return [weights.misfit(pair, seen[-1]) for pair in misfits if pair.module in seen[-1]]
-    found = [weights.misfit(pair, seen[-1]) for pair in misfits]
+    problems = [weights.misfit(pair, seen[-1]) for pair in misfits]
     if _understood(config, {module for shapes in seen for module in shapes}):
-        found += [*_strays(config, pairs), *(absent if known else [])]
-    return found
+        problems += [*_strays(config, pairs), *(absent if known else [])]
+    return problems
 
 
 def _strays(config: Config, pairs: list[weights.Pair]) -> list[str]:
     parameters = config.get("target_parameters") or []
     strays = [
-        pair.module
+        shown(pair.module)
         for pair in pairs
         if not settings.targeted(config, pair.module) and not settings.matches(parameters, f"{pair.module}.weight")
     ]

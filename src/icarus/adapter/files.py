@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from icarus.adapter import stored
+from icarus.adapter.stored import Stored
 from icarus.errors import AdapterError, first_line
 
 MARKER_VERSION = 1
@@ -77,28 +79,49 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     Raises:
         AdapterError: they are missing, damaged, or there as a pickle alone.
     """
+    try:
+        tensors: dict[str, Tensor] = load_file(_weights_file(directory))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(error) from None
+    return tensors
+
+
+def _weights_file(directory: Path) -> Path:
+    """A regular file: a pipe or a device would be read for ever."""
     if not os.path.isfile(directory / WEIGHTS_NAME):
         if os.path.isfile(directory / PICKLE_NAME):
             raise AdapterError(f"only {PICKLE_NAME} is there, a pickle that could run code; save it as {WEIGHTS_NAME}")
         raise AdapterError(f"{WEIGHTS_NAME} is missing; copy or save the adapter again")
+    return directory / WEIGHTS_NAME
+
+
+def _damaged(error: Exception) -> AdapterError:
+    why = first_line(error)
+    return AdapterError(f"{WEIGHTS_NAME} is truncated or not a safetensors file ({why}); copy or save it again")
+
+
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """The tensors of an adapter directory, without their values.
+
+    Raises:
+        AdapterError: they are missing, damaged, or there as a pickle alone.
+    """
+    file = _weights_file(directory)
     try:
-        tensors: dict[str, Tensor] = load_file(directory / WEIGHTS_NAME)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{WEIGHTS_NAME} is truncated or not a safetensors file ({error}); copy or save it again"
-        ) from None
-    return tensors
+        return stored.of_file(file)
+    except (OSError, ValueError) as error:
+        raise _damaged(error) from None
 
 
-def read_served_tensors(directory: Path) -> dict[str, Tensor]:
-    """What vLLM reads of a conventional adapter: pickles as well, without what could run code.
+def served_tensors(directory: Path) -> dict[str, Stored]:
+    """The same of what vLLM reads of a conventional adapter: pickles as well, without what could run code.
 
     Raises:
         AdapterError: they are missing or damaged, or a pickle holds more than tensors.
     """
     pickle = next((directory / name for name in PICKLE_NAMES if os.path.isfile(directory / name)), None)
     if pickle is None or os.path.isfile(directory / WEIGHTS_NAME):
-        return read_tensors(directory)
+        return stored_tensors(directory)
     try:
         tensors: dict[str, Tensor] = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
@@ -107,4 +130,4 @@ def read_served_tensors(directory: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise AdapterError(f"{pickle.name} holds something else than tensors by name; save it as {WEIGHTS_NAME}")
-    return tensors
+    return {str(name): stored.of_tensor(tensor, str(name)) for name, tensor in tensors.items()}

@@ -21,9 +21,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icarus.adapter import stored
 from icarus.adapter.files import StrPath
+from icarus.adapter.stored import Ranges, Stored
 from icarus.errors import InputError
 
 FULL_HASH_LIMIT = 512 * 1024**2
@@ -41,7 +42,6 @@ SAMPLE_RUNS, SAMPLE_RUN = 64, 1024
 """Sample of a tensor: evenly spaced runs of consecutive elements, 65,536 in all. Runs and not single elements, because
 those would touch every page of the file and so read all of it."""
 
-_CHUNK = 4 * 1024**2  # elements converted and hashed at once, to bound memory
 _DOMAIN = b"icarus-base-1"
 _HEADS = {"lm_head", "embed_out"}
 # Buffers that old checkpoints store and Transformers ignores on loading.
@@ -49,25 +49,6 @@ _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attenti
 # In the names of a model with PEFT's LoRA: what wraps base weights, and what is beside them.
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-Ranges = Iterable[tuple[int, int]]  # [start, stop) of elements in row-major order
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One tensor, in memory or in a file; ``read`` gives the elements of each range, on any device."""
-
-    shape: tuple[int, ...]
-    size: int  # elements, or bytes where the type is not a floating one
-    read: Callable[[Ranges], Iterator[Tensor]]
 
 
 def fingerprint(source: nn.Module | StrPath) -> str:
@@ -133,38 +114,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _stored(files: Iterable[Path]) -> dict[str, _Weight]:
-    """The tensors of files, by their headers (safetensors: 8 bytes of length, JSON, data)."""
-    weights: dict[str, _Weight] = {}
+def _stored(files: Iterable[Path]) -> dict[str, Stored]:
+    """The tensors of files, by their headers."""
+    weights: dict[str, Stored] = {}
     for file in files:
         try:
-            with file.open("rb") as handle:
-                length, size = int.from_bytes(handle.read(8), "little"), file.stat().st_size
-                if length > size - 8:
-                    raise ValueError("the header is longer than the file")
-                header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            if any(8 + length + entry["data_offsets"][1] > size for entry in header.values()):
-                raise ValueError("the file ends before its last tensor")
-            weights |= {name: _stored_weight(file, 8 + length, **entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            weights |= stored.of_file(file)
+        except ValueError as error:
             raise InputError(
                 f"{file} is not a complete safetensors file ({error}); fetch the base model again."
             ) from error
     return weights
-
-
-def _stored_weight(file: Path, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> _Weight:
-    kind = _DTYPES.get(dtype, torch.uint8)  # bytes of integers are compared as they are
-    width, (first, end) = kind.itemsize, data_offsets
-
-    def read(ranges: Ranges) -> Iterator[Tensor]:
-        with file.open("rb", buffering=0) as handle:
-            for start, stop in ranges:
-                handle.seek(begin + first + start * width)
-                yield torch.frombuffer(bytearray(handle.read((stop - start) * width)), dtype=kind)
-
-    return _Weight(tuple(shape), (end - first) // width, read)
 
 
 # ---------------------------------------------------------------------------------------------- a loaded model
@@ -172,12 +132,12 @@ def _stored_weight(file: Path, begin: int, dtype: str, shape: list[int], data_of
 
 def _of_model(base: nn.Module) -> str:
     state = _base_state(base)
-    full = _in_full({name: _loaded_weight(tensor) for name, tensor in state.items()})
+    full = _in_full({name: stored.of_tensor(tensor) for name, tensor in state.items()})
     digests: dict[str, bytes] = {}
     # Layer by layer, because undoing a conversion may copy what it touches.
     for _, names in groupby(sorted(state, key=_layer), key=_layer):
         part = _as_in_checkpoint(base, {name: state[name] for name in names})
-        digests |= _digests({name: _loaded_weight(tensor) for name, tensor in part.items() if _counts(name)}, full)
+        digests |= _digests({name: stored.of_tensor(tensor) for name, tensor in part.items() if _counts(name)}, full)
     return _combine(digests)
 
 
@@ -214,15 +174,6 @@ def _layer(name: str) -> str:
     return match.group() if match else name.split(".")[0]
 
 
-def _loaded_weight(tensor: Tensor) -> _Weight:
-    def read(ranges: Ranges) -> Iterator[Tensor]:
-        flat = tensor.contiguous().view(-1)
-        flat = flat if flat.is_floating_point() else flat.view(torch.uint8)
-        return (flat[start:stop] for start, stop in ranges)
-
-    return _Weight(tuple(tensor.shape), tensor.numel() if tensor.is_floating_point() else tensor.nbytes, read)
-
-
 # ---------------------------------------------------------------------------------------------- hashing
 
 
@@ -234,18 +185,18 @@ def _of_head(name: str) -> bool:
     return not _HEADS.isdisjoint(name.split("."))
 
 
-def _in_full(weights: dict[str, _Weight]) -> bool:
+def _in_full(weights: dict[str, Stored]) -> bool:
     """Whether every element is hashed. The head does not count, as a tied one may be stored or not."""
     return sum(weight.size for name, weight in weights.items() if not _of_head(name)) <= FULL_HASH_LIMIT
 
 
-def _digests(weights: dict[str, _Weight], full: bool) -> dict[str, bytes]:
+def _digests(weights: dict[str, Stored], full: bool) -> dict[str, bytes]:
     """In threads, because hashing, reading and converting all release the interpreter's lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(weights, pool.map(lambda weight: _digest(weight, full), weights.values()), strict=True))
 
 
-def _digest(weight: _Weight, full: bool) -> bytes:
+def _digest(weight: Stored, full: bool) -> bytes:
     state = hashlib.sha256(repr(weight.shape).encode())
     for values in weight.read(_ranges(weight.size, full)):
         rounded = values.to(torch.bfloat16) if values.is_floating_point() else values
@@ -256,7 +207,7 @@ def _digest(weight: _Weight, full: bool) -> bytes:
 def _ranges(size: int, full: bool) -> Ranges:
     """What is hashed of a tensor of this size."""
     if full or size <= SAMPLE_RUNS * SAMPLE_RUN:
-        return ((start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK))
+        return stored.pieces(size)
     starts = (run * (size - SAMPLE_RUN) // (SAMPLE_RUNS - 1) for run in range(SAMPLE_RUNS))
     return ((start, start + SAMPLE_RUN) for start in starts)
 

@@ -5,10 +5,11 @@ A setting is refused where PEFT, two streams or vLLM would do something else tha
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeGuard
+
+import regex  # whose matches have a time limit; vLLM matches with it, too
 
 from icarus.adapter.files import Config
 
@@ -27,6 +28,11 @@ VARIANTS = (
 # vLLM knows which initialisations leave the base weights alone (_init_is_supported in vllm/lora/peft_helper.py).
 _HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
+SLOW = "a regular expression of the config takes too long to match; name the modules instead"
+"""What to say of a TimeoutError of the functions here."""
+
+_MATCH_S = 1.0  # for a name of a module, which takes microseconds
+
 
 def malformed(config: Config) -> list[str]:
     """Fields that the other checks compute with and cannot; at most one is named."""
@@ -35,7 +41,7 @@ def malformed(config: Config) -> list[str]:
         return [f"r is {short(rank)} and must be a positive integer; save the adapter again"]
     try:
         targeted({**config, "target_modules": config.get("target_modules") or []}, "any.0.module")
-    except (TypeError, re.error) as error:
+    except (TypeError, regex.error) as error:
         return [f"a target field holds neither names nor a valid regular expression ({error}); save the adapter again"]
     return _malformed_patterns(config)
 
@@ -47,11 +53,15 @@ def _malformed_patterns(config: Config) -> list[str]:
             return [f"{field} is {short(pattern)} and no object of module names; save the adapter again"]
         for key, value in pattern.items():
             if not (_is_rank(value) if field == "rank_pattern" else is_number(value)):
-                return [f"{field} has {short(value)} for {key}, which is no {field[:-8]}; save the adapter again"]
+                return [
+                    f"{field} has {short(value)} for {shown(key)}, which is no {field[:-8]}; save the adapter again"
+                ]
             try:
                 _named_by(key, "module")
-            except re.error as error:
-                return [f"{field} has {key}, which is no valid regular expression ({error}); save the adapter again"]
+            except regex.error as error:
+                return [
+                    f"{field} has {shown(key)}, which is no valid regular expression ({error}); save the adapter again"
+                ]
     return []
 
 
@@ -75,12 +85,19 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
+def shown(name: str) -> str:
+    """A name as part of a sentence, whatever somebody wrote into a file."""
+    return name if name.isprintable() and len(name) <= 200 else short(name)
+
+
 def variant_problems(config: Config) -> list[str]:
     """Settings of both kinds of adapter that ask for more than plain LoRA."""
-    found = [f"{field} is set, which is not plain LoRA; retrain without it" for field in VARIANTS if config.get(field)]
+    refusals = [
+        f"{field} is set, which is not plain LoRA; retrain without it" for field in VARIANTS if config.get(field)
+    ]
     if (bias := config.get("bias", "none")) != "none":
-        found.append(f"bias is {short(bias)}, and a LoRA without biases needs 'none'; retrain with it")
-    return found
+        refusals.append(f"bias is {short(bias)}, and a LoRA without biases needs 'none'; retrain with it")
+    return refusals
 
 
 def init_problems(config: Config, harmless: Iterable[str] = ()) -> list[str]:
@@ -101,14 +118,20 @@ def flag_problems(config: Config, flags: Iterable[str]) -> list[str]:
 
 
 def targeted(config: Config, module: str) -> bool:
-    """Whether the config's targets name this module, by PEFT's rules (``peft.tuners.tuners_utils``)."""
+    """Whether the config's targets name this module, by PEFT's rules (``peft.tuners.tuners_utils``).
+
+    Raises:
+        TimeoutError: a regular expression backtracks without an end.
+    """
     targets, layers = config["target_modules"], config.get("layers_to_transform")
     named = matches(targets, module)
     if not isinstance(targets, str) and module not in targets and layers not in (None, []):
         patterns = config.get("layers_pattern") or [r"[^.]*"]
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns]
-        index = next((int(match.group(1)) for match in found if match), None)
+        indices = [
+            regex.match(rf"(?:^|.*?\.){pattern}\.(\d{{1,9}})\.", module, timeout=_MATCH_S) for pattern in patterns
+        ]
+        index = next((int(match[1]) for match in indices if match), None)
         named &= index in ([layers] if isinstance(layers, int) else layers)
     excluded = matches(config.get("exclude_modules") or [], module)
     return named and not excluded
@@ -117,7 +140,7 @@ def targeted(config: Config, module: str) -> bool:
 def matches(names: str | Iterable[str], module: str) -> bool:
     """A regular expression for the whole path, or the ends of paths."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return regex.fullmatch(names, module, timeout=_MATCH_S) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -140,7 +163,7 @@ def highest_rank(config: Config) -> int:
 
 def _named_by(key: str, module: str) -> bool:
     """PEFT's get_pattern_key, and vLLM's."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
+    return regex.match(rf"(.*\.)?({key})$", module, timeout=_MATCH_S) is not None
 
 
 def patterns_in(config: Config) -> list[str]:

@@ -1,8 +1,9 @@
 """The tensors of a LoRA adapter, of either kind, compared with its config and with the base model.
 
-    values    each tensor has the name of half a pair, and holds finite floating point numbers
+    names     each tensor has the name of half a pair
     pairs     both halves are there, fit together, and have the rank that the config says
     layout    each module is in the base model and has its shape there; none that is targeted is left out
+    values    they are finite floating point numbers; read last, and of tensors alone that nothing speaks against
 
 No text here ends in a full stop: it is "reason; remedy".
 """
@@ -10,16 +11,18 @@ No text here ends in a full stop: it is "reason; remedy".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from icarus.adapter import projections, settings
 from icarus.adapter.files import WEIGHTS_NAME, Config, StrPath
+from icarus.adapter.settings import shown
+from icarus.adapter.stored import Stored
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Stored]
 
 PROJECTION = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 """Name of a tensor of an ICaRus adapter."""
@@ -32,8 +35,8 @@ class Pair:
     """What an adapter has for one module."""
 
     module: str
-    a: Tensor | None  # (rank, inputs)
-    b: Tensor | None  # (outputs, rank)
+    a: Stored | None  # (rank, inputs)
+    b: Stored | None  # (outputs, rank)
     embedding: bool = False  # inputs are tokens, and the module's own weight is (inputs, outputs)
 
     @property
@@ -47,39 +50,62 @@ class Pair:
 
 def pairs(tensors: Tensors, names: re.Pattern[str] = PROJECTION) -> list[Pair]:
     """In the order of the file; ``names`` has groups ``module``, ``half`` and perhaps ``embedding``."""
-    halves: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    halves: dict[tuple[str, bool], dict[str, Stored]] = {}
     for name, tensor in tensors.items():
         if match := names.fullmatch(name):
             key = match["module"], bool(match.groupdict().get("embedding"))
             halves.setdefault(key, {})[match["half"]] = tensor
-    return [Pair(module, found.get("A"), found.get("B"), embedding) for (module, embedding), found in halves.items()]
+    return [Pair(module, half.get("A"), half.get("B"), embedding) for (module, embedding), half in halves.items()]
 
 
-def value_problems(tensors: Tensors, names: re.Pattern[str] = PROJECTION) -> list[str]:
-    """Tensors of foreign names, and values that no model can compute with."""
+def name_problems(tensors: Tensors, names: re.Pattern[str] = PROJECTION) -> list[str]:
+    """Tensors that are none of a LoRA."""
     if not tensors:
         return [f"{WEIGHTS_NAME} holds no tensors; save the adapter again"]
-    found = []
-    for name, tensor in tensors.items():
-        if not names.fullmatch(name):
-            found.append(f"{name} is not a LoRA weight (lora_A or lora_B of a projection); retrain without it")
-        elif not tensor.is_floating_point():
-            found.append(f"{name} holds {tensor.dtype} and not floating point numbers; save the adapter again")
-        elif not torch.isfinite(tensor.float()).all():
-            found.append(f"{name} holds NaN or infinity, so training diverged; retrain with a lower learning rate")
-    return found
+    foreign = [name for name in tensors if not names.fullmatch(name)]
+    return [
+        f"{shown(name)} is not a LoRA weight (lora_A or lora_B of a projection); retrain without it" for name in foreign
+    ]
+
+
+def value_problem(tensor: Stored) -> str:
+    """Why no model can compute with the values; empty where it can. Reads them."""
+    name = shown(tensor.name)
+    if not tensor.floating:
+        return f"{name} holds {tensor.dtype} and not floating point numbers; save the adapter again"
+    try:
+        finite = all(bool(torch.isfinite(piece.float()).all()) for piece in tensor.pieces())
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"{name} cannot be read ({error}); copy or save the adapter again"
+    if not finite:
+        return f"{name} holds NaN or infinity, so training diverged; retrain with a lower learning rate"
+    return ""
 
 
 def pair_problem(pair: Pair, rank: int) -> str:
     """Why a pair is none, or not of this rank; empty for a sound one."""
-    module, a, b = pair.module, pair.a, pair.b
+    module, a, b = shown(pair.module), pair.a, pair.b
     if a is None or b is None:
         return f"lora_{'A' if a is None else 'B'} of {module} is missing; copy or save the adapter again"
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         return f"the shapes {[*a.shape]} and {[*b.shape]} of {module} do not fit together; save it again"
     if a.shape[0] != rank:
         return f"{module} has rank {a.shape[0]} and the config says {rank}; save the adapter again"
+    if rank > max(a.shape[1], b.shape[0]):
+        return f"{module} has rank {rank}, which is more than it has inputs or outputs; save the adapter again"
     return ""
+
+
+def compared(
+    pairs: Iterable[Pair], pair_problem: Callable[[Pair], str], layout_problems: Callable[[], list[str]]
+) -> list[str]:
+    """Problems of pairs and layout, and then those of the values that it still makes sense to read."""
+    judged = [(pair, pair_problem(pair)) for pair in pairs]
+    refusals = [problem for _, problem in judged if problem]
+    if layout := layout_problems():
+        return refusals + layout
+    halves = (half for pair, problem in judged if not problem for half in (pair.a, pair.b) if half)
+    return refusals + [problem for half in halves if (problem := value_problem(half))]
 
 
 # ---------------------------------------------------------------------------------------------- layout
@@ -106,9 +132,9 @@ def misfit(pair: Pair, shapes: projections.Shapes) -> str:
     """Why a pair belongs to no module of the base model, or cannot; empty where it does."""
     wanted, has = shapes.get(pair.module), pair.shape
     if wanted is None:
-        return f"it has weights for {pair.module}, which the base model lacks; {_OTHER_BASE}"
+        return f"it has weights for {shown(pair.module)}, which the base model lacks; {_OTHER_BASE}"
     if has is not None and has != wanted:
-        return f"{pair.module} is {has} here and {wanted} in the base model; {_OTHER_BASE}"
+        return f"{shown(pair.module)} is {has} here and {wanted} in the base model; {_OTHER_BASE}"
     return ""
 
 

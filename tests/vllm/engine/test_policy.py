@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from conftest import tiny
 from icarus import adapter
+from icarus.adapter import fingerprints
 from icarus.errors import AdapterError, InputError
 from icarus.vllm import abilities
 from icarus.vllm.engine import policy
@@ -43,7 +43,7 @@ def test_a_verified_adapter_shares(base: Path, shared: Path) -> None:
 def test_a_conventional_adapter_does_not_and_no_fingerprint_is_computed(
     base: Path, conventional: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "frombuffer", None)  # what reading weights of the base model needs
+    monkeypatch.setattr(fingerprints, "_digests", None)
     verdict = Policy(lambda: base, refusal="MLA").decide(1, str(conventional))
     assert not verdict.shares
     assert verdict.rank == 2
@@ -165,7 +165,7 @@ def test_the_fingerprint_of_the_base_is_computed_once(
 ) -> None:
     judge = Policy(lambda: base)
     judge.decide(1, str(shared))
-    monkeypatch.setattr(torch, "frombuffer", None)  # what reading weights needs
+    monkeypatch.setattr(fingerprints, "_digests", None)
     judge.decide(2, str(shutil.copytree(shared, tmp_path / "again")))
 
 

@@ -133,3 +133,14 @@ def test_a_folder_is_only_looked_for_when_it_is_copied(copies: Copies, tmp_path:
     read(copies, 1, folder)
     with copies.reading(1, 1, "", lambda: pytest.fail("it was looked for")):
         pass
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path, name: str) -> None:
+    folder = adapter(tmp_path / "a", "old")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(AdapterError, match="no regular file"):
+        digest(folder)
+    with pytest.raises(AdapterError, match="cannot be copied"):
+        Copies().stage(1, 1, "", lambda: folder)

@@ -10,8 +10,11 @@ Nothing here imports vLLM.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,11 +36,20 @@ def digest(folder: Path) -> str:
     """
     with ExitStack() as opened:
         try:
-            return _digest([opened.enter_context((folder / name).open("rb")) for name in _ADAPTER_FILES])
+            return _digest([opened.enter_context(_opened(folder / name)) for name in _ADAPTER_FILES])
         except OSError as error:
             raise AdapterError(
                 f"{error.filename} cannot be read ({error.strerror}); save the adapter again."
             ) from error
+
+
+def _opened(file: Path) -> BinaryIO:
+    """A regular file: to open a pipe is to wait for whoever writes to it. Raises OSError."""
+    handle = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return handle
 
 
 def _digest(files: Iterable[BinaryIO]) -> str:
@@ -152,7 +164,7 @@ def _unnamed(original: Path) -> BinaryIO:
     """A copy of a file that has no name, at its beginning."""
     copy: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  # its owner closes it
     try:
-        with original.open("rb") as source:
+        with _opened(original) as source:
             shutil.copyfileobj(source, copy)
     except BaseException:
         copy.close()
