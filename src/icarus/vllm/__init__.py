@@ -15,6 +15,7 @@ All rooms import the modules that stand here:
     counters.py      what is counted
     step_layout.py   which decoder rows a step needs, and where they stand
     state.py         values attached to vLLM's objects
+    abilities.py     what the installed vLLM can do and another tested version cannot
     plugin.py        the entry point, which vLLM calls in each process
 
 The rest of the project imports nothing from here, and nothing else in the package imports vLLM. docs/architecture.md
