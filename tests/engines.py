@@ -17,10 +17,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from conftest import tiny, tiny_tokenizer, tokens
 from icarus import adapter
 from icarus.context import Specialists
 from specimens import CONVENTIONAL_DAMAGES
+from tiny_models import tiny, tiny_tokenizer, tokens
 
 JOB = Path(__file__).parent / "vllm" / "engine_job.py"
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import tiny_tokenizer
 from engines import BLOCK, Shop
+from tiny_models import tiny_tokenizer
 
 CONTEXT, SLOTS, QUEUE = 384, 8, 20
 LETTERS = list(range(4, 128))  # tokens that are text

@@ -10,8 +10,8 @@ import datasets
 import torch
 from transformers.utils import logging
 
-from conftest import tiny, tiny_tokenizer
 from icarus import adapter
+from tiny_models import tiny, tiny_tokenizer
 
 # Progress bars are for a terminal. ``icarus`` has none elsewhere; within pytest they would be in what it prints.
 datasets.disable_progress_bars()

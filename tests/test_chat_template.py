@@ -15,12 +15,12 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 import tokenizer_kinds as kinds
-from conftest import CHATML, SPECIAL, tiny, tiny_tokenizer
 from icarus.chat_template import Codec
 from icarus.context import Context, Specialists
 from icarus.errors import InputError
 from icarus.streams import IGNORED
 from icarus.train import data
+from tiny_models import CHATML, SPECIAL, tiny, tiny_tokenizer
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 BEGIN, END = SPECIAL.index(BOS), SPECIAL.index(EOS)

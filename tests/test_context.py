@@ -13,13 +13,13 @@ from transformers import GenerationConfig
 
 import reference
 import saved
-from conftest import CHATML, SPECIAL, STRIPPING, VOCAB, lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
 from icarus import adapter
 from icarus.adapter import checks, fingerprints
 from icarus.context import BASE, Context, Specialists
 from icarus.errors import AdapterError, IcarusError, InputError
 from icarus.lora import LoraLayers
 from icarus.streams import EncoderCache
+from tiny_models import CHATML, SPECIAL, STRIPPING, VOCAB, lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
 
 END = SPECIAL.index("<|im_end|>")
 BYTES_A_TOKEN = 3 * 2 * 2 * 16 * 4  # layers, K and V, KV heads, head size, float32

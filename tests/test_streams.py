@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import reference
-from conftest import FAMILIES, VOCAB, lora_of, shape_of, tiny, tokens, with_adapters
 from icarus import lora
 from icarus import streams as under_test
 from icarus.errors import InputError, UnsupportedModelError
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
+from tiny_models import FAMILIES, VOCAB, lora_of, shape_of, tiny, tokens, with_adapters
 
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
 all_families = pytest.mark.parametrize("family", FAMILIES)

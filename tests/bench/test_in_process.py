@@ -6,9 +6,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from conftest import tiny, with_adapters
 from icarus.bench import decode, measure, replay, train
 from icarus.streams import TwoStreams
+from tiny_models import tiny, with_adapters
 
 SPEECHES = [replay.Speech("first", 6, 9), replay.Speech("second", 12, 15), replay.Speech("first", 16, 20)]
 

@@ -14,8 +14,8 @@ from strict_skips import WITHOUT_VLLM
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from benchmarks.serve_micro.engine_process import EngineFailed, EngineProcess
-from conftest import tokens
 from engines import BLOCK, Shop
+from tiny_models import tokens
 
 pytestmark = pytest.mark.engine
 

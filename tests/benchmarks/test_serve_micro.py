@@ -20,9 +20,9 @@ from benchmarks.serve_micro import __main__ as command
 from benchmarks.serve_micro import bounds, engines, ratios, report
 from benchmarks.serve_micro.engine_process import EngineFailed, EngineProcess
 from benchmarks.serve_micro.plan import ADAPTERS, BLOCK, SYSTEMS, Side, Sizes, measurements, rest_of
-from conftest import tiny
 from icarus import adapter
 from saved import save_base
+from tiny_models import tiny
 
 SIZES = Sizes(prompt=100, steps=4, starts=1, repeats=3, vocabulary=50, seed=0)
 PLAN = {measurement.name: measurement for measurement in measurements(SYSTEMS)}

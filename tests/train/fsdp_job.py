@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # torch.distributed.run starts it by its path
 
-from conftest import tiny
 from icarus import adapter
 from icarus.streams import IGNORED, Batch, TwoStreams
+from tiny_models import tiny
 
 
 def adapted() -> torch.nn.Module:

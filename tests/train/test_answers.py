@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import tokenizer_kinds as kinds
-from conftest import CHATML, STRIPPING, tiny_tokenizer
 from icarus.chat_template import Codec
 from icarus.errors import DataError
 from icarus.streams import IGNORED
 from icarus.train import answers, data
+from tiny_models import CHATML, STRIPPING, tiny_tokenizer
 
 END = "<|im_end|>"
 Row = dict[str, Any]

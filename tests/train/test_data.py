@@ -12,12 +12,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import CHATML, STRIPPING, tiny, tiny_tokenizer
 from icarus.chat_template import Codec
 from icarus.context import Context, Specialists
 from icarus.errors import DataError
 from icarus.streams import IGNORED
 from icarus.train import data
+from tiny_models import CHATML, STRIPPING, tiny, tiny_tokenizer
 
 Row = dict[str, Any]
 END = "<|im_end|>"

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import reference
-from conftest import lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
 from icarus import Specialists, adapter
 from icarus.chat_template import Codec
 from icarus.errors import AdapterError, DataError, InputError, UnsupportedModelError
@@ -29,6 +28,7 @@ from icarus.train import run as under_test
 from icarus.train.config import IcarusSFTConfig, TrainConfig, parse
 from icarus.train.progress import Progress
 from saved import save_adapter, save_base, save_rows
+from tiny_models import lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
 
 ROWS = [{"prompt": p, "completion": c} for p, c in (("one:", "uno"), ("two:", "dos"), ("three:", "tres"))]
 MANY = [{"prompt": f"{n}+{m}=", "completion": str(n + m)} for n in range(3, 6) for m in range(8, 12)]

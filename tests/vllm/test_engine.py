@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny, tokens
 from engines import BLOCK, LENGTHS, NEW, SHAPE, Asked, Reply, Shop, Step, ask, of, prompts
 from icarus.vllm import abilities
 from icarus.vllm.engine import limits
 from strict_skips import needs_vllm
+from tiny_models import tiny, tokens
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import agents_job
 import pytest
 
+import agents_job
 import specimens
 from icarus import adapter, cli
 from icarus.bench import checkpoints
@@ -257,7 +257,7 @@ def test_bad_options_are_one_sentence(
 
 def specimens_tokenizer(folder: Path) -> None:
     """A tokenizer of words, so that recorded text can be encoded."""
-    from conftest import tiny_tokenizer
+    from tiny_models import tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(folder)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny
 from icarus import adapter
 from icarus.vllm.engine.policy import Policy
 from strict_skips import WITHOUT_VLLM
+from tiny_models import tiny
 
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny
 from icarus import adapter
 from icarus.adapter import fingerprints
 from icarus.errors import AdapterError, InputError
@@ -15,6 +14,7 @@ from icarus.vllm import abilities
 from icarus.vllm.engine import policy
 from icarus.vllm.engine.policy import Policy
 from specimens import edit
+from tiny_models import tiny
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from httpx import ASGITransport, AsyncClient
 
-from conftest import tiny
 from icarus import adapter
 from icarus.vllm.engine.attached_policy import POLICY
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.server.middleware import Middleware
+from tiny_models import tiny
 
 
 async def answers(scope: Any, receive: Any, send: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny
 from icarus import adapter
 from icarus.arguments import Parser
 from icarus.errors import AdapterError, InputError
@@ -19,6 +18,7 @@ from icarus.vllm.server.plan import Plan
 from saved import save_base
 from specimens import CONVENTIONAL_DAMAGES, setting
 from strict_skips import needs_vllm
+from tiny_models import tiny
 
 
 @pytest.fixture(scope="module")

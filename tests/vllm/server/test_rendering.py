@@ -10,9 +10,9 @@ from unittest.mock import MagicMock
 import pytest
 from vllm.renderers.chat_utils import parse_chat_messages
 
-from conftest import tiny, tiny_tokenizer
 from icarus.chat_template import Codec
 from icarus.context import Specialists
+from tiny_models import tiny, tiny_tokenizer
 
 # Shows all that a template could see of a message, and what is no text as JSON.
 REVEALING = (

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny, tiny_tokenizer, tokens
 from engines import BLOCK, SHAPE
 from http_server import CONTEXT, LETTERS, QUEUE, UNLOAD_GRACE_S, Server, body, eventually, serving
 from icarus import adapter
 from specimens import CONVENTIONAL_DAMAGES
 from strict_skips import needs_vllm
+from tiny_models import tiny, tiny_tokenizer, tokens
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny
 from icarus import adapter
 from icarus.errors import AdapterError
 from strict_skips import WITHOUT_VLLM
+from tiny_models import tiny
 
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
