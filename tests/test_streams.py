@@ -796,7 +796,7 @@ def test_a_batch_without_loss_is_zero_and_has_no_gradient_of_its_own() -> None:
     ("lora_settings", "why"),
     [
         ({"target_modules": ["q_proj", "v_proj"]}, r"layers\.0\.self_attn\.v_proj .* feeds K or V"),
-        ({"use_dora": True}, "no plain LoRA"),
+        ({"use_dora": True}, "not plain LoRA"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "same embeddings"),
     ],
 )

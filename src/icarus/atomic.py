@@ -83,7 +83,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file in UTF-8; another process sees it as it was, or with all of ``text``. Raises OSError."""
+    """Write a file in UTF-8; another process sees it as it was, or with all of ``text``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     work = file.with_name(f".{file.name}.{uuid4().hex[:8]}.tmp")
     try:
         work.write_text(text, encoding="utf-8")

@@ -124,6 +124,6 @@ def _refuse(name: str, layer: Any) -> None:
     elif len(layer.lora_embedding_A):
         why = "both streams start from the same embeddings"
     elif layer.lora_variant:
-        why = "it is no plain LoRA (DoRA or the like)"
+        why = "it is not plain LoRA (but DoRA or the like)"
     if why:
         raise UnsupportedModelError(f"The adapter on {name} cannot run in two streams: {why}; detach it.")

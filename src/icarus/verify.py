@@ -13,6 +13,9 @@ from typing import Any
 from icarus import adapter, arguments, base_model
 from icarus.errors import CheckFailed, InputError
 
+_PATTERNS = "has {}, which vLLM serves from 0.32.0 on"
+_UNCHECKED = "not checked against its base model; give --base to do so"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``icarus verify``."""
@@ -61,10 +64,6 @@ def _print(directory: str, problems: Sequence[str]) -> None:
         print(f"{directory}: {problem}")
     if len(problems) > _SHOWN:
         print(f"{directory}: {len(problems) - _SHOWN} more; --json writes all of them")
-
-
-_PATTERNS = "has {}, which vLLM serves from 0.32.0 on"
-_UNCHECKED = "not checked against its base model; give --base to do so"
 
 
 def _served(directory: str, base: Path | None) -> dict[str, Any]:

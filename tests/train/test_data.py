@@ -256,8 +256,8 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         (".", "No data file"),
         ("empty.jsonl", "empty.jsonl has no rows"),
         ("blank.jsonl", "blank.jsonl has no rows"),
-        ("owner/nothing", "'owner/nothing' is no local file .* Hub"),
-        ("owner/nothing:test", "'owner/nothing:test' is no local file .* Hub"),
+        ("owner/nothing", "'owner/nothing' is not a local file .* Hub"),
+        ("owner/nothing:test", "'owner/nothing:test' is not a local file .* Hub"),
     ],
 )
 def test_a_bad_source_is_named(source: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,9 +46,11 @@ class ConventionalInfo:
 
 
 def verify_conventional(directory: StrPath, base: StrPath | None = None, *, heads: bool = False) -> ConventionalInfo:
-    """Checks that vLLM can serve a conventional adapter as its trainer meant it; see ``conventional_problems``.
+    """Check that vLLM can serve a conventional adapter as its trainer meant it; see ``conventional_problems``.
 
-    Raises AdapterError with the first refusal and the number of further ones.
+    Raises:
+        AdapterError: it is refused; the message has the first reason with its remedy, and the number of further ones.
+        InputError: ``base`` cannot be read.
     """
     refusals, config, tensors = _inspect(Path(directory), base, heads)
     if refusals:
@@ -64,12 +66,15 @@ def verify_conventional(directory: StrPath, base: StrPath | None = None, *, head
 
 
 def conventional_problems(directory: StrPath, base: StrPath | None = None, *, heads: bool = False) -> list[str]:
-    """All reasons not to serve a conventional adapter, in order of weight; empty for a sound one.
+    """All reasons not to serve a conventional adapter, the weightiest first; empty for a sound one.
 
     Checked: files, settings, tensors (names, halves, shapes, rank, finite values), and with ``base``, a folder of
     safetensors, that each module is there, has its shape, and is left out by neither the config nor the file. Of a base
     model whose parts have several names (a language model within a multimodal one) names are left to vLLM. ``heads``
-    lets an adapter of a classification model bring its head. Raises InputError where ``base`` cannot be read.
+    lets an adapter of a classification model bring its head.
+
+    Raises:
+        InputError: ``base`` cannot be read.
     """
     return _inspect(Path(directory), base, heads)[0]
 

@@ -35,7 +35,7 @@ _MATCH_S = 1.0  # for a name of a module, which takes microseconds
 
 
 def malformed(config: Config) -> list[str]:
-    """Fields that the other checks compute with and cannot; at most one is named."""
+    """Fields of a form that the other checks cannot compute with; at most one is named."""
     rank = config.get("r")
     if not _is_rank(rank):
         return [f"r is {short(rank)} and must be a positive integer; save the adapter again"]
@@ -50,17 +50,19 @@ def _malformed_patterns(config: Config) -> list[str]:
     for field in PATTERNS:
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict):
-            return [f"{field} is {short(pattern)} and no object of module names; save the adapter again"]
+            return [f"{field} is {short(pattern)} and not an object of module names; save the adapter again"]
         for key, value in pattern.items():
             if not (_is_rank(value) if field == "rank_pattern" else is_number(value)):
                 return [
-                    f"{field} has {short(value)} for {shown(key)}, which is no {field[:-8]}; save the adapter again"
+                    f"{field} has {short(value)} for {shown(key)}, which is not a valid {field[:-8]}; "
+                    "save the adapter again"
                 ]
             try:
                 _named_by(key, "module")
             except regex.error as error:
                 return [
-                    f"{field} has {shown(key)}, which is no valid regular expression ({error}); save the adapter again"
+                    f"{field} has {shown(key)}, which is not a valid regular expression ({error}); "
+                    "save the adapter again"
                 ]
     return []
 

@@ -59,7 +59,7 @@ def pairs(tensors: Tensors, names: re.Pattern[str] = PROJECTION) -> list[Pair]:
 
 
 def name_problems(tensors: Tensors, names: re.Pattern[str] = PROJECTION) -> list[str]:
-    """Tensors that are none of a LoRA."""
+    """Tensors that do not belong to a LoRA."""
     if not tensors:
         return [f"{WEIGHTS_NAME} holds no tensors; save the adapter again"]
     foreign = [name for name in tensors if not names.fullmatch(name)]
@@ -83,7 +83,7 @@ def value_problem(tensor: Stored) -> str:
 
 
 def pair_problem(pair: Pair, rank: int) -> str:
-    """Why a pair is none, or not of this rank; empty for a sound one."""
+    """Why two halves are not a pair, or not of this rank; empty for a sound one."""
     module, a, b = shown(pair.module), pair.a, pair.b
     if a is None or b is None:
         return f"lora_{'A' if a is None else 'B'} of {module} is missing; copy or save the adapter again"
@@ -114,11 +114,14 @@ def compared(
 def descriptions(
     config: Config, base: nn.Module | StrPath, *, embeddings: bool = False
 ) -> Iterator[projections.Shapes]:
-    """What a base model consists of, the cheapest description first. Raises InputError where it cannot be read.
+    """What a base model consists of, the cheapest description first.
 
     Of a folder those are its headers, and then a model without weights, where Transformers knows it: a checkpoint may
     have other names than the model, hold experts as separate matrices that the model holds as one, or be quantised.
     ``embeddings`` counts the embeddings of a model among its projections, as headers do anyway.
+
+    Raises:
+        InputError: the base model cannot be read.
     """
     if isinstance(base, nn.Module):
         yield projections.of_model(base, embeddings=embeddings)

@@ -113,7 +113,7 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
         dataset = load_dataset(name, split=split or "train")
     except Exception as error:  # offline, missing, gated: many exceptions with one meaning
         raise DataError(
-            f"Data set {source!r} is no local file and could not be loaded from the Hub ({first_line(error)}); "
+            f"Data set {source!r} is not a local file and could not be loaded from the Hub ({first_line(error)}); "
             "check its name and the connection."
         ) from error
     yield from ({**_without_none(row), LINE: index} for index, row in enumerate(dataset))
