@@ -1,7 +1,7 @@
 # Every target sets up what it needs: one virtual environment with locked dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
-# The CPU build of torch is on PyTorch's own index. A pip that is configured with a source of its own is believed.
+# The CPU build of torch is on PyTorch's own index. A pip that is configured with a source of its own uses that instead.
 TORCH_INDEX ?= $(shell $(PYTHON) -m pip config list | grep -E "find-links|index-url" > /dev/null || echo https://download.pytorch.org/whl/cpu)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps
 FLAGS ?=

@@ -22,7 +22,7 @@ def parser(**options: Any) -> arguments.Parser:
 
 @pytest.mark.parametrize("word", ["0", "-1", "1.5", "two", "", "²"])
 def test_a_count_is_a_positive_integer(word: str) -> None:
-    with pytest.raises(InputError, match=f"--rank: must be a positive integer, not '{word}'; icarus run --help"):
+    with pytest.raises(InputError, match=f"--rank: must be a positive integer, not '{word}'; see icarus run --help"):
         parser().parse_args([f"--rank={word}"])
     assert parser().parse_args(["--rank", "12"]).rank == 12
 

@@ -10,8 +10,14 @@ import pytest
 
 import icarus
 
+ADAPTER = (
+    "CONFIG_NAME MARKER_VERSION WEIGHTS_NAME AdapterInfo ConventionalInfo attach attach_conventional check_attached "
+    "conventional_problems decoder_targets feeds_kv fingerprint from_pretrained is_conventional is_icarus load locate "
+    "names problems push_to_hub save save_conventional verify verify_conventional"
+)
 EXPORTED = {
     "icarus": "BASE PACKAGED Batch Context EncoderCache Specialists Turn TwoStreams errors shipped",
+    "icarus.adapter": ADAPTER,
     "icarus.errors": "AdapterError CheckFailed DataError IcarusError InputError UnsupportedModelError",
     "icarus.train": "IcarusSFTTrainer",
 }

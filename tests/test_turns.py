@@ -16,7 +16,17 @@ from icarus.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("at_home")
 
-KEYS = {"model", "text", "token_ids", "finish_reason", "encoded_tokens", "cached_tokens", "kv_bytes", "seconds"}
+KEYS = {
+    "reused_tokens",
+    "model",
+    "text",
+    "token_ids",
+    "finish_reason",
+    "encoded_tokens",
+    "cached_tokens",
+    "kv_bytes",
+    "seconds",
+}
 
 
 def test_generate_prints_one_object_a_turn(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +51,7 @@ def test_generate_prints_one_object_a_turn(capsys: Capture, monkeypatch: pytest.
         ({}, "non-empty JSON list"),
         ([], "non-empty JSON list"),
         (["a"], "turn 1 of .* is not a JSON object"),
-        ([{}, {"modle": "one"}], "turn 2 of .* unknown key 'modle'; known are model, append"),
+        ([{}, {"modle": "one"}], "turn 2 of .* unknown key 'modle'; the known keys are model, append"),
         ([{"append": 5}], "turn 1.*'append' must be str, not 5"),
         ([{"append": "a", "messages": []}], "turn 1.*both"),
         ([{"max_new_tokens": True}], "'max_new_tokens' must be int"),

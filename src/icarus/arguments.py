@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         """Raises:
         InputError: always.
         """
-        raise InputError(f"{message}; {self.prog} --help tells more.")
+        raise InputError(f"{message}; see {self.prog} --help.")
 
 
 def positive_int(text: str) -> int:

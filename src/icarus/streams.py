@@ -226,7 +226,7 @@ class Batch:
         branches = torch.zeros_like(input_ids) if branch_ids is None else branch_ids
         if position_ids is None:
             if branch_ids is not None and bool(branch_ids.any()):
-                raise InputError("Branches need position_ids: each goes on from the end of the shared prompt.")
+                raise InputError("Branches need position_ids: each continues from the end of the shared prompt.")
             position_ids = (real.cumsum(1) - 1).clamp(min=0)
         starts = (position_ids == 0) & real.bool()
         documents = torch.where(real.bool(), starts.cumsum(1), -1)
@@ -364,7 +364,7 @@ class TwoStreams:
         return total, logits, targets
 
     def probe(self) -> None:
-        """Check that this model's decoder rows, picked here and there, give its own logits; run it before training.
+        """Check that this model's decoder rows at selected positions give its own logits; run it before training.
 
         A model that takes a row's place in its batch for its position (GPT-Neo does) would train wrong in silence.
 
@@ -386,7 +386,7 @@ class TwoStreams:
             same = False
         if not same:
             raise UnsupportedModelError(
-                f"{type(unwrapped(self.model)).__name__} does not give its own logits for rows picked here and there, "
+                f"{type(unwrapped(self.model)).__name__} does not give its own logits for selected rows, "
                 "so decoder rows only where the loss is would be wrong; train another base model."
             )
 

@@ -71,7 +71,7 @@ def _check(turn: Any, where: str) -> None:
         raise InputError(f"{where} is not a JSON object; give an object with keys such as 'model' and 'append'.")
     for key, value in turn.items():
         if key not in _KEYS:
-            raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(_KEYS)}.")
+            raise InputError(f"{where} has the unknown key {key!r}; the known keys are {', '.join(_KEYS)}.")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
             raise InputError(f"{where}: {key!r} must be {' or '.join(t.__name__ for t in _KEYS[key])}, not {value!r}.")
     if not all(isinstance(stop, str) for stop in turn.get("stop", "")):
@@ -90,4 +90,5 @@ def play(specialists: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict
         if content:
             context.append(content)
         options = {key: turn[key] for key in _OPTIONS if key in turn}
-        yield asdict(context.generate(turn.get("model", BASE), **options))
+        figures = asdict(context.generate(turn.get("model", BASE), **options))
+        yield figures | {"reused_tokens": figures["cached_tokens"]}  # its old name, until 0.3

@@ -25,6 +25,20 @@ def test_every_record_is_complete_and_its_target_is_wrapped_once() -> None:
         assert patch.upstream.partition(":")[2].isdigit()
 
 
+@needs_vllm
+def test_every_record_says_where_its_original_stands_in_the_newest_tested_version() -> None:
+    import vllm
+
+    if vllm.__version__.partition("+")[0] != TESTED[-1]:
+        return  # of an older one the lines are not kept
+    packages = Path(vllm.__file__).parents[1]
+    for patch in LEDGER:
+        file, _, line = patch.upstream.partition(":")
+        assert (
+            f"def {original_name(patch)}(" in (packages / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        )
+
+
 @pytest.mark.parametrize("patch", LEDGER, ids=original_name)
 def test_a_wrapper_is_named_after_what_it_wraps(patch: Patch) -> None:
     module, _, function = patch.by.partition(":")

@@ -1,6 +1,7 @@
 """The vLLM plugin: ICaRus adapters, served as LoRA modules, share one KV cache with the base model.
 
-vLLM runs in several processes, and each room holds the code of one of them. A room imports those below it:
+vLLM runs in several processes, and a room is named after the one in which its code mainly
+runs: the front end also asks the engine's policy about adapters. A room imports those below it:
 
     server/    front end     icarus serve, adapter folders, loading over HTTP, metrics
     engine/    engine core   which adapters may share, cache keys, counting

@@ -274,7 +274,7 @@ LEDGER = (
         what="adapters that cannot be served, and names with another meaning, are refused with 400, paths outside the "
         "allowed folders with 403",
         why="an error in the engine core is reported as the server's (500)",
-        upstream="vllm/entrypoints/openai/models/serving.py:163",
+        upstream="vllm/entrypoints/openai/models/serving.py:167",
         until="plugins can add a check of adapters",
     ),
     Patch(
@@ -292,7 +292,7 @@ LEDGER = (
         by="icarus.vllm.server.loading:wrap_unload_lora_adapter",
         what="an unloaded ICaRus adapter leaves the engine with its last request",
         why="vLLM's unloading removes the name, and keeps slot and memory",
-        upstream="vllm/entrypoints/openai/models/serving.py:212",
+        upstream="vllm/entrypoints/openai/models/serving.py:231",
         until="vLLM removes unloaded adapters from the engine (issues 42207, 54839)",
     ),
     Patch(
