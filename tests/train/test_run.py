@@ -538,7 +538,7 @@ def test_the_trainer_alone_refuses_as_well(tmp_path: Path) -> None:
         IcarusSFTTrainer(attached, options, peft_config=attached.peft_config["default"])
     with pytest.raises(InputError, match=r"^quantization_config "):
         IcarusSFTTrainer("owner/name", options, quantization_config=object())
-    with pytest.raises(InputError, match=r"^model_init_kwargs "):
+    with pytest.raises(InputError, match=r"^model_init_kwargs="):
         IcarusSFTTrainer("owner/name", settings(output_dir=str(tmp_path), model_init_kwargs={"revision": "main"}))
     with pytest.raises(InputError, match="give processing_class"):
         IcarusSFTTrainer(tiny(), options, train_dataset=Dataset.from_list(ROWS))

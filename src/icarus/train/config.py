@@ -81,10 +81,10 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "tensorboard, wandb, ... or none"}
     )
+    assistant_only_loss: bool | None = field(
+        default=None, metadata={"help": "refuse rows other than chats, whose loss is always on the assistant alone"}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
-
-
-_UNSET = "trainer_output"  # what TrainingArguments sets where no output_dir was given
 
 
 class _Parser(TrlParser, Parser):  # type: ignore[misc]
@@ -122,7 +122,4 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
         raise InputError(f"--config could not be read ({error}); name a YAML file of settings.") from error
     except yaml.YAMLError as error:
         raise InputError(f"--config is not YAML ({' '.join(str(error).split())}); mend the file.") from error
-    for name, instead in (("output_dir", "--output"), ("resume_from_checkpoint", "--resume")):
-        if getattr(sft, name) not in (None, _UNSET):
-            raise InputError(f"{name} cannot be set; give {instead} instead.")
     return config, sft

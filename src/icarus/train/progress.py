@@ -27,7 +27,7 @@ class Progress(TrainerCallback):
                 initial=state.global_step,
                 unit="step",
                 dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+                disable=args.disable_tqdm or not sys.stderr.isatty(),
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from trl import SFTTrainer
 
 from icarus import adapter, arguments, base_model
 from icarus.errors import InputError
-from icarus.train import data
+from icarus.train import data, fields, tokenizer
 from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig, help_text, parse
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
@@ -46,25 +47,30 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
         InputError: settings, data or model cannot be used; nothing was trained or written.
     """
     started = time.perf_counter()
+    _check(config, sft)
     output = Path(config.output).expanduser()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, and an adapter is a directory; choose another --output.")
     checkpoint = _checkpoint(output, config.resume)
     rows = data.read(config.data)
     eval_rows = data.read(config.eval_data) if config.eval_data else None
-    model, tokenizer = base_model.load(config.base, dtype=_dtype(config.dtype))
+    model, codes = base_model.load(
+        config.base, dtype=_dtype(config.dtype, use_cpu=sft.use_cpu), device="cpu" if sft.use_cpu else None
+    )
+    tokenizer.change(codes, sft)
+    sft = copy(sft)
     sft.output_dir = str(_run_directory(output))
     sft.dataloader_pin_memory &= torch.cuda.is_available()  # or torch warns at every start
     if sft.learning_rate is None:
         sft.learning_rate = LEARNING_RATES[config.method]
-    train_rows, left_out = _token_rows(rows, tokenizer, sft, config, config.data)
-    eval_tokens = _token_rows(eval_rows, tokenizer, sft, config, str(config.eval_data))[0] if eval_rows else None
-    trainer = _trainer(config, sft, model, tokenizer, train_rows, eval_tokens)
+    train_rows, left_out = _token_rows(rows, codes, sft, config, config.data)
+    eval_tokens = _token_rows(eval_rows, codes, sft, config, str(config.eval_data))[0] if eval_rows else None
+    trainer = _trainer(config, fields.after_rows(sft), model, codes, train_rows, eval_tokens)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    _write(trainer, config, output)  # before evaluation, which may round the weights (bf16_full_eval)
     metrics = dict(result.metrics)
     if eval_tokens is not None:
         metrics |= trainer.evaluate()
-    _write(trainer, config, output)
     return {
         "output": str(output),
         "method": config.method,
@@ -76,8 +82,18 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     }
 
 
-def _dtype(name: str) -> str:
-    return ("bfloat16" if torch.cuda.is_available() else "float32") if name == "auto" else name
+def _check(config: TrainConfig, sft: IcarusSFTConfig) -> None:
+    fields.check(sft, {"command", "by name"} if config.method == "lora" else {"command", "by name", "decoder"})
+    if sft.do_eval and not config.eval_data:  # eval_strategy sets it
+        raise InputError("eval_strategy and do_eval need data; give --eval_data.")
+    if config.method == "lora" and sft.eval_packing and not sft.packing:
+        raise InputError(
+            "eval_packing without packing is wrong in TRL, where packed examples then see one another; leave it out."
+        )
+
+
+def _dtype(name: str, *, use_cpu: bool) -> str:
+    return ("bfloat16" if torch.cuda.is_available() and not use_cpu else "float32") if name == "auto" else name
 
 
 def _run_directory(output: Path) -> Path:
@@ -98,21 +114,20 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
     return last
 
 
-def _token_rows(rows: Any, tokenizer: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str) -> tuple[Any, int]:
+def _token_rows(rows: Any, codes: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str) -> tuple[Any, int]:
+    fields.check_form(sft, rows[0], source)
     packed = sft.packing or sft.eval_packing or sft.padding_free
     if "completions" in rows[0] and (config.method == "lora" or packed):
         if packed:
             raise InputError("Packing and several completions of one prompt exclude each other; leave out --packing.")
         rows = [part for row in rows for part in data.separate(row)]
-    tokens, left_out = data.token_rows(rows, tokenizer, sft.max_length, source)
+    tokens, left_out = data.token_rows(rows, codes, sft.max_length, source)
     if left_out and sft.process_index == 0:
         print(f"{left_out} of {len(rows)} examples of {source} carry no loss token and were left out.", file=sys.stderr)
     return tokens, left_out
 
 
-def _trainer(
-    config: TrainConfig, sft: IcarusSFTConfig, model: Any, tokenizer: Any, rows: Any, eval_rows: Any
-) -> SFTTrainer:
+def _trainer(config: TrainConfig, sft: Any, model: Any, codes: Any, rows: Any, eval_rows: Any) -> SFTTrainer:
     torch.manual_seed(sft.seed)
     lora: dict[str, Any] = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
     lora["targets"] = config.targets
@@ -122,7 +137,7 @@ def _trainer(
     else:
         kind, model = SFTTrainer, adapter.attach_conventional(model, **lora)
         rows, eval_rows = (r and r.select_columns(["input_ids", "labels"]) for r in (rows, eval_rows))
-    trainer = kind(model=model, args=sft, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer)
+    trainer = kind(model=model, args=sft, train_dataset=rows, eval_dataset=eval_rows, processing_class=codes)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())

@@ -12,47 +12,52 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
+from transformers import TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTConfig, SFTTrainer
 
 from icarus import adapter, base_model
-from icarus.errors import InputError, first_line
+from icarus.errors import InputError
 from icarus.streams import IGNORED, Batch, TwoStreams
-from icarus.train import data
+from icarus.train import data, fields, tokenizer
 from icarus.train.config import LEARNING_RATES
 
 logger = logging.getLogger(__name__)
 
-# Settings of TRL that this loss and these rows would silently ignore, and the values that ask for nothing.
 _WITHOUT_EFFECT = {
-    "label_smoothing_factor": (0.0,),
-    "loss_type": ("nll",),
-    "completion_only_loss": (None, True),
-    "truncation_mode": ("keep_start",),
-    "dataset_text_field": ("text",),
+    **dict.fromkeys(
+        ("formatting_func", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"),
+        "has no effect on a decoder's training; leave it out",
+    ),
+    "quantization_config": "is not taken; load the model as you want it and give that",
 }
-_FUNCTIONS_WITHOUT_EFFECT = (
-    "formatting_func",
-    "compute_loss_func",
-    "compute_metrics",
-    "preprocess_logits_for_metrics",
-)
+"""Arguments of TRL's trainer, and why they are refused; those of its SFTConfig stand in ``fields``."""
 _COLUMNS = ("input_ids", "labels", "position_ids", "branch_ids")
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads token rows on the right. Returns (B, T) tensors: the columns of ``data.tokenize`` and ``attention_mask``."""
+    """Pads token rows on the right. Returns (B, T) tensors: the columns of ``data.tokenize`` and ``attention_mask``.
+
+    T is a multiple of ``pad_to_multiple_of``. Positions start again in each document of rows that TRL has packed.
+    """
 
     pad_token_id: int
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         padding = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0, "branch_ids": 0}
         columns = {name: [torch.tensor(e[name]) for e in examples] for name in _COLUMNS if name in examples[0]}
         columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
-        return {n: pad_sequence(v, batch_first=True, padding_value=padding.get(n, 0)) for n, v in columns.items()}
+        if "seq_lengths" in examples[0]:
+            columns["position_ids"] = [torch.cat([torch.arange(n) for n in e["seq_lengths"]]) for e in examples]
+        return {name: self._padded(values, padding.get(name, 0)) for name, values in columns.items()}
+
+    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
+        block = pad_sequence(rows, batch_first=True, padding_value=value)
+        return pad(block, (0, -block.shape[1] % (self.pad_to_multiple_of or 1)), value=value)
 
 
 class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -81,57 +86,68 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        for name, values in _WITHOUT_EFFECT.items():
-            if (value := getattr(args, name, values[0])) not in values:
-                raise InputError(f"{name}={value!r} has no effect on a decoder's training; leave it out.")
-        for name in _FUNCTIONS_WITHOUT_EFFECT:
-            if kwargs.get(name) is not None:
-                raise InputError(f"{name} has no effect on a decoder's training; leave it out.")
-        if args is not None and args.learning_rate is None:  # an IcarusSFTConfig
-            args.learning_rate = LEARNING_RATES["icarus"]
+        if args is None or not isinstance(args, SFTConfig):
+            args = _sft_config(args, model)
+        fields.check(args, {"decoder", "by name"} if isinstance(model, str) else {"decoder"})
+        for name, why in _WITHOUT_EFFECT.items():
+            if kwargs.pop(name, None) is not None:
+                raise InputError(f"{name} {why}.")
         if isinstance(model, str):
-            for name in ("model_init_kwargs", "trust_remote_code", "quantization_config"):
-                if getattr(args, name, None) or kwargs.get(name):
-                    raise InputError(f"{name} is not taken beside a model's name; load the model and pass that.")
-            model, tokenizer = base_model.load(model)
-            processing_class = processing_class or tokenizer
-        if not hasattr(model, "peft_config"):
-            torch.manual_seed(args.seed if args else 42)
-            model = adapter.attach(model, peft_config)
-        elif peft_config is not None:
-            raise InputError("peft_config has no effect on a model that has an adapter; leave it out.")
-        else:
-            adapter.check_attached(model, str(model.active_adapter))
-        self.adapter_name = str(model.active_adapter)
-        TwoStreams(model).probe()  # refuses before any data is read
-        self.base_fingerprint = adapter.fingerprint(model)  # now, as FSDP will spread the weights over processes
-        packed = bool(args and (args.packing or args.padding_free))
+            model, its_tokenizer = base_model.load(model, device="cpu" if args.use_cpu else None)
+            processing_class = processing_class or its_tokenizer
+        adapted = _adapted(model, args, peft_config)
+        self.adapter_name = str(adapted.active_adapter)
+        TwoStreams(adapted).probe()  # refuses before any data is read
+        self.base_fingerprint = adapter.fingerprint(adapted)  # now, as FSDP will spread the weights over processes
         if processing_class is None:
-            processing_class = _tokenizer_of(model, trust=bool(getattr(args, "trust_remote_code", False)))
-        if data_collator is None and not packed:  # TRL's drops position_ids and branch_ids
-            pad = processing_class.pad_token_id
-            data_collator = Collator(processing_class.eos_token_id if pad is None else pad)
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+            processing_class = tokenizer.of_model(adapted, trust=args.trust_remote_code)
+        tokenizer.change(processing_class, args)
+        self._given = args
+        args = fields.after_rows(args)
+        args.router_aux_loss_coef = 0.0  # the router is the base model's
+        if args.learning_rate is None:  # an IcarusSFTConfig
+            args.learning_rate = LEARNING_RATES["icarus"]
+        if data_collator is None and not (args.packing or args.padding_free):
+            data_collator = _collator(processing_class, args)  # TRL's drops position_ids and branch_ids
+        super().__init__(adapted, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        """TRL calls it with all data sets, before it prepares them or not."""
+        for name, dataset in datasets.items() if self._skip_prepare_dataset else ():
+            if isinstance(dataset, Dataset) and not {"input_ids", "labels"} <= dataset[0].keys():
+                raise InputError(
+                    f"dataset_kwargs={self._given.dataset_kwargs!r} needs rows with input_ids and labels, which the "
+                    f"{name} data set does not have; leave it out."
+                )
+        super()._reject_skip_prepare_without_labels(datasets, data_collator)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         if isinstance(dataset, IterableDataset):
             raise InputError("Streaming data sets are not supported; load the data set, or a part of it, first.")
+        args = copy(args)
+        args.max_length = self._given.max_length
         if "input_ids" not in dataset.column_names:
-            packed = packing or args.packing or args.padding_free
-            if packed and "completions" in dataset.column_names:
-                raise InputError(
-                    "Packing and several completions on one prompt exclude each other; set packing=False and "
-                    "padding_free=False."
-                )
-            dataset, left_out = data.token_rows(data.rows_of(dataset), processing_class, args.max_length)
-            if left_out:
-                logger.warning("%d examples carry no loss token and were left out; %d remain.", left_out, len(dataset))
+            dataset = self._token_rows(dataset, processing_class, packing)
+        elif self._given.assistant_only_loss:
+            raise InputError("assistant_only_loss has no effect on rows of tokens, which have labels; leave it out.")
         if "position_ids" in dataset.column_names and not packing:
             # Our rows are cut already, by positions; TRL would cut by tokens, of which branches have more.
-            args = copy(args)
             args.max_length = None
         prepared: Dataset = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         return prepared
+
+    def _token_rows(self, dataset: Dataset, processing_class: Any, packing: bool) -> Dataset:
+        given = self._given
+        if (packing or given.packing or given.padding_free) and "completions" in dataset.column_names:
+            raise InputError(
+                "Packing and several completions on one prompt exclude each other; set packing=False and "
+                "padding_free=False."
+            )
+        fields.check_form(given, next(data.rows_of(dataset), {}))
+        tokens, left_out = data.token_rows(data.rows_of(dataset), processing_class, given.max_length)
+        if left_out:
+            logger.warning("%d examples carry no loss token and were left out; %d remain.", left_out, len(tokens))
+        return tokens
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*_COLUMNS, "seq_lengths"]
@@ -188,15 +204,26 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """The adapter directory has its own card."""
 
 
-def _tokenizer_of(model: Any, *, trust: bool) -> Any:
-    """By the model's name, as TRL does."""
-    name = str(getattr(model.config, "_name_or_path", None) or "")
-    if not name:
-        raise InputError("The model has no name by which to find its tokenizer; give processing_class.")
-    try:
-        source = base_model.resolve(name) if name == base_model.PACKAGED else name
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The tokenizer of {name!r} could not be loaded ({first_line(error)}); give processing_class."
-        ) from error
+def _collator(codes: Any, args: SFTConfig) -> Collator:
+    padding = codes.eos_token_id if codes.pad_token_id is None else codes.pad_token_id
+    return Collator(padding, args.pad_to_multiple_of)
+
+
+def _sft_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
+    """As TRL does without one of its own."""
+    if args is None:
+        name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", ""))
+        return SFTConfig(f"{name.split('/')[-1]}-SFT")
+    given: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]
+    return SFTConfig(**given | {"hub_token": args.hub_token})  # which to_dict hides
+
+
+def _adapted(model: Any, args: SFTConfig, peft_config: Any) -> Any:
+    """The model with an adapter: its own, or a new one."""
+    if not hasattr(model, "peft_config"):
+        torch.manual_seed(args.seed)
+        return adapter.attach(model, peft_config)
+    if peft_config is not None:
+        raise InputError("peft_config has no effect on a model that has an adapter; leave it out.")
+    adapter.check_attached(model, str(model.active_adapter))
+    return model
