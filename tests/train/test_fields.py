@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, TrainingArguments
 from trl import SFTConfig
 
-from conftest import CHATML, tiny, tiny_tokenizer, with_adapters
 from icarus.errors import InputError
 from icarus.streams import Batch, EncoderCache, TwoStreams
 from icarus.train import IcarusSFTTrainer, fields, progress
@@ -25,6 +24,7 @@ from icarus.train import run as command
 from icarus.train.config import IcarusSFTConfig, TrainConfig, parse
 from icarus.train.progress import Progress
 from saved import save_base, save_rows
+from tiny_models import CHATML, tiny, tiny_tokenizer, with_adapters
 
 TEXTS = [{"prompt": f"{n}+{m}=", "completion": str(n + m)} for n in range(3, 6) for m in (8, 9, 95)]
 CHATS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]} for said in "ab"]
