@@ -110,7 +110,7 @@ def headline() -> Table:
             f"{gain(8, 'conventional')['throughput']:.1f}x",
         ],
         [
-            "The same, workflows arriving for two minutes: P95 latency",
+            "[The same](docs/benchmark.md#results), workflows arriving for two minutes: P95 latency",
             p95(agents("conventional", 8, rate=0.2)),
             f"**{p95(agents('icarus', 8, rate=0.2))}**",
             f"{gain(8, 'conventional', 0.2)['p95']:.1f}x lower",

@@ -121,5 +121,5 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
     except OSError as error:
         raise InputError(f"--config could not be read ({error}); name a YAML file of settings.") from error
     except yaml.YAMLError as error:
-        raise InputError(f"--config is not YAML ({' '.join(str(error).split())}); mend the file.") from error
+        raise InputError(f"--config is not YAML ({' '.join(str(error).split())}); correct the file.") from error
     return config, sft

@@ -75,7 +75,7 @@ REFUSED: Mapping[str, Refused] = {
     # the model
     "model_init_kwargs": Refused("is not taken; load the model as you want it and give that to IcarusSFTTrainer"),
     "trust_remote_code": Refused(
-        "is not taken beside a model's name; load the model and give that to IcarusSFTTrainer", where="by name"
+        "cannot be combined with a model's name; load the model and give that to IcarusSFTTrainer", where="by name"
     ),
     # what is not one command's work
     "do_predict": Refused("is not taken; give the adapter to icarus generate", where="command"),

@@ -119,7 +119,7 @@ def _token_rows(rows: Any, codes: Any, sft: IcarusSFTConfig, config: TrainConfig
     packed = sft.packing or sft.eval_packing or sft.padding_free
     if "completions" in rows[0] and (config.method == "lora" or packed):
         if packed:
-            raise InputError("Packing and several completions of one prompt exclude each other; leave out --packing.")
+            raise InputError("Packing and several completions of one prompt cannot be combined; leave out --packing.")
         rows = [part for row in rows for part in data.separate(row)]
     tokens, left_out = data.token_rows(rows, codes, sft.max_length, source)
     if left_out and sft.process_index == 0:

@@ -140,7 +140,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         given = self._given
         if (packing or given.packing or given.padding_free) and "completions" in dataset.column_names:
             raise InputError(
-                "Packing and several completions on one prompt exclude each other; set packing=False and "
+                "Packing and several completions on one prompt cannot be combined; set packing=False and "
                 "padding_free=False."
             )
         fields.check_form(given, next(data.rows_of(dataset), {}))
