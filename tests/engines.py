@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from icarus import adapter
 from icarus.context import Specialists
-from specimens import CONVENTIONAL_DAMAGES
+from specimens import CONVENTIONAL_DAMAGES, tensors
 from tiny_models import tiny, tiny_tokenizer, tokens
 
 JOB = Path(__file__).parent / "vllm" / "engine_job.py"
@@ -29,7 +29,7 @@ BLOCK = 32  # the smallest that vLLM's CPU attention takes
 LENGTHS = (1, 2, 31, 32, 33, 64, 97, 150)
 SHAPE = {"head_dim": 32, "hidden_size": 128}  # of sizes that vLLM's CPU attention takes
 
-ADAPTERS = ("sql", "chat", "plain", "foreign", "wide", "uneven", "odd", "poisoned")
+ADAPTERS = ("sql", "chat", "plain", "foreign", "wide", "uneven", "odd", "poisoned", "exploding")
 
 Reply = dict[str, Any]
 Step = dict[str, Any]
@@ -69,6 +69,8 @@ class Shop:
         adapter.save_conventional(randomize(get_peft_model(tiny(**SHAPE), odd), 4), folder / "odd")
         shutil.copytree(folder / "plain", folder / "poisoned")
         CONVENTIONAL_DAMAGES["nan"][0](folder / "poisoned")
+        shutil.copytree(folder / "plain", folder / "exploding")
+        tensors(lambda values: [tensor.mul_(1e25) for tensor in values.values()])(folder / "exploding")
         model = tiny(**SHAPE)
         model.generation_config.eos_token_id = None  # engines are told to ignore it, too
         self.team = Specialists(model, tiny_tokenizer())

@@ -158,6 +158,23 @@ def count_files(llm: Any, adapters: dict[str, dict[str, Any]], given: None) -> l
     return counts
 
 
+def cancel(llm: Any, adapters: dict[str, dict[str, Any]], request: dict[str, Any]) -> int:
+    """Take a request back after some steps of the engine; returns how many tokens it had sampled."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine, sampled = llm.llm_engine, 0
+    params = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=100)
+    lora = LoRARequest(**adapters[request["model"]])
+    name = engine.add_request("taken back", prompt(llm, request), params, lora_request=lora)
+    for _ in range(request["steps"]):
+        sampled += sum(len(output.outputs[0].token_ids) for output in engine.step())
+    engine.abort_request([name])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return sampled
+
+
 def delete(llm: Any, adapters: dict[str, dict[str, Any]], folder: str) -> None:
     """Take away what an adapter was loaded from."""
     shutil.rmtree(folder)
@@ -168,6 +185,7 @@ ACTIONS = {
     "written": written,
     "published": published,
     "counted": counted,
+    "cancel": cancel,
     "delete": delete,
     "spoil": spoil,
     "files": count_files,

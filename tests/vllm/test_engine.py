@@ -239,6 +239,32 @@ def test_sharing_means_the_same_blocks(served: Any) -> None:
     assert set(plain["blocks"]).isdisjoint(base["blocks"])
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_request_that_turns_nan_leaves_none_for_others(shop: Shop, caching: bool) -> None:
+    """Few blocks, so that others get them: of a request that has ended, of one that was taken back in the middle of its
+    prompt, and while one runs."""
+    long = tokens(200, seed=900).tolist()
+    others = [ask(*((model, prompt) for model in ("base", "sql", "plain"))) for prompt in prompts(910)]
+    steps = [
+        ask(("exploding", long)),
+        *others[:3],
+        {"cancel": {"model": "exploding", "prompt": long, "steps": 2}},
+        *others[3:6],
+        *(ask(("exploding", long[:40]), *asked_of(step)) for step in others[6:]),
+    ]
+    options = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 64, "enable_prefix_caching": caching}
+    results = shop.serve(steps, **options)
+    assert results[4] == 0, "it was taken back before it sampled"
+    fresh = shop.serve(others, **options)
+    for got, wanted in zip([*results[1:4], *results[5:8], *(result[1:] for result in results[8:])], fresh, strict=True):
+        assert of(got) == of(wanted)
+    assert [of(reply)[0] for reply in fresh] == [shop.reference("base", prompt) for prompt in prompts(910)]
+
+
+def asked_of(step: Step) -> list[Asked]:
+    return [(request["model"], request["prompt"]) for request in step["ask"]]
+
+
 def test_two_tensor_parallel_ranks(shop: Shop, ranks: Any, stock: Any) -> None:
     check(shop, stock, ranks["mixed"][0])
 

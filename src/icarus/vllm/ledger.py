@@ -85,8 +85,9 @@ LEDGER = (
         target=_RUNNER + "execute_model",
         parameters="self scheduler_output intermediate_tensors",
         by=_OURS + "wrap_execute_model",
-        what="the plan of a step is dropped when the step ends",
-        why="warm-up and idle steps call the same functions and have no decoder rows",
+        what="blocks with NaN are cleaned before others get them, and the plan of a step is dropped when the step ends",
+        why="attention multiplies masked slots of a block by 0, and 0 x NaN is NaN (in stock vLLM, too); warm-up and "
+        "idle steps have no decoder rows",
         upstream="vllm/v1/worker/gpu_model_runner.py:3940",
         until=_ROW_HOOK,
     ),
@@ -163,8 +164,10 @@ LEDGER = (
         target=_RUNNER + "_model_forward",
         parameters="self input_ids positions intermediate_tensors inputs_embeds model_kwargs",
         by=_OURS + "wrap_model_forward",
-        what="with prompt_logprobs, hidden states of decoder rows replace those of their source rows",
-        why="vLLM reads prompt logprobs from scheduled rows, and they must be the specialist's",
+        what="blocks of rows that are not finite are noted; with prompt_logprobs, hidden states of decoder rows "
+        "replace those of their source rows",
+        why="such blocks spoil whoever gets them next (in stock vLLM, too); vLLM reads prompt logprobs from scheduled "
+        "rows, and they must be the specialist's",
         upstream="vllm/v1/worker/gpu_model_runner.py:3620",
         until=_ROW_HOOK,
     ),

@@ -28,6 +28,7 @@ from icarus.vllm.marks import decoded_ids
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
 from icarus.vllm.step_layout import Batch, DecoderRows, Ints
+from icarus.vllm.worker import not_finite
 
 _ROWS = Attached[DecoderRows]("rows")
 """On a runner: the decoder rows of its step. None during warm-up, in idle steps, and if no request needs any."""
@@ -94,12 +95,16 @@ def _check_room(runner: Any, rows: DecoderRows, scheduled_requests: int) -> None
 
 
 def wrap_execute_model(original: Original) -> Original:
-    """``execute_model``: drops the plan when the step ends, so that warm-up and idle steps have none."""
+    """``execute_model``: cleans blocks that need it, and drops the plan when the step ends.
+
+    So warm-up and idle steps have no plan.
+    """
 
     @wraps(original)
-    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        not_finite.clean(self, scheduler_output)
         try:
-            return original(self, *args, **kwargs)
+            return original(self, scheduler_output, *args, **kwargs)
         finally:
             _ROWS.set(self, None)
 
@@ -169,7 +174,7 @@ def _write_rows(runner: Any, count: int, sources: Tensor) -> None:
 
 
 def wrap_model_forward(original: Original) -> Original:
-    """``_model_forward``: in steps with prompt logprobs, copies hidden states of decoder rows to their source rows.
+    """``_model_forward``: notes rows that are not finite, and copies hidden states of decoder rows for prompt logprobs.
 
     vLLM computes prompt logprobs from scheduled rows. Sampling needs no copy.
     """
@@ -177,6 +182,7 @@ def wrap_model_forward(original: Original) -> Original:
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
+        not_finite.note(self, hidden, _ROWS.get(self))
         if (rows := _ROWS.get(self)) and self.num_prompt_logprobs:
             decoded = hidden[
                 rows.scheduled : rows.scheduled + len(rows)
