@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import tiny
 from icarus import base_model, hub
 from icarus.adapter import fingerprint
 from icarus.errors import InputError
@@ -215,3 +216,12 @@ def test_two_processes_unpack_the_real_one_and_agree(tmp_path: Path) -> None:
     with torch.no_grad():
         best = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+def test_parameters_by_the_size_of_files(tmp_path: Path) -> None:
+    model = tiny()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+        assert base_model.parameters(tmp_path / str(dtype)) == pytest.approx(count, rel=0.1)
+    assert base_model.parameters(tmp_path) is None

@@ -24,7 +24,7 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     count = arguments.positive_int
-    measure.add_arguments(parser, dtype="bfloat16", repeats=5)
+    measure.add_arguments(parser, dtype=measure.served_dtype(), repeats=5)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="engines (default: all)")
     parser.add_argument("--starts", type=count, default=1, help="starts of all engines, as two differ (default: 1)")
     parser.add_argument("--prompt-tokens", type=count, default=1000, help="of prefill and chain (default: 1000)")

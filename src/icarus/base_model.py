@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -85,6 +86,21 @@ def folder(name: str = PACKAGED) -> Path:
         raise InputError(
             f"Base model {name!r} could not be downloaded from the Hub ({error}); check its name and the connection."
         ) from error
+
+
+def parameters(folder: Path) -> int | None:
+    """About how many parameters a model folder holds, by the size of its files; None if they do not tell.
+
+    They do not if there are no safetensors, or if they are quantised.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except (OSError, ValueError):
+        return None
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype.removeprefix("torch."))
+    return None if width is None or not size or "quantization_config" in config else size // width
 
 
 def load(

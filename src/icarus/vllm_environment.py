@@ -13,8 +13,7 @@ _FEW_CORES = 2  # measured; the scheduler busy-waits, so of more cores it would 
 def variables(current: Mapping[str, str]) -> dict[str, str]:
     """What to set. Values in ``current`` stay as they are."""
     wanted = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # decoder rows are in V1
-    # torch.cuda.is_available() would initialize the driver, which then could not be used after a fork.
-    if torch.version.cuda is None and torch.version.hip is None:
+    if not has_accelerator():
         # On CPUs, vLLM 0.32.0 saves the compiled model, cannot load it ("'function' object has no attribute
         # 'finalize_loading'"), and compiles again at every start. With 0, torch's own cache is used.
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
@@ -22,6 +21,14 @@ def variables(current: Mapping[str, str]) -> dict[str, str]:
         if _cores() <= _FEW_CORES:
             wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     return {name: current.get(name, value) for name, value in wanted.items()}
+
+
+def has_accelerator() -> bool:
+    """Whether torch is a build for GPUs.
+
+    torch.cuda.is_available() would initialize the driver, which then could not be used after a fork.
+    """
+    return torch.version.cuda is not None or torch.version.hip is not None
 
 
 def _cores() -> int:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import reference
-from icarus import Specialists, adapter
+from icarus import Specialists, adapter, processor
 from icarus.chat_template import Codec
 from icarus.errors import AdapterError, DataError, InputError, UnsupportedModelError
 from icarus.streams import IGNORED, TwoStreams
@@ -28,6 +28,7 @@ from icarus.train import run as under_test
 from icarus.train.config import IcarusSFTConfig, TrainConfig, parse
 from icarus.train.progress import Progress
 from saved import save_adapter, save_base, save_rows
+from strict_skips import NO_CPU_TORCH
 from tiny_models import lora_of, shape_of, tiny, tiny_tokenizer, with_adapters
 
 ROWS = [{"prompt": p, "completion": c} for p, c in (("one:", "uno"), ("two:", "dos"), ("three:", "tres"))]
@@ -58,10 +59,27 @@ def train(base: Path, tmp_path: Path) -> Train:
     def run(rows: list[dict[str, Any]] = ROWS, **options: Any) -> dict[str, Any]:
         source = save_rows(tmp_path / "data.jsonl", *rows)
         named = {"base": str(base), "data": str(source), "output": str(tmp_path / "out"), "rank": 4}
+        named["dtype"] = "float32"  # on every processor
         named |= {k: options.pop(k) for k in [*options] if k in _TRAIN_CONFIG}
         return under_test.train(TrainConfig(**named), settings(**options))
 
     return run
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason=NO_CPU_TORCH)
+@pytest.mark.parametrize(("slow", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_on_a_cpu_the_processor_decides_on_the_dtype(
+    slow: bool, dtype: torch.dtype, base: Path, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(processor, "slow_in_bfloat16", lambda: slow)
+    loaded = under_test.base_model.load
+    models = []
+    monkeypatch.setattr(
+        under_test.base_model, "load", lambda *args, **options: models.append(loaded(*args, **options)) or models[-1]
+    )
+    train(dtype="auto", max_steps=1)
+    assert models[0][0].dtype is dtype
+    assert f"Base weights in {str(dtype).removeprefix('torch.')}" in capsys.readouterr().err
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

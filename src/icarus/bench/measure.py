@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from icarus import arguments, base_model
+from icarus import arguments, base_model, processor
+from icarus.vllm_environment import has_accelerator
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "float32", repeats: int) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "float32", re
     parser.add_argument(
         "--base", default=base_model.PACKAGED, help=f"hub id, folder, or {base_model.PACKAGED} (default)"
     )
-    parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument(
         "--repeats",
         type=arguments.positive_int,
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "float32", re
         help=f"alternations of the sides (default: {repeats})",
     )
     arguments.add_json(parser)
+
+
+def served_dtype() -> str:
+    """What vLLM is measured in unless the user says otherwise: as ``icarus serve`` runs the packaged model here."""
+    return "float32" if not has_accelerator() and processor.slow_in_bfloat16() else "bfloat16"
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:

@@ -41,7 +41,10 @@ class TrainConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
-        metadata={"help": "dtype of the base weights in training (auto: bfloat16 on a GPU, else float32)"},
+        metadata={
+            "help": "dtype of the base weights in training (auto: bfloat16, but float32 on a CPU without instructions "
+            "for it)"
+        },
     )
     adapter_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "dtype of the adapter's tensors on disk"}

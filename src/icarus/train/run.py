@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from icarus import adapter, arguments, base_model
+from icarus import adapter, arguments, base_model, processor
 from icarus.errors import InputError
 from icarus.train import data, fields, tokenizer
 from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig, help_text, parse
@@ -55,7 +55,7 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     rows = data.read(config.data)
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     model, codes = base_model.load(
-        config.base, dtype=_dtype(config.dtype, use_cpu=sft.use_cpu), device="cpu" if sft.use_cpu else None
+        config.base, dtype=_dtype(config, use_cpu=sft.use_cpu), device="cpu" if sft.use_cpu else None
     )
     tokenizer.change(codes, sft)
     sft = copy(sft)
@@ -92,8 +92,19 @@ def _check(config: TrainConfig, sft: IcarusSFTConfig) -> None:
         )
 
 
-def _dtype(name: str, *, use_cpu: bool) -> str:
-    return ("bfloat16" if torch.cuda.is_available() and not use_cpu else "float32") if name == "auto" else name
+def _dtype(config: TrainConfig, *, use_cpu: bool) -> str:
+    """That of the base weights; on a CPU the processor decides, and the choice is said."""
+    if config.dtype != "auto":
+        return config.dtype
+    if torch.cuda.is_available() and not use_cpu:
+        return "bfloat16"
+    count = base_model.parameters(base_model.folder(config.base))
+    if count is None:
+        return "float32"
+    choice = processor.choose(count)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Base weights in {choice.dtype}, {choice.reason}; --dtype says otherwise.", file=sys.stderr)
+    return choice.dtype
 
 
 def _run_directory(output: Path) -> Path:

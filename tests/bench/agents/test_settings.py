@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from icarus import arguments
+from icarus import arguments, processor
 from icarus.bench.agents import command
 from icarus.bench.agents.fields import changed
 from icarus.bench.agents.settings import CPU, GPU, PROFILES, QUICK, Settings
@@ -33,9 +34,15 @@ def test_every_setting_has_a_flag_with_help() -> None:
     assert all(action.help for action in declared.values())
 
 
-def test_what_is_not_given_is_the_profiles() -> None:
+def test_what_is_not_given_is_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "slow_in_bfloat16", lambda: False)
     assert command.settings_of(parsed()) == CPU
     assert command.settings_of(parsed("--quick")) == QUICK
+    assert command.settings_of(parsed("--profile", "gpu")) == GPU
+    monkeypatch.setattr(processor, "slow_in_bfloat16", lambda: True)
+    expected = "float32" if torch.version.cuda is None else "bfloat16"
+    assert command.settings_of(parsed()).dtype == expected
+    assert command.settings_of(parsed("--dtype", "bfloat16")).dtype == "bfloat16"
     assert command.settings_of(parsed("--profile", "gpu")) == GPU
 
 

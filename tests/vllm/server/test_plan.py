@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from icarus import adapter
+from icarus import adapter, processor
 from icarus.arguments import Parser
 from icarus.errors import AdapterError, InputError
 from icarus.vllm import abilities
 from icarus.vllm.server import folders, plan, serve, watch
 from icarus.vllm.server.plan import Plan
+from icarus.vllm_environment import has_accelerator
 from saved import save_base
 from specimens import CONVENTIONAL_DAMAGES, setting
-from strict_skips import needs_vllm
+from strict_skips import NO_CPU_TORCH, needs_vllm
 from tiny_models import tiny
 
 
@@ -156,3 +157,20 @@ def test_an_adapter_of_another_base_model_stops_the_start(home: Path, tmp_path: 
     other = save_base(tmp_path / "other", seed=9)
     with pytest.raises(AdapterError, match="trained on another base model"):
         plan_of(str(other), "--adapters", f"sql={home}/team/sql")
+
+
+@pytest.mark.skipif(has_accelerator(), reason=NO_CPU_TORCH)
+def test_on_a_slow_processor_weights_are_float32(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base = str(home / "base")
+    monkeypatch.setattr(processor, "slow_in_bfloat16", lambda: False)
+    assert "--dtype" not in plan_of(base).flags
+    monkeypatch.setattr(processor, "slow_in_bfloat16", lambda: True)
+    planned = plan_of(base)
+    assert value(planned, "--dtype") == ["float32"]
+    assert "dtype    float32, as this processor has neither" in serve.announcement(planned, [])
+    assert value(plan_of(base, "--dtype", "bfloat16"), "--dtype") == ["bfloat16"]
+    config = json.loads((home / "base" / "config.json").read_text())
+    (tmp_path / "quantised").mkdir()
+    shutil.copy(home / "base" / "model.safetensors", tmp_path / "quantised")
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    assert "--dtype" not in plan_of(str(tmp_path / "quantised")).flags, "it says itself"

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from icarus import arguments
+from icarus.bench import measure
 from icarus.bench.agents import fields, records, tables
 from icarus.bench.agents.records import Run
 from icarus.bench.agents.report import Protocol, Report
@@ -61,6 +63,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
             "--quick is a part of the CPU profile; for another one give --models, --workloads and --rates."
         )
     profile = QUICK if options.quick else PROFILES[options.profile]
+    if options.profile == "cpu":
+        profile = replace(profile, dtype=measure.served_dtype())
     configured = fields.changed(profile, _read(options.config)) if options.config else profile
     return fields.changed(configured, fields.given(options))
 

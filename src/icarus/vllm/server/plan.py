@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icarus import adapter, base_model, vllm_environment
+from icarus import adapter, base_model, processor, vllm_environment
 from icarus.errors import InputError
 from icarus.vllm.engine.description import describe
 from icarus.vllm.server import folders, watch
@@ -55,6 +55,7 @@ class Plan:
     watched: Path | None  # the folder of --adapter-dir
     flags: list[str]  # for vLLM
     environment: dict[str, str]  # variables to set
+    dtype: processor.Choice | None = None  # where it is not left to vLLM
 
 
 def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
@@ -83,6 +84,7 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     adapters = tuple(_served(name, path, base, classifies=classifies) for name, path in options.adapters.items())
     _check_room(adapters, number(words, "max-lora-rank", LORA_RANKS[-1]))
     watched = _watched(options.adapter_dir)
+    dtype = None if "dtype" in present or base is None else _dtype(base)
     several = several_servers(words)
     if several and watched:
         raise InputError("--adapter-dir needs one API server: set --api-server-count 1.")
@@ -93,8 +95,9 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
         model=model,
         adapters=adapters,
         watched=watched,
-        flags=[*_flags(options.base, adapters, watched, present), *words],
+        flags=[*_flags(options.base, adapters, watched, present), *(["--dtype", dtype.dtype] if dtype else []), *words],
         environment=_environment(environment, allowed, watched, loading=not several),
+        dtype=dtype,
     )
 
 
@@ -102,6 +105,14 @@ def _served(name: str, path: str, base: Path | None, *, classifies: bool) -> Ser
     folder = adapter.locate(path).resolve()
     described = describe(folder, lambda: base, heads=classifies)
     return Served(name, folder, described.rank, described.base_fingerprint)
+
+
+def _dtype(base: Path) -> processor.Choice | None:
+    """vLLM takes bfloat16 unless the checkpoint says otherwise, on every processor."""
+    count = base_model.parameters(base)
+    if vllm_environment.has_accelerator() or count is None or not processor.slow_in_bfloat16():
+        return None
+    return processor.choose(count)
 
 
 def _check_room(adapters: Sequence[Served], room: int) -> None:

@@ -130,6 +130,8 @@ def announcement(planned: Plan, words: Sequence[str]) -> str:
         lines.append(f"  {served.name:{width}}  {why}")
     if planned.watched:
         lines.append(f"  adapters in {planned.watched} come and go with their folders")
+    if planned.dtype:
+        lines.append(f"dtype    {planned.dtype.dtype}, {planned.dtype.reason}; --dtype says otherwise")
     return "\n".join(lines if "headless" in given(words) else [*lines, *_how_to_ask(planned, words)])
 
 
