@@ -10,6 +10,7 @@ import pytest
 from engines import BLOCK, LENGTHS, NEW, SHAPE, Asked, Reply, Shop, Step, ask, of, prompts
 from icarus.vllm import abilities
 from icarus.vllm.engine import limits
+from specimens import tensors
 from strict_skips import needs_vllm
 from tiny_models import tiny, tokens
 
@@ -337,14 +338,44 @@ def test_more_adapters_than_slots(shop: Shop, stock: Any) -> None:
     check(shop, stock, shop.serve([ask(*MIXED)], max_loras=2, max_cpu_loras=3)[0])
 
 
+def test_a_conventional_adapter_is_replaced_by_its_next_version(shop: Shop) -> None:
+    """Which finds no K/V of the old one in the cache, and neither does the old one when it comes back."""
+    other = shop.folder / "plain-2"
+    shutil.copytree(shop.folder / "plain", other)
+    tensors(lambda values: [tensor.neg_() for name, tensor in values.items() if "lora_B" in name])(other)
+    old, new = (
+        {"load": {"name": "plain", "lora_path": str(shop.folder / name), "load_inplace": True}}
+        for name in ("plain", "plain-2")
+    )
+    asked = ask(("plain", SHARED))
+    first, again, _, second, found, _, third = shop.serve([asked, asked, new, asked, asked, old, asked])
+    fresh = shop.serve([new, asked], enable_prefix_caching=False)[1]
+    whole_blocks = len(SHARED) // BLOCK * BLOCK
+    assert [reply["cached"] for [reply] in (first, again, second, found, third)] == [0, whole_blocks] * 2 + [0]
+    assert of(first) == of(again) == of(third) != of(second) == of(found) == of(fresh)
+
+
+@pytest.mark.parametrize("name", ["sql", "plain"])
+def test_weights_that_vllm_would_leave_out_are_refused(shop: Shop, name: str) -> None:
+    """The deployment applies some modules alone, and stock vLLM says nothing."""
+    loaded, [base] = shop.serve([{"load": {"name": name}}, ask(("base", SHARED))], lora_target_modules=["q_proj"])
+    assert "which vLLM would leave out" in loaded["error"]
+    assert base["tokens"] == shop.reference("base", SHARED)
+
+
 def test_an_evicted_adapter_outlives_its_folder(shop: Shop) -> None:
     """One slot, in memory too: each request here reads its adapter again, and at last the folder is gone."""
     gone = str(shutil.copytree(shop.folder / "sql", shop.folder / "gone"))
     steps = [{"load": {"name": "sql", "lora_path": gone}}, ask(("sql", SHARED)), ask(("chat", SHARED))]
     steps += [{"delete": gone}, ask(("sql", SHARED)), ask(("chat", SHARED))]
-    _, [first], [other], _, [again], [last] = shop.serve(steps, max_loras=1, max_cpu_loras=1)
+    gone = str(shutil.copytree(shop.folder / "plain", shop.folder / "gone as well"))
+    steps += [{"load": {"name": "plain", "lora_path": gone}}, ask(("plain", SHARED)), ask(("chat", SHARED))]
+    steps += [{"delete": gone}, ask(("plain", SHARED))]
+    results = shop.serve(steps, max_loras=1, max_cpu_loras=1, enable_prefix_caching=False)
+    _, [first], [other], _, [again], [last], _, [plain], _, _, [plain_again] = results
     assert first["tokens"] == again["tokens"] == shop.reference("sql", SHARED)
     assert other["tokens"] == last["tokens"] == shop.reference("chat", SHARED)
+    assert plain["tokens"] == plain_again["tokens"]
 
 
 def test_stock_operators_are_refused_on_a_cpu(shop: Shop) -> None:

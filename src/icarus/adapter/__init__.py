@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from icarus.adapter.conventional import ConventionalInfo, conventional_problems, verify_conventional
     from icarus.adapter.files import CONFIG_NAME, MARKER_VERSION, WEIGHTS_NAME, is_conventional, is_icarus
     from icarus.adapter.fingerprints import fingerprint
-    from icarus.adapter.location import locate
+    from icarus.adapter.location import locate, weights_name
     from icarus.adapter.storage import from_pretrained, load, push_to_hub, save, save_conventional
 
 _HOMES = {
@@ -54,6 +54,7 @@ _HOMES = {
     "save_conventional": "storage",
     "verify": "checks",
     "verify_conventional": "conventional",
+    "weights_name": "location",
 }
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "save_conventional",
     "verify",
     "verify_conventional",
+    "weights_name",
 ]
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from icarus import hub
-from icarus.adapter.files import CARD_NAME, CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, StrPath
+from icarus.adapter.files import CARD_NAME, CONFIG_NAME, PICKLE_NAME, PICKLE_NAMES, WEIGHTS_NAME, StrPath
 from icarus.errors import AdapterError
 
 
@@ -28,3 +28,9 @@ def locate(source: StrPath, revision: str | None = None, token: str | bool | Non
             f"{source} is not a local folder and could not be downloaded from the Hub ({error}); "
             "check its name and the connection."
         ) from error
+
+
+def weights_name(directory: StrPath) -> str:
+    """The file that vLLM reads an adapter's tensors from: a pickle where there is nothing else."""
+    there = (name for name in (WEIGHTS_NAME, *PICKLE_NAMES) if (Path(directory) / name).is_file())
+    return next(there, WEIGHTS_NAME)

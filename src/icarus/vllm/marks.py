@@ -1,6 +1,6 @@
-"""The mark on a request whose adapter shares the cache.
+"""The marks on a request whose adapter was verified, and on one whose adapter shares the cache.
 
-The engine core decides (engine/policy.py) and replaces the request's ``LoRARequest`` by the subclass below. It travels
+The engine core decides (engine/policy.py) and replaces the request's ``LoRARequest`` by a subclass below. It travels
 with the request: to the cache key, to KV events, and by pickle to every worker. So all of them follow one decision.
 """
 
@@ -9,11 +9,16 @@ from __future__ import annotations
 from vllm.lora.request import LoRARequest
 
 
-class SharedLoRARequest(LoRARequest):  # type: ignore[misc]  # mypy is told not to follow vLLM
-    """The LoRA request of a verified ICaRus adapter."""
+class VerifiedLoRARequest(LoRARequest):  # type: ignore[misc]  # mypy is told not to follow vLLM
+    """The LoRA request of a verified adapter, of either kind."""
 
     sha256: str = ""  # of the files that were verified (worker/copies.py)
     generation: int = 0  # of the verdict: a later one is higher
+    epoch: int = 0  # how many conventional adapters had been replaced by then: the mark of their K/V
+
+
+class SharedLoRARequest(VerifiedLoRARequest):
+    """The LoRA request of a verified ICaRus adapter."""
 
     @property
     def adapter_id(self) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 from vllm.lora.request import LoRARequest
 
 from icarus.vllm.engine.marking import marked, to_load
-from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.marks import SharedLoRARequest, VerifiedLoRARequest
 from icarus.vllm.worker.copies import digest
 
 
@@ -39,16 +39,17 @@ def request(folder: Path, name: str, **fields: Any) -> LoRARequest:
     return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(folder / name), **fields)
 
 
-def test_only_a_verified_adapter_is_marked(folder: Path, policy: Policy) -> None:
+def test_an_adapter_that_shares_is_marked(folder: Path, policy: Policy) -> None:
     ours = marked(policy, request(folder, "ours", base_model_name="base"))
     assert isinstance(ours, SharedLoRARequest)
     assert (ours.lora_name, ours.lora_int_id, ours.base_model_name) == ("ours", 1, "base")
     assert ours.sha256 == digest(folder / "ours")
 
 
-def test_a_conventional_adapter_goes_on_as_it_came(folder: Path, policy: Policy) -> None:
-    plain = request(folder, "plain")
-    assert marked(policy, plain) is plain
+def test_a_conventional_adapter_is_marked_as_verified_and_keeps_its_name(folder: Path, policy: Policy) -> None:
+    plain = marked(policy, request(folder, "plain"))
+    assert type(plain) is VerifiedLoRARequest
+    assert (plain.adapter_id, plain.name, plain.sha256) == (1, "plain", digest(folder / "plain"))
 
 
 def test_only_a_load_reads_files_again(folder: Path, policy: Policy) -> None:

@@ -136,6 +136,21 @@ def test_under_its_id_an_adapter_can_be_replaced_by_another_of_its_kind_only(
         judge.decide(2, str(shared), again=True)
 
 
+def test_a_replaced_conventional_adapter_begins_an_epoch(base: Path, conventional: Path, tmp_path: Path) -> None:
+    """So that nobody finds K/V of a request that ran across the replacement."""
+    judge = Policy(lambda: base)
+    first = judge.decide(1, str(conventional))
+    assert judge.decide(1, str(conventional), again=True).epoch == first.epoch, "the same files"
+    other = Path(shutil.copytree(conventional, tmp_path / "other"))
+    edit(lambda config: config.update(lora_alpha=1))(other)
+    assert judge.judge(str(other), 1).epoch == first.epoch + 1
+    assert judge.judge(str(other), 2).epoch == first.epoch, "it replaces nothing"
+    judge.note(1, judge.judge(str(other), 1))
+    back = judge.judge(str(conventional), 1)
+    assert (back.sha256, back.epoch) == (first.sha256, first.epoch + 2)
+    assert judge.judge(str(conventional), 3).epoch == first.epoch + 1
+
+
 def test_a_request_that_names_the_folder_before_a_replacement_changes_nothing(
     base: Path, shared: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,14 @@ from strict_skips import WITHOUT_VLLM
 
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
+from vllm.entrypoints.serve import create_error_response
 from vllm.lora.request import LoRARequest
 
 from icarus.errors import AdapterError, InputError
 from icarus.vllm.engine.attached_policy import POLICY
 from icarus.vllm.engine.policy import Policy, Verdict
 from icarus.vllm.server import loading, names
+from icarus.vllm.worker.adapters import REFUSED
 
 try:
     from vllm.renderers.chat_utils import MM_PARSER_MAP
@@ -78,13 +81,29 @@ def test_it_waits_for_the_last_request() -> None:
     asyncio.run(story())
 
 
-def test_conventional_adapters_stay_where_vllm_leaves_them() -> None:
+def test_conventional_adapters_leave_as_well() -> None:
     async def story() -> None:
         models = Models(shares=False)
         await unload(models)
-        assert models.removed == []
+        assert models.removed == [7]
 
     asyncio.run(story())
+
+
+def test_what_vllm_cannot_serve_is_the_clients_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(loading, "_check", lambda models, request: None)
+    monkeypatch.delenv("ICARUS_ADAPTER_FOLDERS", raising=False)
+
+    def answer(message: str) -> Any:
+        async def original(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+            return create_error_response(message, "InternalServerError", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+        load = loading.wrap_load_lora_adapter(original)
+        return asyncio.run(load(SimpleNamespace(), SimpleNamespace(lora_name="a", lora_path=str(tmp_path)))).error
+
+    refused = answer(f"Call to add_lora method failed: {REFUSED}it has weights for nothing.")
+    assert (refused.code, refused.message) == (400, "it has weights for nothing.")
+    assert answer("Call to add_lora method failed: the disk is full").code == 500
 
 
 # ------------------------------------------------------------------------------------------------- names

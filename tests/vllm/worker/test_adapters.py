@@ -19,7 +19,7 @@ pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from vllm.lora.request import LoRARequest
 
-from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.marks import SharedLoRARequest, VerifiedLoRARequest
 from icarus.vllm.worker import adapters
 from icarus.vllm.worker.copies import digest
 
@@ -39,11 +39,31 @@ class Reader:
 
     def __init__(self) -> None:
         self.read: list[tuple[str, bytes]] = []
+        self._adapter_manager = "what applies them"
 
-    def original(self, request: Any) -> None:
+    def original(self, request: Any) -> str:
         self.read.append((request.lora_path, Path(request.lora_path, WEIGHTS).read_bytes()))
+        return f"reading {len(self.read)}"
 
-    load = adapters.wrap_load_adapter(original)
+    _load_adapter = adapters.wrap_load_adapter(original)
+
+    def load(self, request: Any) -> str:
+        return self._load_adapter(request)
+
+
+@pytest.fixture(autouse=True)
+def placed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Adapters that vLLM was asked about; one called "misplaced" is refused."""
+    asked: list[str] = []
+
+    def check_placed(manager: Any, lora: Any, name: str) -> None:
+        assert manager == "what applies them"
+        asked.append(lora)
+        if name == "misplaced":
+            raise AdapterError("it has weights for nothing")
+
+    monkeypatch.setattr(adapters, "check_placed", check_placed)
+    return asked
 
 
 @pytest.fixture
@@ -55,7 +75,9 @@ def reader() -> Iterator[Reader]:
 
 def shared(folder: Path, **fields: Any) -> SharedLoRARequest:
     sha256 = digest(folder) if folder.exists() else ""
-    return SharedLoRARequest(lora_name="a", lora_int_id=1, lora_path=str(folder), **{"sha256": sha256, **fields})
+    return SharedLoRARequest(
+        **{"lora_name": "a", "lora_int_id": 1, "lora_path": str(folder), "sha256": sha256} | fields
+    )
 
 
 def test_what_shares_is_read_from_a_copy(reader: Reader, folder: Path, tmp_path: Path) -> None:
@@ -80,14 +102,37 @@ def test_a_copy_goes_with_its_adapter(reader: Reader, folder: Path, tmp_path: Pa
         reader.load(request)
 
 
-def test_a_conventional_adapter_is_read_from_its_folder(reader: Reader, folder: Path) -> None:
+def test_a_conventional_adapter_is_read_from_a_copy_too(reader: Reader, folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder / "plain", tmp_path / "moved")
+    request = VerifiedLoRARequest("b", 1, str(moved), sha256=digest(moved), generation=1)
+    reader.load(request)
+    shutil.rmtree(moved)
+    reader.load(request)
+    assert [weights for _, weights in reader.read] == [(folder / "plain" / WEIGHTS).read_bytes()] * 2
+
+
+def test_what_vllm_makes_for_warm_up_is_not_copied(reader: Reader, folder: Path) -> None:
     reader.load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "plain")))
     assert [path for path, _ in reader.read] == [str(folder / "plain")]
 
 
-def test_a_conventional_adapter_that_became_another_is_refused(reader: Reader, folder: Path) -> None:
-    with pytest.raises(AdapterError, match="load it again"):
-        reader.load(LoRARequest(lora_name="b", lora_int_id=2, lora_path=str(folder / "ours")))
+def test_what_was_staged_is_read_once(reader: Reader, folder: Path, placed: list[str]) -> None:
+    first, second = (shared(folder / "ours", generation=generation) for generation in (1, 2))
+    assert adapters.stage(worker_of(reader), first) == ""
+    assert [reader.load(first), reader.load(first)] == ["reading 1", "reading 2"]
+    assert adapters.stage(worker_of(reader), first) == "", "it is served"
+    assert adapters.stage(worker_of(reader), second) == ""
+    assert reader.load(first) == "reading 4", "a request that waited, of what is served now"
+    assert reader.load(second) == "reading 5", "which was not what was staged last"
+    assert placed == [f"reading {number}" for number in range(1, 6)]
+
+
+def test_what_vllm_cannot_apply_is_the_answer(reader: Reader, folder: Path) -> None:
+    misplaced = shared(folder / "ours", generation=1, lora_name="misplaced")
+    assert adapters.stage(worker_of(reader), misplaced) == f"{adapters.REFUSED}it has weights for nothing"
+    with pytest.raises(AdapterError, match="for nothing"):
+        reader.load(misplaced)
+    assert adapters._copies(reader)._kept == {}, "a copy stays when it was read"
 
 
 def test_a_staged_copy_is_read_whatever_becomes_of_the_folder(reader: Reader, folder: Path, tmp_path: Path) -> None:

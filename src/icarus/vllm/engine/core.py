@@ -16,7 +16,7 @@ from icarus.vllm.engine import limits
 from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.engine.counting import count_load
 from icarus.vllm.engine.marking import marked, to_load
-from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.marks import SharedLoRARequest, VerifiedLoRARequest
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
 from icarus.vllm.worker.adapters import stage, unstage
@@ -45,7 +45,11 @@ def wrap_gen_lora_extra_hash_keys(original: Original) -> Original:
 
     @wraps(original)
     def _gen_lora_extra_hash_keys(request: Any) -> Any:
-        return [] if isinstance(request.lora_request, SharedLoRARequest) else original(request)
+        lora = request.lora_request
+        if isinstance(lora, SharedLoRARequest):
+            return []
+        keys = original(request)
+        return [*keys, f"{lora.sha256}/{lora.epoch}"] if isinstance(lora, VerifiedLoRARequest) else keys
 
     return _gen_lora_extra_hash_keys
 
@@ -72,7 +76,7 @@ def wrap_add_lora(original: Original) -> Original:
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)
-            _stage(self.model_executor, request)
+        _stage(self.model_executor, request)
         loaded = original(self, request)
         policy.note(adapter_id, verdict)
         count_load(self, lora_request, time.perf_counter() - started, shares=shares)
@@ -81,11 +85,11 @@ def wrap_add_lora(original: Original) -> Original:
     return add_lora
 
 
-def _stage(executor: Any, request: SharedLoRARequest) -> None:
-    """Have all workers of this engine copy an adapter; if one cannot, none keeps its copy.
+def _stage(executor: Any, request: VerifiedLoRARequest) -> None:
+    """Have all workers of this engine copy and read an adapter; if one cannot, none keeps its copy.
 
     Raises:
-        AdapterError: a worker could not copy it.
+        AdapterError: a worker could not copy it, or vLLM cannot serve it.
     """
     if refusals := [refusal for refusal in executor.collective_rpc(stage, args=(request,)) if refusal]:
         executor.collective_rpc(unstage, args=(request.lora_int_id,))

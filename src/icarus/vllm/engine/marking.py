@@ -7,7 +7,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from icarus.vllm.engine.policy import Policy, Verdict
-from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.marks import SharedLoRARequest, VerifiedLoRARequest
 
 
 def marked(policy: Policy, request: LoRARequest | None) -> LoRARequest | None:
@@ -38,8 +38,7 @@ def to_load(policy: Policy, request: LoRARequest) -> tuple[LoRARequest, Verdict]
 
 
 def _mark(request: LoRARequest, verdict: Verdict, *, load_inplace: bool) -> LoRARequest:
-    if not verdict.shares:
-        return request
     fields: dict[str, Any] = {name: getattr(request, name) for name in LoRARequest.__struct_fields__}
     fields |= {"load_inplace": load_inplace, "lora_path": verdict.path}
-    return SharedLoRARequest(**fields, sha256=verdict.sha256, generation=verdict.generation)
+    fields |= {name: getattr(verdict, name) for name in ("sha256", "generation", "epoch")}
+    return SharedLoRARequest(**fields) if verdict.shares else VerifiedLoRARequest(**fields)

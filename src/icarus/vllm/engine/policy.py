@@ -15,7 +15,7 @@ Nothing here imports vLLM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Verdict:
     base_fingerprint: str = ""  # of the base model whose cache it shares; empty for a conventional adapter
     sha256: str = ""  # of the files that were verified (worker/copies.py)
     generation: int = 0  # later verdicts have higher ones
+    epoch: int = 0  # replacements of conventional adapters before it
     rank: int = 0  # the highest of its modules
 
     @property
@@ -62,6 +63,7 @@ class Policy:
         self._verdicts: dict[int, Verdict] = {}
         self._generations = count(1)
         self._retired: set[int] = set()
+        self._replaced = 0  # conventional adapters
 
     def decide(self, adapter_id: int, path: str, *, again: bool = False) -> Verdict:
         """The verdict on the adapter that the engine knows as ``adapter_id``.
@@ -89,8 +91,9 @@ class Policy:
         """Let a verdict stand, or none: a load has succeeded, or the adapter was removed."""
         if verdict is None:
             self._verdicts.pop(adapter_id, None)
-        else:
-            self._verdicts[adapter_id] = verdict
+            return
+        self._replaced = max(self._replaced, verdict.epoch)
+        self._verdicts[adapter_id] = verdict
 
     def retire(self, adapter_id: int) -> None:
         """Note that an adapter was unloaded and that its id will never be used again; ``decide`` then refuses it."""
@@ -110,14 +113,22 @@ class Policy:
                 f"{path} cannot replace {known.path}: one is an ICaRus adapter and the other is not; load it under "
                 "another name."
             )
+        if known and not verdict.shares and verdict.sha256 != known.sha256:
+            # Running requests go on with new weights over K/V of the old ones, so no later request may find either.
+            return replace(verdict, epoch=self._replaced + 1)
         return verdict
 
     def _judge(self, path: str) -> Verdict:
         folder = Path(self._locate(path))
-        if not adapter.is_icarus(folder):
-            return Verdict(path, rank=describe(folder, self._base, heads=self._heads).rank)
-        if self.refusal:
+        shares = adapter.is_icarus(folder)
+        if shares and self.refusal:
             raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self.refusal}.")
-        sha256 = digest(folder)  # before it is verified, so that files written in between do not pass for verified
-        described = describe(folder, self._base)
-        return Verdict(path, described.base_fingerprint, sha256, next(self._generations), described.rank)
+        try:
+            sha256 = digest(folder)  # before it is verified, so that files written in between do not pass for verified
+        except AdapterError:
+            describe(folder, self._base, heads=self._heads)  # knows better what is wrong
+            raise
+        described = describe(folder, self._base, heads=self._heads)
+        return Verdict(
+            path, described.base_fingerprint, sha256, next(self._generations), self._replaced, described.rank
+        )

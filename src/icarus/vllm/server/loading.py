@@ -25,6 +25,7 @@ from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.patching import Original
 from icarus.vllm.server import folders
 from icarus.vllm.server.names import check_name
+from icarus.vllm.worker.adapters import REFUSED
 
 logger = init_logger("vllm.icarus.loading")
 
@@ -56,6 +57,8 @@ def wrap_load_lora_adapter(original: Original) -> Original:
             except LoRAAdapterNotFoundError as error:
                 return create_error_response(error)
         response = await original(self, request, base_model_name)
+        if isinstance(response, ErrorResponse) and REFUSED in response.error.message:
+            return _refused(response.error.message.partition(REFUSED)[2], HTTPStatus.BAD_REQUEST)
         if not isinstance(response, ErrorResponse):
             # Decided here, so that no request has to wait for it and the next replacement is compared with it.
             await asyncio.to_thread(_decide, self, request.lora_name)
@@ -132,7 +135,7 @@ def wrap_resolve_lora(original: Original) -> Original:
 
 
 def wrap_unload_lora_adapter(original: Original) -> Original:
-    """``OpenAIServingModels.unload_lora_adapter``: an ICaRus adapter leaves the engine with its last request."""
+    """``OpenAIServingModels.unload_lora_adapter``: an adapter leaves the engine with its last request."""
 
     @wraps(original)
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
@@ -140,7 +143,7 @@ def wrap_unload_lora_adapter(original: Original) -> Original:
         response = await original(self, request)
         if loaded is not None and not isinstance(response, ErrorResponse):
             verdict = policy_of(self.input_processor).known(loaded.lora_int_id)
-            if verdict and verdict.shares:
+            if verdict:
                 task = asyncio.create_task(_release(self, loaded.lora_int_id))
                 _releases.add(task)
                 task.add_done_callback(_releases.discard)

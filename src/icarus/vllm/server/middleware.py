@@ -26,7 +26,7 @@ from icarus.errors import InputError
 from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.engine.policy import Policy
 from icarus.vllm.server.metrics import Scraper
-from icarus.vllm.server.watch import WATCHED_VARIABLE, State, Watcher, scan
+from icarus.vllm.server.watch import WATCHED_VARIABLE, Watcher, scan
 
 logger = init_logger("vllm.icarus.middleware")
 
@@ -132,22 +132,10 @@ def _refusal(root: Path, policy: Policy) -> str:
 def _watcher(root: Path, models: Any) -> Watcher:
     """A watcher that loads as ``/v1/load_lora_adapter`` does; ``models`` is vLLM's ``OpenAIServingModels``."""
 
-    conventional: dict[str, State | None] = {}  # the weights behind a name in the prefix cache, even if it is unloaded
-
     async def load(name: str, folder: Path, replaces: bool) -> str:
-        state, shares = scan(root).get(name), adapter.is_icarus(folder)
-        if not shares and conventional.get(name, state) != state:
-            return (
-                "a conventional adapter that changes would leave K/V of its old weights in the prefix cache; save it "
-                "under another name"
-            )
         request = LoadLoRAAdapterRequest(lora_name=name, lora_path=str(folder), load_inplace=replaces)
         response = await models.load_lora_adapter(request)
-        if isinstance(response, ErrorResponse):
-            return str(response.error.message)
-        if not shares:
-            conventional[name] = state
-        return ""
+        return str(response.error.message) if isinstance(response, ErrorResponse) else ""
 
     async def unload(name: str) -> None:
         await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))

@@ -17,15 +17,13 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from icarus.adapter import CONFIG_NAME, WEIGHTS_NAME
+from icarus.adapter import CONFIG_NAME, weights_name
 from icarus.errors import AdapterError
-
-_ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def digest(folder: Path) -> str:
@@ -36,7 +34,9 @@ def digest(folder: Path) -> str:
     """
     with ExitStack() as opened:
         try:
-            return _digest([opened.enter_context(_opened(folder / name)) for name in _ADAPTER_FILES])
+            return _digest(
+                [opened.enter_context(_opened(folder / name)) for name in (CONFIG_NAME, weights_name(folder))]
+            )
         except OSError as error:
             raise AdapterError(
                 f"{error.filename} cannot be read ({error.strerror}); save the adapter again."
@@ -64,6 +64,7 @@ class _Copy:
     """Files without a name: the system removes them when they are closed or the process ends, however it ends."""
 
     generation: int
+    names: tuple[str, ...]
     files: tuple[BinaryIO, ...]
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class _Copy:
     def folder(self) -> Iterator[Path]:
         """A temporary folder in which this process sees them under their names."""
         with tempfile.TemporaryDirectory(prefix="icarus-adapter-") as folder:
-            for name, file in zip(_ADAPTER_FILES, self.files, strict=True):
+            for name, file in zip(self.names, self.files, strict=True):
                 file.seek(0)
                 (Path(folder) / name).symlink_to(f"/dev/fd/{file.fileno()}")
             yield Path(folder)
@@ -87,20 +88,28 @@ class Copies:
         self._kept: dict[int, _Copy] = {}
         self._staged: dict[int, _Copy] = {}
 
-    def stage(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> None:
+    def stage(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> bool:
         """Copy what ``reading`` will read with the same arguments; until then the last generation is served.
 
         All workers do this before the first of them replaces an adapter. Copying is where one is most likely to fail
         alone, and then none of them replaces it.
 
+        Returns:
+            Whether there is something new to read.
+
         Raises:
             AdapterError: the folder cannot be copied, or has changed since it was verified.
         """
         if (kept := self._kept.get(adapter_id)) and generation <= kept.generation:
-            return
+            return False
         fresh = _copy(locate(), generation, sha256)
         self.discard(adapter_id)
         self._staged[adapter_id] = fresh
+        return True
+
+    def staged(self, adapter_id: int) -> AbstractContextManager[Path]:
+        """The folder that ``reading`` will give."""
+        return self._staged[adapter_id].folder()
 
     @contextmanager
     def reading(self, adapter_id: int, generation: int, sha256: str, locate: Callable[[], Path]) -> Iterator[Path]:
@@ -151,13 +160,14 @@ class Copies:
 def _copy(folder: Path, generation: int, sha256: str) -> _Copy:
     with ExitStack() as opened:
         try:
-            files = tuple(opened.enter_context(_unnamed(folder / name)) for name in _ADAPTER_FILES)
+            names = CONFIG_NAME, weights_name(folder)
+            files = tuple(opened.enter_context(_unnamed(folder / name)) for name in names)
         except OSError as error:
             raise AdapterError(f"{folder} cannot be copied ({error}); load the adapter again.") from error
         if _digest(files) != sha256:
             raise AdapterError(f"{folder} has changed since it was verified; load the adapter again.")
         opened.pop_all()  # they stay open
-    return _Copy(generation, files)
+    return _Copy(generation, names, files)
 
 
 def _unnamed(original: Path) -> BinaryIO:
