@@ -276,6 +276,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "rank above all dimensions": (huge_rank, "which is more than it has inputs or outputs"),
     "name of two lines": (tensors(two_lines), r"'x\\nicarus: all is well' is not a LoRA weight"),
     "name too long": (tensors(lambda t: t.update({"x" * 10_000: torch.ones(2)})), r"x \.\.\. is not a LoRA weight"),
+    "overflow times scale": (setting(lora_alpha=1e300), "times its scale is more than float32 holds"),
     "integers": (
         tensors(lambda t: t.update({f"{O_PROJ}.lora_A.weight": torch.zeros(4, 32, dtype=torch.int8)})),
         "I8 and not floating",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from icarus.adapter import stored
+from icarus.adapter import stored, weights
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -115,3 +115,13 @@ def test_a_file_that_gets_shorter_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(WHOLE[: 8 + LENGTH + 1])
     with pytest.raises(ValueError, match="got shorter"):
         list(found["a"].pieces())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("position", [0, 7, 11])
+def test_what_is_not_finite_is_found_in_any_piece(value: float, position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "PIECE", 5)
+    tensor = torch.ones(12)
+    assert weights.value_problem(stored.of_tensor(tensor)) == ""
+    tensor[position] = value
+    assert "NaN or infinity" in weights.value_problem(stored.of_tensor(tensor))

@@ -126,6 +126,7 @@ def _tensor_problems(config: Config, tensors: weights.Tensors, base: Base, mark:
     return [
         *(_fingerprint_problems(config, mark) if mark is not None else []),
         *weights.compared(
+            config,
             pairs,
             lambda pair: _pair_problem(pair, config),
             lambda: [] if base is None else _layout_problems(config, pairs, base),

@@ -140,6 +140,7 @@ def _tensor_problems(config: Config, tensors: weights.Tensors, base: StrPath | N
     pairs = weights.pairs(tensors, _NAME)
     single = [pair for pair in pairs if not _EXPERTS.fullmatch(pair.module)]
     return weights.compared(
+        config,
         pairs,
         lambda pair: _pair_problem(pair, config),
         lambda: [] if base is None else _layout_problems(config, single, base),

@@ -5,6 +5,7 @@ A setting is refused where PEFT, two streams or vLLM would do something else tha
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeGuard
@@ -151,10 +152,19 @@ def matches(names: str | Iterable[str], module: str) -> bool:
 
 def rank_of(config: Config, module: str) -> int:
     """The rank of one module, by PEFT's rules: the first pattern that names the end of its path, else ``r``."""
-    patterns: dict[str, int] = config.get("rank_pattern") or {}
-    ranks = [rank for key, rank in patterns.items() if _named_by(key, module)]
-    rank: int = config["r"]
-    return ranks[0] if ranks else rank
+    rank: int = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    return rank
+
+
+def scale_of(config: Config, module: str) -> float:
+    """What one module's product of A and B is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    rank = rank_of(config, module)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if is_number(alpha) else 1.0
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    return next((value for key, value in (patterns or {}).items() if _named_by(key, module)), default)
 
 
 def highest_rank(config: Config) -> int:

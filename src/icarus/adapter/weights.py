@@ -10,6 +10,7 @@ No text here ends in a full stop: it is "reason; remedy".
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,17 +69,19 @@ def name_problems(tensors: Tensors, names: re.Pattern[str] = PROJECTION) -> list
     ]
 
 
-def value_problem(tensor: Stored) -> str:
-    """Why no model can compute with the values; empty where it can. Reads them."""
+def value_problem(tensor: Stored, scale: float = 1.0) -> str:
+    """Why no model can compute with the values, also times ``scale``; empty where it can. Reads them."""
     name = shown(tensor.name)
     if not tensor.floating:
         return f"{name} holds {tensor.dtype} and not floating point numbers; save the adapter again"
     try:
-        finite = all(bool(torch.isfinite(piece.float()).all()) for piece in tensor.pieces())
+        peaks = [float(piece.float().abs().max()) for piece in tensor.pieces()]
     except (OSError, ValueError, RuntimeError) as error:
         return f"{name} cannot be read ({error}); copy or save the adapter again"
-    if not finite:
+    if not all(map(math.isfinite, peaks)):
         return f"{name} holds NaN or infinity, so training diverged; retrain with a lower learning rate"
+    if max(peaks, default=0.0) * abs(scale) > torch.finfo(torch.float32).max:
+        return f"{name} times its scale is more than float32 holds; retrain with a smaller lora_alpha"
     return ""
 
 
@@ -97,15 +100,20 @@ def pair_problem(pair: Pair, rank: int) -> str:
 
 
 def compared(
-    pairs: Iterable[Pair], pair_problem: Callable[[Pair], str], layout_problems: Callable[[], list[str]]
+    config: Config,
+    pairs: Iterable[Pair],
+    pair_problem: Callable[[Pair], str],
+    layout_problems: Callable[[], list[str]],
 ) -> list[str]:
     """Problems of pairs and layout, and then those of the values that it still makes sense to read."""
     judged = [(pair, pair_problem(pair)) for pair in pairs]
     refusals = [problem for _, problem in judged if problem]
     if layout := layout_problems():
         return refusals + layout
-    halves = (half for pair, problem in judged if not problem for half in (pair.a, pair.b) if half)
-    return refusals + [problem for half in halves if (problem := value_problem(half))]
+    sound = [pair for pair, problem in judged if not problem]
+    halves = [(half, 1.0) for pair in sound if (half := pair.a)]
+    halves += [(half, settings.scale_of(config, pair.module)) for pair in sound if (half := pair.b)]
+    return refusals + [problem for half, scale in halves if (problem := value_problem(half, scale))]
 
 
 # ---------------------------------------------------------------------------------------------- layout
