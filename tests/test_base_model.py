@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny
 from icarus import base_model, hub
 from icarus.adapter import fingerprint
 from icarus.errors import InputError
 from saved import save_base
+from tiny_models import tiny
 
 
 @pytest.fixture(scope="module")
