@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, TrainingArguments
 from trl import SFTConfig
 
+from icarus import processor
 from icarus.errors import InputError
 from icarus.streams import Batch, EncoderCache, TwoStreams
 from icarus.train import IcarusSFTTrainer, fields, progress
@@ -183,7 +184,8 @@ def rows_of(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         base = save_base(tmp_path / "base")
         method = "lora" if request.param == "lora" else "icarus"
         data = save_rows(tmp_path / "data.jsonl", *rows)
-        config = TrainConfig(base=str(base), data=str(data), output=str(tmp_path / "out"), method=method, rank=2)
+        named = {"base": str(base), "data": str(data), "output": str(tmp_path / "out"), "dtype": "float32"}
+        config = TrainConfig(**named, method=method, rank=2)
         batch = {"max_steps": 1, "per_device_train_batch_size": len(rows), "max_length": 64}
         command.train(config, IcarusSFTConfig(**QUIET | batch | options))
         return trainers[-1]
@@ -451,7 +453,8 @@ def test_evaluation_in_half_precision_leaves_the_written_adapter_exact(tmp_path:
     losses = []
     for half in (False, True):
         output = tmp_path / f"out{half}"
-        config = TrainConfig(base=str(base), data=str(data), eval_data=str(data), output=str(output), rank=2)
+        named = {"base": str(base), "data": str(data), "eval_data": str(data), "output": str(output)}
+        config = TrainConfig(**named, rank=2, dtype="float32")  # on every processor
         report = command.train(config, IcarusSFTConfig(**QUIET, max_steps=2, bf16_full_eval=half))
         losses.append(report["metrics"]["eval_loss"])
     assert losses[0] != losses[1]
@@ -460,10 +463,12 @@ def test_evaluation_in_half_precision_leaves_the_written_adapter_exact(tmp_path:
 
 
 @sees("use_cpu")
-def test_use_cpu_loads_there_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_cpu_loads_there_in_the_dtype_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command._dtype("auto", use_cpu=True) == "float32"
-    assert command._dtype("auto", use_cpu=False) == "bfloat16"
+    monkeypatch.setattr(processor, "slow_in_bfloat16", lambda: True)
+    config = TrainConfig(base=str(save_base(tmp_path / "base")), data="", output="")
+    assert command._dtype(config, use_cpu=True) == "float32"
+    assert command._dtype(config, use_cpu=False) == "bfloat16"
     devices: list[Any] = []
 
     def load(name: str, **options: Any) -> Any:
