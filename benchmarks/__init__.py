@@ -4,5 +4,4 @@ soak              random load against contexts, and malformed adapters
 serve_micro       vLLM's engines side by side, step by step
 figures           writes the tables of README, docs and results from results/*.json
 plot              draws results/figures.png
-convert_results   results of an earlier version as this one has them
 """
