@@ -21,11 +21,11 @@ from icarus import adapter, cli
 from icarus.bench import checkpoints
 from icarus.bench.agents import load
 from icarus.bench.agents.server import Server, ServerFailed, free_port
-from icarus.bench.agents.settings import SHAPES
 from icarus.bench.agents.workloads import Call, Output, Workflow
 from icarus.errors import InputError
 
 JOB = Path(agents_job.__file__)
+SHAPES = Path(load.__file__).with_name("shapes") / "llama-3.1-8b-shapes"
 SMALL = (
     "--models 2 --workflows 2 --rates 20 --window 0.1 --repeats 1 --workloads react --budgets tight "
     "--systems conventional icarus --turns 4 --task-tokens 24 --system-tokens 8 --output-tokens 3 "
@@ -148,7 +148,7 @@ def test_the_whole_command_and_what_it_goes_on_with(
     assert ours["total_output_tokens"] == theirs["total_output_tokens"] == 2 * 4 * 3
     assert ours["prompt_tokens_prefilled"] < theirs["prompt_tokens_prefilled"]
     for row in (ours, theirs):
-        assert row["prompt_tokens_prefilled"] + row["prompt_tokens_reused"] == row["total_input_tokens"]
+        assert row["prompt_tokens_prefilled"] + row["cached_tokens"] == row["total_input_tokens"]
     printed = capsys.readouterr().out
     assert "budget (tokens): tight" in printed
     assert "a cache for each of 2 models" in printed
@@ -293,9 +293,8 @@ def test_a_stand_in_has_the_shapes_and_takes_no_room(base: Path, tmp_path: Path)
     assert adapter.problems(tmp_path / "icarus" / "agent-0", base) != []
 
 
-def test_kv_bytes_of_a_known_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3.1-8b-shapes"]))
-    assert checkpoints.kv_bytes_per_token(tmp_path, "bfloat16") == 32 * 2 * 8 * 128 * 2
+def test_kv_bytes_of_a_known_model() -> None:
+    assert checkpoints.kv_bytes_per_token(SHAPES, "bfloat16") == 32 * 2 * 8 * 128 * 2
 
 
 def test_a_missing_base_is_one_sentence(tmp_path: Path) -> None:
@@ -303,7 +302,6 @@ def test_a_missing_base_is_one_sentence(tmp_path: Path) -> None:
         checkpoints.config(tmp_path)
 
 
-def test_the_shapes_are_those_of_the_model_they_are_named_after(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3.1-8b-shapes"]))
-    sizes = [tensor.numel() for tensor in checkpoints.skeleton(tmp_path).state_dict().values()]
+def test_the_shapes_are_those_of_the_model_they_are_named_after() -> None:
+    sizes = [tensor.numel() for tensor in checkpoints.skeleton(SHAPES).state_dict().values()]
     assert sum(sizes) == 8_030_261_248  # the parameters of Llama-3.1-8B

@@ -17,6 +17,7 @@ from icarus.bench.agents.records import Records, Run
 from icarus.bench.agents.report import Report
 from icarus.errors import IcarusError, InputError
 
+CPU = settings.Settings()
 PROTOCOL: dict[str, dict[str, Any]] = {"settings": {"workloads": ["react"]}}
 
 
@@ -52,7 +53,7 @@ def finished(
         arrivals=[0.0, 0.0],
         workflows=[seconds, 2 * seconds],
         prompt_tokens_prefilled=12,
-        prompt_tokens_reused=8,
+        cached_tokens=8,
         preemptions=1,
         kv_usage=[(0.0, 0.0), (1.0, 0.5)],
         peak_memory_mb=100,
@@ -114,7 +115,7 @@ vllm:num_preemptions_total{engine="0",model_name="base"} 2.0
 vllm:num_preemptions_total{engine="1",model_name="base"} 1.0
 vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
 """
-    assert Reading.of(text) == Reading(prefilled=640, reused=1792, preemptions=3, kv_usage=0.25)
+    assert Reading.of(text) == Reading(prefilled=640, cached=1792, preemptions=3, kv_usage=0.25)
     with pytest.raises(IcarusError, match="num_preemptions_total"):
         Reading.of(text.replace("preemptions", "pauses"))
 
@@ -169,7 +170,7 @@ def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_alternates_and_repeats_nothing() -> None:
-    units = list(plan.units(settings.CPU))
+    units = list(plan.units(CPU))
     assert len(set(units)) == len(units)
     at_once = [u for u in units if (u.models, u.budget, u.workload, u.rate) == (8, "tight", "react", None)]
     assert [(u.system, u.repeat) for u in at_once] == [
@@ -178,15 +179,15 @@ def test_the_plan_alternates_and_repeats_nothing() -> None:
     assert units[-1].system == "stock", "what takes longest comes last"
     assert {unit.models for unit in units if unit.budget == "roomy"} == {8}
     assert {unit.models for unit in units if unit.system == "base"} == {1}
-    quick = list(plan.units(settings.QUICK))
+    quick = list(plan.units(replace(CPU, **settings.profile("quick"))))
     assert {(u.system, u.models, u.rate is None) for u in quick} >= {("conventional", 8, True), ("icarus", 8, False)}
 
 
 def test_budgets_are_what_they_are_called() -> None:
-    requests = plan.Requests(settings.CPU, 49152)
-    assert len(requests.workflows("react", None, 0)) == len(requests.arrivals(None, 0)) == settings.CPU.workflows
-    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == settings.CPU.arriving(0.1)
-    assert settings.CPU.arriving(0.1) == 12
+    requests = plan.Requests(CPU, 49152)
+    assert len(requests.workflows("react", None, 0)) == len(requests.arrivals(None, 0)) == CPU.workflows
+    assert len(requests.workflows("react", 0.1, 0)) == len(requests.arrivals(0.1, 0)) == CPU.arriving(0.1)
+    assert CPU.arriving(0.1) == 12
     tight, roomy = plan.budgets(requests).values()
     sets = [requests.working_set("react", n, shared=False) for n in (1, 2, 8)]
     assert requests.working_set("react", 8, shared=True) == sets[0] < tight < sets[1]
@@ -198,7 +199,7 @@ def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     from icarus.bench.agents import plots
 
     runs = [finished(s, rate=r, models=n) for s in ("icarus", "conventional") for r in (None, 0.1) for n in (2, 8)]
-    described = settings.CPU.as_dict()
+    described = CPU.as_dict()
     protocol = {
         "settings": described,
         "KV": {"budget (tokens)": {"tight": 100}},
@@ -221,10 +222,7 @@ def test_a_run_that_takes_long_goes_beyond_the_edge(seconds: float, edge: float)
 
 def test_systems_differ_in_adapters_and_plugin_alone() -> None:
     kinds = {system: systems.ServerKind(system, 2, 6400) for system in settings.SYSTEMS}
-    lines = {
-        system: systems.command(kind, settings.CPU, Path("base"), Path("adapters"), 80)
-        for system, kind in kinds.items()
-    }
+    lines = {system: systems.command(kind, CPU, Path("base"), Path("adapters"), 80) for system, kind in kinds.items()}
     assert lines["stock"] == lines["conventional"]
     swapped = [word.replace("adapters/conventional", "adapters/icarus") for word in lines["conventional"]]
     assert lines["icarus"] == swapped

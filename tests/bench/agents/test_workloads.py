@@ -12,23 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icarus.bench.agents import trajectories, workloads
-from icarus.bench.agents.workloads import MAKERS, Call, Output, Sizes, Workflow
+from icarus.bench.agents.settings import Settings
+from icarus.bench.agents.workloads import MAKERS, Call, Output, Workflow
 from icarus.errors import InputError
 
 SIZES = st.builds(
-    Sizes,
-    system=st.integers(0, 9),
-    task=st.integers(10, 30),  # so that no two are equal by chance
+    Settings,
+    system_tokens=st.integers(0, 9),
+    task_tokens=st.integers(10, 30),  # so that no two are equal by chance
     turns=st.integers(1, 9),
-    output=st.integers(1, 5),
-    observation=st.integers(10, 20),
-    writing=st.integers(1, 9),
+    output_tokens=st.integers(1, 5),
+    observation_tokens=st.integers(10, 20),
+    writing_tokens=st.integers(1, 9),
 )
 
 
 @settings(max_examples=40, deadline=None)
 @given(name=st.sampled_from(sorted(MAKERS)), sizes=SIZES, seed=st.integers(0, 5))
-def test_workflows_are_a_function_of_their_arguments(name: str, sizes: Sizes, seed: int) -> None:
+def test_workflows_are_a_function_of_their_arguments(name: str, sizes: Settings, seed: int) -> None:
     one, again = (workloads.make(name, 2, sizes, 64, str(seed)) for _ in range(2))
     assert one == again
     assert one[0] != one[1]
@@ -42,7 +43,9 @@ def test_workflows_are_a_function_of_their_arguments(name: str, sizes: Sizes, se
 
 
 def test_react_grows_one_trajectory_and_changes_specialists() -> None:
-    (workflow,) = workloads.make("react", 1, Sizes(system=2, task=3, turns=3, output=4, observation=5), 64, "0")
+    (workflow,) = workloads.make(
+        "react", 1, Settings(system_tokens=2, task_tokens=3, turns=3, output_tokens=4, observation_tokens=5), 64, "0"
+    )
     assert [call.role for call in workflow.calls] == [0, 1, 2]
     assert [workflow.prompt_tokens(index) for index in range(3)] == [5, 14, 23]
     assert workflow.calls[2].prompt[:3] == workflow.calls[1].prompt
@@ -51,14 +54,20 @@ def test_react_grows_one_trajectory_and_changes_specialists() -> None:
 
 
 def test_reflexion_tries_again_with_the_reflections_and_without_the_attempt() -> None:
-    (workflow,) = workloads.make("reflexion", 1, Sizes(system=2, task=3, turns=7, output=4, observation=5), 64, "0")
+    (workflow,) = workloads.make(
+        "reflexion",
+        1,
+        Settings(system_tokens=2, task_tokens=3, turns=7, output_tokens=4, observation_tokens=5),
+        64,
+        "0",
+    )
     attempts = [workflow.calls[index] for index in (0, 3, 6)]
     task = attempts[0].prompt[0]
     assert [call.prompt[:-1] for call in attempts] == [(task,), (task, Output(2)), (task, Output(2), Output(5))]
 
 
 def test_fan_out_waits_for_nobody_and_control_shares_nothing() -> None:
-    sizes = Sizes(system=2, task=30, turns=4, output=2, observation=5)
+    sizes = Settings(system_tokens=2, task_tokens=30, turns=4, output_tokens=2, observation_tokens=5)
     (fan,) = workloads.make("fan-out", 1, sizes, 4096, "0")
     assert all(not call.waits_for for call in fan.calls)
     assert len({call.prompt[0] for call in fan.calls}) == 1
@@ -110,7 +119,7 @@ def test_a_recorded_run_keeps_its_lengths(tmp_path: Path, name: str) -> None:
     workflow = workloads.replay(trajectory, reflection=7)
     assert [(call.role, call.output_tokens) for call in workflow.calls] == [(0, 2), (1, 3), (3, 2), (4, 7)]
     assert [workflow.prompt_tokens(index) for index in range(4)] == [3, 5, 10, 12]
-    assert workloads.make("plan-act-reflect", 2, Sizes(output=7), 64, "0", [trajectory]) == [workflow] * 2
+    assert workloads.make("plan-act-reflect", 2, Settings(output_tokens=7), 64, "0", [trajectory]) == [workflow] * 2
 
 
 @pytest.mark.parametrize(

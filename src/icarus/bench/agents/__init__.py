@@ -1,6 +1,6 @@
 """``icarus bench agents``: workflows of agents on several models, ICaRus and its peers beside each other over HTTP.
 
-settings, fields      what a run depends on; the flags and the YAML of it
+settings              what a run depends on, for flags and YAML; ``profiles`` to start from
 workloads             workflows as graphs of calls; ``trajectories`` reads recorded ones
 plan                  which runs, in which order, with which KV budgets
 systems, server       how each system is started; a server in a process group of its own

@@ -9,26 +9,25 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
+from transformers import HfArgumentParser
 
 from icarus import arguments
 from icarus.bench import measure
-from icarus.bench.agents import fields, records, tables
+from icarus.bench.agents import records, settings, tables
 from icarus.bench.agents.records import Run
 from icarus.bench.agents.report import Protocol, Report
-from icarus.bench.agents.settings import PROFILES, QUICK, Settings
+from icarus.bench.agents.settings import PROFILES, Settings
 from icarus.bench.agents.sweep import RUNS, Sweep
 from icarus.errors import IcarusError, InputError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All flags; a setting that is not given is the profile's."""
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="cpu", help="settings to start from")
+def add_arguments(parser: arguments.Parser) -> None:
+    """The command's own flags; those of the settings are left to their own parser, which ``--help`` has below."""
+    parser.add_argument("--profile", choices=PROFILES, default="cpu", help="settings to start from (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="the most telling runs alone")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON of settings in place of the profile's; flags win"
@@ -36,20 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="raw runs, report and plots (default: bench-agents...)")
     parser.add_argument("--redraw", action="store_true", help="only make the report of --output again")
     arguments.add_json(parser)
-    fields.add_flags(parser, Settings())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _settings_parser(usage=argparse.SUPPRESS, add_help=False).format_help()
+    parser.pass_on()
+
+
+class _SettingsParser(HfArgumentParser, arguments.Parser):
+    """Transformers' parser with our errors."""
+
+
+def _settings_parser(**options: Any) -> Any:
+    """A flag for each setting, from its declaration."""
+    parser: Any = _SettingsParser  # whose constructor wants a type that no dataclass has
+    return parser(Settings, prog="icarus bench agents", **options)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, or make the report of an earlier command again; returns the report."""
-    output = output_of(options)
-    report = redraw(output) if options.redraw else compare(settings_of(options), output)
-    return report.as_json()
-
-
-def output_of(options: argparse.Namespace) -> Path:
-    """Where runs are kept: by default a folder for each profile, as runs of two do not mix."""
     kind = "-quick" if options.quick else "" if options.profile == "cpu" else f"-{options.profile}"
-    return Path(options.output or f"bench-agents{kind}")
+    output = Path(options.output or f"bench-agents{kind}")  # a folder for each profile, as runs of two do not mix
+    chosen = settings_of(options)
+    report = redraw(output) if options.redraw else compare(chosen, output)
+    return report.as_json()
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -62,26 +69,17 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise InputError(
             "--quick is a part of the CPU profile; for another one give --models, --workloads and --rates."
         )
-    profile = QUICK if options.quick else PROFILES[options.profile]
+    parser = _settings_parser()
     if options.profile == "cpu":
-        profile = replace(profile, dtype=measure.served_dtype())
-    configured = fields.changed(profile, _read(options.config)) if options.config else profile
-    return fields.changed(configured, fields.given(options))
+        parser.set_defaults(dtype=measure.served_dtype())
+    parser.set_defaults(**settings.profile("quick" if options.quick else options.profile))
+    if options.config:
+        parser.set_defaults(**settings.read(Path(options.config)))
+    chosen: Settings = parser.parse_args_into_dataclasses(options.rest, look_for_args_file=False)[0]
+    return chosen
 
 
-def _read(file: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); give a YAML file to --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); mend it.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no settings; give one as name: value on each line.")
-    return values
-
-
-def compare(settings: Settings, output: Path) -> Report:
+def compare(chosen: Settings, output: Path) -> Report:
     """Measure what is not measured yet, write the report to ``output`` and return it.
 
     Raises:
@@ -89,7 +87,7 @@ def compare(settings: Settings, output: Path) -> Report:
         IcarusError: a server failed; the report is written.
     """
     with tempfile.TemporaryDirectory(prefix="icarus-bench-") as scratch, _interrupted_by_sigterm():
-        sweep, started = Sweep(settings, output, Path(scratch)), time.monotonic()
+        sweep, started = Sweep(chosen, output, Path(scratch)), time.monotonic()
         print(tables.protocol(sweep.protocol), flush=True)
         before = len(sweep.records.runs)
         try:

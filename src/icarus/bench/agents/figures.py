@@ -63,7 +63,7 @@ class Figures:
     e2el: Spread
     workflow: Spread
     prompt_tokens_prefilled: float
-    prompt_tokens_reused: float
+    cached_tokens: float
     preemptions: float
     peak_kv_usage: float
     peak_memory_mb: float | None
@@ -89,7 +89,7 @@ class Figures:
             e2el=Spread.of([call.latency for call in calls]),
             workflow=Spread.of(run.workflows),
             prompt_tokens_prefilled=run.prompt_tokens_prefilled,
-            prompt_tokens_reused=run.prompt_tokens_reused,
+            cached_tokens=run.cached_tokens,
             preemptions=run.preemptions,
             peak_kv_usage=max(share for _, share in run.kv_usage),
             peak_memory_mb=run.peak_memory_mb,

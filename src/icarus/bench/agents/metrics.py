@@ -14,7 +14,7 @@ class Reading:
     """Counters since the server started, and the share of KV blocks in use at the moment."""
 
     prefilled: int  # prompt tokens computed
-    reused: int  # prompt tokens whose K/V were in the cache
+    cached: int  # prompt tokens whose K/V were in the cache
     preemptions: int
     kv_usage: float  # 0 to 1; blocks that only wait to be found again count as free
 
@@ -29,7 +29,7 @@ class Reading:
         try:
             return cls(
                 prefilled=int(totals["vllm:prompt_tokens_by_source_total", "local_compute"]),
-                reused=int(totals["vllm:prompt_tokens_by_source_total", "local_cache_hit"]),
+                cached=int(totals["vllm:prompt_tokens_by_source_total", "local_cache_hit"]),
                 preemptions=int(totals["vllm:num_preemptions_total", ""]),
                 kv_usage=totals["vllm:kv_cache_usage_perc", ""],
             )

@@ -54,7 +54,7 @@ class Requests:
     def workflows(self, workload: str, rate: float | None, repeat: int) -> list[Workflow]:
         """The workflows of one run."""
         s, count = self.settings, self._count(rate)
-        return workloads.make(workload, count, s.sizes, self.vocabulary, self._seed(repeat), self.trajectories)
+        return workloads.make(workload, count, s, self.vocabulary, self._seed(repeat), self.trajectories)
 
     def arrivals(self, rate: float | None, repeat: int) -> list[float]:
         """Seconds at which they start."""

@@ -55,7 +55,6 @@ def draw(report: Report, runs: Sequence[Run], folder: Path) -> list[str]:
 
 def _caption(protocol: Protocol) -> str:
     s, machine, kv = protocol["settings"], protocol["machine"], protocol["KV"]
-    sizes = s["sizes"]
     budgets = ", ".join(f"{name} {tokens:,}" for name, tokens in kv["budget (tokens)"].items())
     repeats = f"medians of up to {s['repeats']} runs" if s["repeats"] > 1 else "one run each"
     engine = ", ".join(f"{name} {version}" for name, version in machine["vllm"].items())
@@ -64,8 +63,8 @@ def _caption(protocol: Protocol) -> str:
         f"({machine['cpu']}), {engine}; "
         f"KV budget in tokens: {budgets}; seed {s['seed']}; "
         f"{s['workflows']} workflows all at once, or arriving for {s['window']:g} s, "
-        f"{sizes['turns']} calls each: {sizes['system']} + {sizes['task']} prompt tokens first, "
-        f"{sizes['output']} generated and {sizes['observation']} appended a call; "
+        f"{s['turns']} calls each: {s['system_tokens']} + {s['task_tokens']} prompt tokens first, "
+        f"{s['output_tokens']} generated and {s['observation_tokens']} appended a call; "
         f"{repeats}"
     )
 
@@ -155,7 +154,7 @@ def _tokens(rows: Sequence[Row], swept: str) -> Any:
     figure, axis = plt.subplots(figsize=(9, 1.6 + 0.3 * len(shown)), layout="constrained")
     places = range(len(shown))
     prefilled = [row.figures.prompt_tokens_prefilled / 1e3 for row in shown]
-    reused = [row.figures.prompt_tokens_reused / 1e3 for row in shown]
+    reused = [row.figures.cached_tokens / 1e3 for row in shown]
     axis.barh(places, prefilled, color=[STYLES[row.place.system][1] for row in shown], label="prefilled")
     axis.barh(places, reused, left=prefilled, color="#e3e6e8", label="reused from the cache")
     for place, value in zip(places, prefilled, strict=True):

@@ -33,7 +33,7 @@ class Run:
     arrivals: Sequence[float]
     workflows: Sequence[float]
     prompt_tokens_prefilled: int
-    prompt_tokens_reused: int
+    cached_tokens: int
     preemptions: int
     kv_usage: Sequence[tuple[float, float]]  # (seconds, share of blocks in use)
     peak_memory_mb: int | None  # None where there is no /proc

@@ -1,85 +1,87 @@
 """What a run of ``icarus bench agents`` depends on, machine and versions aside, for flags, YAML and protocol alike."""
 
+# ruff: noqa: RUF009  (``setting`` gives fields)
+
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-from icarus.bench.agents.fields import POSITIVE, TEXT, WORDS, check, choice, integer, setting
-from icarus.bench.agents.workloads import MAKERS, Sizes
+import yaml
+
+from icarus.errors import InputError
 
 SYSTEMS = ("stock", "conventional", "icarus", "base")  # what they are: systems.py
+WORKLOADS = ("react", "reflexion", "plan-act-reflect", "fan-out", "control", "writing")  # what they are: workloads.py
 TIGHT, ROOMY = "tight", "roomy"
 BUDGETS = (TIGHT, ROOMY)
-DTYPES = ("bfloat16", "float16", "float32")
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b-shapes": {  # as in the model's config.json; weights are made up (--load-format dummy)
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "dtype": "bfloat16",
-    },
-}
-"""Base models of which only the shapes are needed, by the name that ``--base`` takes."""
+_LEAST = {"seed": -math.inf, "system_tokens": 0}  # of integers; else 1
+
+
+PROFILES = ("cpu", "gpu")
+"""Settings to start from: the defaults, or a file of ``profiles/``."""
+
+
+def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field whose metadata are arguments of ``argparse``."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that a run depends on. Raises InputError for a value that its field does not take."""
 
-    base: str = setting("smollm2-135m-instruct", "hub id, folder or packaged model", TEXT)
-    dtype: str = setting("bfloat16", "of weights and KV", choice(*DTYPES))
+    _argument_group_name: ClassVar[str] = "settings"  # where --help has them
+    base: str = setting("smollm2-135m-instruct", "hub id, folder or packaged model")
+    dtype: str = setting("bfloat16", "of weights and KV", ("bfloat16", "float16", "float32"))
     rank: int = setting(16, "rank of all adapters")
-    systems: tuple[str, ...] = setting(SYSTEMS, "what is compared", choice(*SYSTEMS))
-    models: tuple[int, ...] = setting((1, 2, 4, 8), "numbers of models")
-    workloads: tuple[str, ...] = setting(
-        tuple(MAKERS), "the first is swept over the rates, the others run with the most models", choice(*MAKERS)
+    systems: list[str] = setting(SYSTEMS, "what is compared", SYSTEMS)
+    models: list[int] = setting((1, 2, 4, 8), "numbers of models")
+    workloads: list[str] = setting(
+        WORKLOADS, "the first is swept over the rates, the others run with the most models", WORKLOADS
     )
-    budgets: tuple[str, ...] = setting(BUDGETS, "KV budgets; rates are swept with the first", choice(*BUDGETS))
-    rates: tuple[float, ...] = setting(
-        (0.05, 0.2), "arriving workflows a second; all at once is always run as well", POSITIVE
-    )
+    budgets: list[str] = setting(BUDGETS, "KV budgets; rates are swept with the first", BUDGETS)
+    rates: list[float] = setting((0.05, 0.2), "arriving workflows a second; all at once is always run as well")
     workflows: int = setting(6, "workflows of a run all at once, for which the KV budgets are made")
-    window: float = setting(120.0, "seconds for which they arrive in a run at an arrival rate", POSITIVE)
+    window: float = setting(120.0, "seconds for which they arrive in a run at an arrival rate")
     repeats: int = setting(2, "runs of each kind; the order of systems alternates")
-    sizes: Sizes = field(default_factory=Sizes)
-    trajectories: str | None = setting(None, "file of recorded runs for plan-act-reflect (JSON lines)", TEXT)
-    tight_tokens: int | None = setting(None, "KV budget in tokens (default: from the working set of one shared cache)")
-    roomy_tokens: int | None = setting(None, "KV budget in tokens (default: from that of a cache for each model)")
-    seed: int = setting(0, "of texts, arrivals and adapters", integer(None, "an integer"))
+    system_tokens: int = setting(128, "instructions that all workflows of a run share")
+    task_tokens: int = setting(1536, "question with its examples, or document, of one workflow")
+    turns: int = setting(16, "calls of a workflow (fan-out: specialists asked)")
+    output_tokens: int = setting(16, "generated by a call")
+    observation_tokens: int = setting(112, "appended after a call: a tool's result, an instruction")
+    writing_tokens: int = setting(128, "generated by a call of the workload writing, whose prompts are observations")
+    trajectories: str | None = setting(None, "file of recorded runs for plan-act-reflect (JSON lines)")
+    tight_tokens: int | None = setting(None, "KV budget in tokens; by default from the working set of one shared cache")
+    roomy_tokens: int | None = setting(None, "KV budget in tokens; by default from that of a cache for each model")
+    seed: int = setting(0, "of texts, arrivals and adapters")
     block_size: int = setting(32, "tokens in a block of KV")
     max_model_len: int = setting(4096, "of the server")
     max_num_seqs: int = setting(16, "of the server")
     max_num_batched_tokens: int = setting(2048, "of the server")
-    serve_flags: tuple[str, ...] = setting((), "more flags for vLLM in one word, in place of the profile's", WORDS)
-    start_seconds: float = setting(300.0, "how long a server may take to start", POSITIVE)
+    serve_flags: str = setting("", "more flags for vLLM in one word, in place of the profile's")
+    start_seconds: float = setting(300.0, "how long a server may take to start")
 
     def __post_init__(self) -> None:
-        check(self)
+        hints = get_type_hints(Settings)
+        for entry in fields(self):
+            flag, value, hint = f"--{entry.name.replace('_', '-')}", getattr(self, entry.name), hints[entry.name]
+            several = get_origin(hint) is list
+            if several and not isinstance(value, list):
+                raise InputError(f"{flag} must be a list, not {value!r}.")
+            kind, *optional = get_args(hint) or (hint,)
+            for one in value if several else [value]:
+                if not (one is None and optional):
+                    _check(flag, one, kind, entry.metadata["choices"], _LEAST.get(entry.name, 1))
+            if several and not 0 < len(value) == len(set(value)):
+                raise InputError(f"{flag} is empty or names one twice; give one or more, and each once.")
 
     @property
     def most_models(self) -> int:
@@ -92,35 +94,45 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it. Of the file of trajectories the name: a report is for others to read."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return plain | {"trajectories": self.trajectories and Path(self.trajectories).name}
+        return asdict(self) | {"trajectories": self.trajectories and Path(self.trajectories).name}
 
 
-CPU = Settings()
-QUICK = replace(
-    CPU,
-    systems=("conventional", "icarus", "base"),
-    models=(8,),
-    workloads=("react",),
-    budgets=(TIGHT,),
-    rates=(0.2,),
-    workflows=5,
-    window=30.0,
-    repeats=1,
-)
-GPU = replace(
-    CPU,
-    base="llama-3.1-8b-shapes",
-    sizes=Sizes(system=256, task=1792, turns=16, output=32, observation=96, writing=512),
-    rates=(0.25, 0.5, 1.0, 2.0),
-    workflows=12,
-    window=60.0,
-    repeats=3,
-    max_model_len=8192,
-    max_num_seqs=64,
-    max_num_batched_tokens=8192,
-    # No tokenizer is needed, as prompts are token ids; weights are made up by vLLM.
-    serve_flags=("--load-format", "dummy", "--skip-tokenizer-init", "--gpu-memory-utilization", "0.92"),
-    start_seconds=900.0,
-)
-PROFILES = {"cpu": CPU, "gpu": GPU}
+def _check(flag: str, value: Any, kind: type, choices: Sequence[str] | None, least: float) -> None:
+    """Flags have been converted by ``argparse``; what a file holds has not."""
+    if choices:
+        fits, wanted = value in choices, f"one of {', '.join(choices)}"
+    elif kind is int:
+        fits = type(value) is int and value >= least
+        wanted = "a positive integer" if least == 1 else "an integer" if least < 0 else f"an integer from {least}"
+    elif kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits, wanted = number and 0 < value < math.inf, "a number above 0"
+    else:
+        fits, wanted = isinstance(value, str), "text"
+    if not fits:
+        raise InputError(f"{flag} must be {wanted}, not {value!r}.")
+
+
+def profile(name: str) -> dict[str, Any]:
+    """The settings of a profile that are not the defaults; ``quick`` is a part of ``cpu``."""
+    return {} if name == "cpu" else read(Path(__file__).with_name("profiles") / f"{name}.yaml")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Settings of a YAML or JSON file, by name.
+
+    Raises:
+        InputError: the file cannot be read, or a name in it is not that of a setting.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); give a YAML file to --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); mend it.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} holds no settings; give one as name: value on each line.")
+    names = [entry.name for entry in fields(Settings)]
+    if unknown := values.keys() - names:
+        raise InputError(f"{file} has no setting {min(unknown, key=str)!r} to set; take one of {', '.join(names)}.")
+    return values

@@ -22,7 +22,7 @@ from icarus.bench.agents.metrics import Reading
 from icarus.bench.agents.plan import Requests, Unit
 from icarus.bench.agents.records import Records, Run
 from icarus.bench.agents.server import Server, ServerFailed
-from icarus.bench.agents.settings import SHAPES, Settings
+from icarus.bench.agents.settings import Settings
 from icarus.bench.agents.systems import ServerKind
 from icarus.bench.agents.workloads import Trajectory
 from icarus.bench.logs import last_lines
@@ -99,7 +99,7 @@ class Sweep:
 
     def _warm_up(self, server: Server, kind: ServerKind) -> None:
         """Every model answers a prompt of full length once."""
-        sizes = replace(self.settings.sizes, turns=kind.models, output=4)
+        sizes = replace(self.settings, turns=kind.models, output_tokens=4)
         (first,) = workloads.make("fan-out", 1, sizes, self.requests.vocabulary, "warm-up")
         load.drive(server.url, [first], [0.0], kind.names)
 
@@ -121,7 +121,7 @@ class Sweep:
                 arrivals=traffic.arrivals,
                 workflows=traffic.workflows,
                 prompt_tokens_prefilled=last.prefilled - first.prefilled,
-                prompt_tokens_reused=last.reused - first.reused,
+                cached_tokens=last.cached - first.cached,
                 preemptions=last.preemptions - first.preemptions,
                 kv_usage=metrics.shares(readings),
                 peak_memory_mb=round(server.peak_bytes() / 1e6) or None,
@@ -159,14 +159,9 @@ class Sweep:
 
 def _base(settings: Settings, scratch: Path) -> Path:
     """The folder that is served: a checkpoint, or a stand-in for one whose weights vLLM makes up."""
-    if settings.base in SHAPES:
-        folder = scratch / "shapes"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(SHAPES[settings.base]), encoding="utf-8")
-    elif (Path(settings.base) / "config.json").is_file():
-        folder = Path(settings.base)
-    else:
-        folder = base_model.folder(settings.base)
+    shapes = Path(__file__).with_name("shapes") / settings.base
+    folders = [folder for folder in (shapes, Path(settings.base)) if (folder / "config.json").is_file()]
+    folder = folders[0] if folders else base_model.folder(settings.base)
     if checkpoints.has_weights(folder):
         return folder
     if "dummy" not in settings.serve_flags:
@@ -184,7 +179,7 @@ def _trajectories(settings: Settings, base: Path) -> list[Trajectory]:
         Path(settings.trajectories),
         lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
         limit=max(settings.workflows, *map(settings.arriving, settings.rates)) * settings.repeats,
-        longest=settings.max_model_len - settings.sizes.output,
+        longest=settings.max_model_len - settings.output_tokens,
     )
 
 

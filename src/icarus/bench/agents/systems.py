@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, po
     }
     words += [str(word) for option in options.items() for word in option]
     words += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
-    words += settings.serve_flags
+    words += shlex.split(settings.serve_flags)
     if folder := ADAPTERS.get(kind.system):
         words += ["--enable-lora", "--max-loras", str(kind.models), "--max-lora-rank", str(settings.rank)]
         words += ["--lora-modules", *(f"{name}={adapters / folder / name}" for name in kind.names)]

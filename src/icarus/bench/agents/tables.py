@@ -80,7 +80,7 @@ def _losses(gains: Sequence[Gain]) -> list[str]:
 def _rows(rows: Sequence[Row]) -> list[str]:
     head = ["workload", "KV budget", "models", "workflows/s arriving", "system", "workflows/s", "output tokens/s"]
     head += ["P50 / P95 / P99 workflow (s)", "P95 TTFT (ms)", "P95 TPOT (ms)", "P95 ITL (ms)", "P95 call (ms)"]
-    head += ["prompt tokens prefilled", "reused", "preemptions", "peak memory (MB)"]
+    head += ["prompt tokens prefilled", "cached", "preemptions", "peak memory (MB)"]
     lines = _table(head)
     for row in sorted(rows, key=lambda row: (*_order(row.place), row.place.system)):
         figures = row.figures
@@ -90,7 +90,7 @@ def _rows(rows: Sequence[Row]) -> list[str]:
         cells = [*_place(row.place), row.place.system]
         cells += [f"{figures.workflow_throughput:.3f}", f"{figures.output_throughput:.1f}", spread]
         cells += [f"{each.p95:,.0f}" for each in (figures.ttft, figures.tpot, figures.itl, figures.e2el)]
-        counts = (figures.prompt_tokens_prefilled, figures.prompt_tokens_reused, figures.preemptions)
+        counts = (figures.prompt_tokens_prefilled, figures.cached_tokens, figures.preemptions)
         memory = figures.peak_memory_mb
         lines.append(_line(*cells, *(f"{count:,.0f}" for count in counts), f"{memory:,.0f}" if memory else ""))
     return lines
