@@ -55,7 +55,9 @@ COMMANDS: dict[str, Command | Group] = {
             "decode": Command("one decode step beside conventional LoRA's, in process", "icarus.bench.decode"),
             "train": Command("one training step beside conventional LoRA's", "icarus.bench.train"),
             "agents": Command(
-                "workflows of agents on served models, each system beside the others", "icarus.bench.agents.command"
+                "workflows of agents on served models, each system beside the others",
+                "icarus.bench.agents.command",
+                extra="bench",
             ),
         },
     ),

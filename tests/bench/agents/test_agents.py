@@ -93,7 +93,8 @@ def test_calls_wait_for_those_before_them_and_get_their_tokens(url: str) -> None
     assert run.arrivals[1] >= 0.3
     assert run.arrivals[1] + run.workflows[1] <= run.duration + 0.01
     assert all(c.latency == pytest.approx(c.ttft + sum(c.itls), abs=1e-3) for c in run.calls)
-    assert len(run.metrics) >= 2
+    assert len(run.kv_usage) >= 2
+    assert run.cached_tokens == sum(call.cached_tokens for call in run.calls)
 
 
 def test_a_call_that_fails_ends_the_run(url: str) -> None:

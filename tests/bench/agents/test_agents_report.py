@@ -123,14 +123,21 @@ vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
 SETTINGS: dict[str, Any] = {"seed": 0, "rank": 16, "models": [1, 2], "repeats": 1}
 
 
-def test_an_interrupted_file_of_records_resumes(tmp_path: Path) -> None:
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_file_of_records_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "new" / "runs.jsonl"
     one, two = finished(), finished(rate=0.5)
     first = Records(file, SETTINGS)
     assert not first.done(one.unit)
     first.add(one)
-    with file.open("a") as handle:
-        handle.write('{"unit": {"system": "ica')  # killed while it wrote
+    with monkeypatch.context() as killed:
+        killed.setattr("os.replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            first.add(two)
+    assert first.runs == [one, two]  # it is in the report
     again = Records(file, {**SETTINGS, "models": [1, 2, 4], "repeats": 3})  # more of the same is welcome
     assert again.done(one.unit)
     assert not again.done(two.unit)

@@ -7,10 +7,9 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -86,8 +85,11 @@ def compare(chosen: Settings, output: Path) -> Report:
         InputError: the settings cannot run.
         IcarusError: a server failed; the report is written.
     """
-    with tempfile.TemporaryDirectory(prefix="icarus-bench-") as scratch, _interrupted_by_sigterm():
-        sweep, started = Sweep(chosen, output, Path(scratch)), time.monotonic()
+    started, interrupt = time.monotonic(), signal.default_int_handler  # SIGTERM does what Ctrl-C does
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, interrupt))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="icarus-bench-"))
+        sweep = Sweep(chosen, output, Path(scratch))
         print(tables.protocol(sweep.protocol), flush=True)
         before = len(sweep.records.runs)
         try:
@@ -95,7 +97,7 @@ def compare(chosen: Settings, output: Path) -> Report:
         except KeyboardInterrupt:
             write(output, sweep.protocol, sweep.records.runs, ["The command was interrupted."])
             raise
-        took = round((time.monotonic() - started) / 60, 1)
+    took = round((time.monotonic() - started) / 60, 1)
     sweep.protocol["command"] = {"took (minutes, starts included)": took, "runs measured before it": before}
     report = write(output, sweep.protocol, sweep.records.runs, failures)
     if failures:
@@ -142,17 +144,3 @@ def write(output: Path, protocol: Protocol, runs: Sequence[Run], failures: Seque
     tables.show(report)
     print(f"{output}: report.md, report.json, {', '.join(f'{name}.png' for name in pictures) or 'no plots'}")
     return report
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, with the server stopped."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

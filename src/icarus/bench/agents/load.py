@@ -7,19 +7,18 @@ what was generated is found in the prefix cache too. ``return_token_ids`` is vLL
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import aiohttp
+
+from icarus.bench.agents.metrics import Reading
 from icarus.bench.agents.workloads import Output, Workflow
-from icarus.errors import IcarusError, InputError
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
+from icarus.errors import IcarusError
 
 SAMPLE_SECONDS = 1.0
 """Time between two readings of ``/metrics``."""
@@ -48,26 +47,21 @@ class CallRecord:
     cached_tokens: int = 0  # as the server counts them in ``usage``
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a run gave; times in seconds."""
+    """What a run gave; times in seconds since its start, latencies of workflows since their arrival."""
 
     duration: float  # from the first arrival to the end of the last call
-    arrivals: list[float]  # since the start of the run, as they happened
-    workflows: list[float]  # from arrival to the end of the last call
-    calls: list[CallRecord]
-    metrics: list[tuple[float, str]]  # text of /metrics, and when; the first before any call, the last after all
+    arrivals: Sequence[float]  # as they happened
+    workflows: Sequence[float]  # from arrival to the end of the last call
+    calls: Sequence[CallRecord]
+    prompt_tokens_prefilled: int
+    cached_tokens: int
+    preemptions: int
+    kv_usage: Sequence[tuple[float, float]]  # (seconds, share of blocks in use)
 
 
-def check_installed() -> None:
-    """To be called before anything that takes time.
-
-    Raises:
-        InputError: a package that the load generator needs is missing.
-    """
-    for package in ("aiohttp", "prometheus_client"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"The load generator needs {package}; run: pip install 'icarus-llm[bench]'.")
+_NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError)
 
 
 def drive(url: str, workflows: Sequence[Workflow], arrivals: Sequence[float], models: Sequence[str]) -> Traffic:
@@ -76,24 +70,15 @@ def drive(url: str, workflows: Sequence[Workflow], arrivals: Sequence[float], mo
     Raises:
         CallFailed: as soon as a call fails; the others are cancelled.
     """
-    import aiohttp
-
     try:
         return asyncio.run(_Load(url, models).run(workflows, arrivals))
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise CallFailed(f"The server does not answer ({error!r}).") from error
-    except BaseExceptionGroup as group:
-        first = _first(group)
-        if isinstance(first, aiohttp.ClientError | OSError | TimeoutError):
-            raise CallFailed(f"A call failed ({first!r}).") from first
+    except (*_NO_ANSWER, BaseExceptionGroup) as error:
+        first: BaseException = error
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        if isinstance(first, _NO_ANSWER):
+            raise CallFailed(f"The server does not answer ({first!r}).") from first
         raise first from None
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first error of a group of groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 class _Load:
@@ -101,19 +86,16 @@ class _Load:
 
     def __init__(self, url: str, models: Sequence[str]) -> None:
         self._url, self._models = url, models
-        self._session: ClientSession
+        self._session: aiohttp.ClientSession
         self._records: list[CallRecord] = []
-        self._metrics: list[tuple[float, str]] = []
-        self._started = 0.0
+        self._metrics: list[tuple[float, str]] = []  # the first before any call, the last after all
+        self._started = time.perf_counter()
 
     async def run(self, workflows: Sequence[Workflow], arrivals: Sequence[float]) -> Traffic:
-        import aiohttp
-
         connector = aiohttp.TCPConnector(limit=0)  # no queue on our side
         timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
         async with aiohttp.ClientSession(self._url, connector=connector, timeout=timeout) as self._session:
             await self._read_metrics()
-            self._metrics = [(0.0, text) for _, text in self._metrics]
             self._started = time.perf_counter()
             sampler = asyncio.create_task(self._sample())
             try:
@@ -124,10 +106,19 @@ class _Load:
             finally:
                 sampler.cancel()
             await self._read_metrics()
-        done = [task.result() for task in tasks]
-        calls = sorted(self._records, key=lambda record: (record.workflow, record.call))
-        arrived, took = [at for at, _ in done], [seconds for _, seconds in done]
-        return Traffic(duration, arrived, took, calls, self._metrics)
+        arrived, took = zip(*(task.result() for task in tasks), strict=True)
+        readings = [(at, Reading.of(text)) for at, text in self._metrics]
+        (_, before), (_, after) = readings[0], readings[-1]
+        return Traffic(
+            duration=duration,
+            arrivals=arrived,
+            workflows=took,
+            calls=sorted(self._records, key=lambda record: (record.workflow, record.call)),
+            prompt_tokens_prefilled=after.prefilled - before.prefilled,
+            cached_tokens=after.cached - before.cached,
+            preemptions=after.preemptions - before.preemptions,
+            kv_usage=[(round(at, 2), round(reading.kv_usage, 4)) for at, reading in readings],
+        )
 
     def _now(self) -> float:
         return time.perf_counter() - self._started
@@ -198,11 +189,9 @@ class _Load:
         return generated
 
     async def _sample(self) -> None:
-        import aiohttp
-
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
-            with suppress(aiohttp.ClientError, OSError, TimeoutError):  # a call that fails says what is wrong
+            with suppress(*_NO_ANSWER):  # a call that fails says what is wrong
                 await self._read_metrics()
 
     async def _read_metrics(self) -> None:

