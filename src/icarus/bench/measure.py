@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
+from rich.table import Column, Table
 
 from icarus import arguments, base_model, processor
 from icarus.vllm_environment import has_accelerator
@@ -64,6 +65,14 @@ def _shown(rounds: range, label: str) -> Iterable[int]:
         return track(rounds, description=label, transient=True, console=Console(stderr=True))
     print(f"{label}: {len(rounds) - 1} rounds and one to warm up", file=sys.stderr, flush=True)
     return rounds
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on the terminal."""
+    table = Table(*(Column(name, justify="right") for name in columns), title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

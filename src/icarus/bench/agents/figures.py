@@ -13,11 +13,10 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from icarus.bench.agents.load import CallRecord
 from icarus.bench.agents.records import Run
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spread:
     """Of a latency, in milliseconds."""
 
@@ -32,16 +31,8 @@ class Spread:
     def of(cls, seconds: Sequence[float]) -> Self:
         """Of all values, 0 where there is none."""
         values = 1e3 * np.array(seconds or [0.0])
-        p50, p95, p99 = np.percentile(values, (50, 95, 99))
-        spread = {
-            "mean": values.mean(),
-            "median": np.median(values),
-            "std": values.std(),
-            "p50": p50,
-            "p95": p95,
-            "p99": p99,
-        }
-        return cls(**{name: round(float(value), 2) for name, value in spread.items()})
+        spread = (values.mean(), np.median(values), values.std(), *np.percentile(values, (50, 95, 99)))
+        return cls(*(round(float(value), 2) for value in spread))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +75,7 @@ class Figures:
             output_throughput=round(outputs / seconds, 3),
             total_token_throughput=round((prompts + outputs) / seconds, 3),
             ttft=Spread.of([call.ttft for call in calls]),
-            tpot=Spread.of([_tpot(call) for call in calls if call.output_tokens > 1]),
+            tpot=Spread.of([(c.latency - c.ttft) / (c.output_tokens - 1) for c in calls if c.output_tokens > 1]),
             itl=Spread.of([itl for call in calls for itl in call.itls]),
             e2el=Spread.of([call.latency for call in calls]),
             workflow=Spread.of(run.workflows),
@@ -119,7 +110,3 @@ def medians(each: Sequence[Kind]) -> Kind:
         else:
             values[entry.name] = None if None in column else statistics.median(column)
     return type(each[0])(**values)
-
-
-def _tpot(call: CallRecord) -> float:
-    return (call.latency - call.ttft) / (call.output_tokens - 1)

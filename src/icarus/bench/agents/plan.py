@@ -25,6 +25,11 @@ class Place:
     workload: str
     rate: float | None  # workflows a second; None: all at once
 
+    @property
+    def load(self) -> tuple[str, str, float | None]:
+        """What systems have in common that are compared."""
+        return self.budget, self.workload, self.rate
+
 
 @dataclass(frozen=True)
 class Unit(Place):

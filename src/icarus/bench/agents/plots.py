@@ -26,6 +26,15 @@ STYLES = {
 }
 """Label, colour and marker of each system, in the order of the legends."""
 
+_STYLE: Any = {  # its type lists all names that there are
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
 _PATCH: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 _LONG = 10  # times the shortest run: what takes longer goes beyond the edge of a plot over time
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
@@ -36,21 +45,20 @@ def draw(report: Report, runs: Sequence[Run], folder: Path) -> list[str]:
     settings = report.protocol["settings"]
     swept, budget = settings["workloads"][0], settings["budgets"][0]
     swept_rows = [row for row in report.rows if (row.place.workload, row.place.budget) == (swept, budget)]
-    figures = {
-        "speedup": _speedup(report.by_models, swept),
-        "rates": _rates(swept_rows, f"{swept}, {budget} KV budget"),
-        "tokens": _tokens(report.rows, swept),
-        "kv": _kv(runs, swept, budget),
-    }
-    drawn = []
-    for name, figure in figures.items():
-        if figure is not None:
+    with plt.rc_context(_STYLE):
+        figures = {
+            "speedup": _speedup(report.by_models, swept),
+            "rates": _rates(swept_rows, f"{swept}, {budget} KV budget"),
+            "tokens": _tokens(report.rows, swept),
+            "kv": _kv(runs, swept, budget),
+        }
+        drawn = {name: figure for name, figure in figures.items() if figure}
+        for name, figure in drawn.items():
             caption = textwrap.fill(_caption(report.protocol), int(14 * figure.get_figwidth()))
             figure.supxlabel(caption, fontsize=7.5, color="#555555")
             figure.savefig(folder / f"{name}.png", dpi=130)
             plt.close(figure)
-            drawn.append(name)
-    return drawn
+    return list(drawn)
 
 
 def _caption(protocol: Protocol) -> str:
@@ -73,29 +81,25 @@ def _speedup(by_models: Sequence[Speedup], swept: str) -> Any:
     """Throughput and P95 over conventional, against N."""
     if not by_models:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9))
     titles = {"throughput": "throughput, all at once", "p95": "P95 latency, largest gap at one arrival rate"}
     counts = sorted({each.models for each in by_models} | set(PAPER["p95"]))
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for budget, color, above in ((TIGHT, "#2b7bb0", 8), (ROOMY, "#7fb7d9", -8)):
-            speedups = [each for each in by_models if each.budget == budget]
-            points = [(each.models, value) for each in speedups if (value := getattr(each, key))]
+            points = [(each.models, getattr(each, key)) for each in by_models if each.budget == budget]
+            points = [(n, value) for n, value in points if value]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", color=color, label=f"measured, {budget} KV budget")
-                for n, value in points:
-                    axis.annotate(f"{value:.1f}x", (n, value), (8, above), ha="left", bbox=_PATCH, **_BESIDE)
-        paper = PAPER[key]
-        axis.plot(list(paper), list(paper.values()), "x--", color="#666666", label="paper")
+            for n, value in points:
+                axis.annotate(f"{value:.1f}x", (n, value), (8, above), ha="left", bbox=_PATCH, **_BESIDE)
+        axis.plot(PAPER[key].keys(), PAPER[key].values(), "x--", color="#666666", label="paper")
         axis.axhline(1, color="#bbbbbb", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, [str(n) for n in counts])
-        axis.set_title(f"{swept}: {title}", fontsize=10, loc="left")
-        axis.set_xlabel("specialists (N)")
-        axis.set_ylabel("ICaRus over conventional (times)")
+        axis.set_xticks(counts, map(str, counts))
+        axis.set(title=f"{swept}: {title}", xlabel="specialists (N)", ylabel="ICaRus over conventional (times)")
         axis.margins(x=0.12, y=0.15)
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=8, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend()
     return figure
 
 
@@ -105,40 +109,30 @@ def _rates(rows: Sequence[Row], title: str) -> Any:
     counts = sorted({row.place.models for row in rated if row.place.system != "base"})
     if not counts:
         return None
-    figure, axes = plt.subplots(
-        2,
-        len(counts),
-        figsize=(max(3.2 * len(counts), 5.5), 6),
-        layout="constrained",
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-    )
-    for column, models in enumerate(counts):
+    size = max(3.2 * len(counts), 5.5), 6
+    figure, axes = plt.subplots(2, len(counts), figsize=size, sharex=True, sharey="row", squeeze=False)
+    for (latency, throughput), models in zip(axes.T, counts, strict=True):
         for system, (label, color, marker) in STYLES.items():
-            here = [
-                row for row in rated if row.place.system == system and (row.place.models == models or system == "base")
-            ]
-            points = sorted([(row.place.rate or 0.0, row.figures) for row in here], key=lambda point: point[0])
-            rates = [rate for rate, _ in points]
+            here = [r for r in rated if r.place.system == system and (r.place.models == models or system == "base")]
+            here.sort(key=lambda row: row.place.rate or 0.0)
+            rates = [row.place.rate for row in here]
             style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if system == "base" else "-"}
-            if points:
-                axes[0, column].plot(rates, [figures.workflow.p95 / 1e3 for _, figures in points], **style)
-                axes[1, column].plot(rates, [figures.workflow_throughput for _, figures in points], **style)
-        axes[0, column].set_title(f"N = {models}", fontsize=10)
-        axes[1, column].set_xlabel("arriving workflows/s")
-        axes[0, column].set_yscale("log")
-        axes[0, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0, column].yaxis.set_major_formatter(ScalarFormatter())
-        axes[0, column].yaxis.set_minor_formatter(NullFormatter())
-        axes[0, column].set_xlim(0, 1.08 * max(row.place.rate or 0.0 for row in rated))
-        axes[1, column].set_ylim(0, 1.12 * max(row.figures.workflow_throughput for row in rated))
-        for axis in axes[:, column]:
-            axis.spines[["top", "right"]].set_visible(False)
+            if here:
+                latency.plot(rates, [row.figures.workflow.p95 / 1e3 for row in here], **style)
+                throughput.plot(rates, [row.figures.workflow_throughput for row in here], **style)
+        latency.set_title(f"N = {models}", loc="center")
+        latency.set_yscale("log")
+        latency.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        latency.yaxis.set_major_formatter(ScalarFormatter())
+        latency.yaxis.set_minor_formatter(NullFormatter())
+        latency.set_xlim(0, 1.08 * max(row.place.rate or 0.0 for row in rated))
+        throughput.set_ylim(0, 1.12 * max(row.figures.workflow_throughput for row in rated))
+        throughput.set_xlabel("arriving workflows/s")
+        for axis in (latency, throughput):
             axis.grid(axis="y", color="#eeeeee")
     axes[0, 0].set_ylabel("P95 workflow latency (s)")
     axes[1, 0].set_ylabel("completed workflows/s")
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    axes[0, 0].legend()
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 
@@ -148,27 +142,25 @@ def _tokens(rows: Sequence[Row], swept: str) -> Any:
     shown = [row for row in rows if row.place.rate is None and row.place.workload == swept]
     if not shown:
         return None
-    order = list(STYLES)
-    shown.sort(key=lambda row: _bar_order(row.place, order))
-    labels = [_bar_label(row.place) for row in shown]
-    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.3 * len(shown)), layout="constrained")
+    shown.sort(key=_bar_order)
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.3 * len(shown)))
     places = range(len(shown))
     prefilled = [row.figures.prompt_tokens_prefilled / 1e3 for row in shown]
-    reused = [row.figures.cached_tokens / 1e3 for row in shown]
-    axis.barh(places, prefilled, color=[STYLES[row.place.system][1] for row in shown], label="prefilled")
-    axis.barh(places, reused, left=prefilled, color="#e3e6e8", label="reused from the cache")
+    cached = [row.figures.cached_tokens / 1e3 for row in shown]
+    axis.barh(places, prefilled, color=[STYLES[row.place.system][1] for row in shown])
+    axis.barh(places, cached, left=prefilled, color="#e3e6e8")
     for place, value in zip(places, prefilled, strict=True):
         axis.annotate(f"{value:,.1f}", (value, place), (4, 0), **_BESIDE)
-    axis.set_yticks(places, labels, fontsize=8)
+    axis.set_yticks(places, [_bar_label(row.place) for row in shown], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("prompt tokens of a run (thousands): prefilled in colour, reused from the cache in grey")
-    axis.set_title(f"{swept}, all at once", fontsize=10, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{swept}, all at once")
     return figure
 
 
-def _bar_order(place: Place, systems: Sequence[str]) -> tuple[bool, bool, int, int]:
-    return place.budget != TIGHT, place.system == "base", place.models, systems.index(place.system)
+def _bar_order(row: Row) -> tuple[bool, bool, int, int]:
+    place = row.place
+    return place.budget != TIGHT, place.system == "base", place.models, list(STYLES).index(place.system)
 
 
 def _bar_label(place: Place) -> str:
@@ -178,35 +170,28 @@ def _bar_label(place: Place) -> str:
 
 def _kv(runs: Sequence[Run], swept: str, budget: str) -> Any:
     """Share of KV blocks that running requests hold, over time, with the most models and all at once."""
-    wanted = [run for run in runs if (run.unit.workload, run.unit.budget) == (swept, budget)]
-    wanted = [run for run in wanted if run.unit.rate is None and run.unit.repeat == 0]
+    wanted = [run for run in runs if run.unit.load == (budget, swept, None) and run.unit.repeat == 0]
     most = max((run.unit.models for run in wanted), default=0)
-    shown = [run for run in wanted if run.unit.system == "base" or run.unit.models == most]
+    of = {run.unit.system: run for run in wanted if run.unit.system == "base" or run.unit.models == most}
+    shown = [of[system] for system in STYLES if system in of]
     if not shown:
         return None
-    present = [system for system in STYLES if any(run.unit.system == system for run in shown)]
-    figure, axes = plt.subplots(
-        len(present), 1, figsize=(9, 1.2 + 1.1 * len(present)), layout="constrained", sharex=True, squeeze=False
-    )
+    figure, axes = plt.subplots(len(shown), 1, figsize=(9, 1.2 + 1.1 * len(shown)), sharex=True, squeeze=False)
     # On CPUs stock operators take so long that on their scale the others would be lines.
     durations = [run.duration for run in shown]
     end = 1.15 * max(d for d in durations if d <= _LONG * min(durations))
-    for axis, system in zip(axes[:, 0], present, strict=True):
-        label, color, _ = STYLES[system]
-        for run in (run for run in shown if run.unit.system == system):
-            times, shares = zip(*run.kv_usage, strict=True)
-            axis.fill_between(times, [100 * share for share in shares], color=color, alpha=0.6, linewidth=0)
-            if run.duration <= end:
-                axis.axvline(run.duration, color=color, linewidth=1)
-                axis.annotate(f"ends at {run.duration:.0f} s", (run.duration, 80), (3, 0), **_BESIDE)
-            else:
-                axis.annotate(f"goes on to {run.duration:.0f} s", (end, 80), (-3, 0), ha="right", **_BESIDE)
-        axis.set_ylim(0, 100)
-        axis.set_yticks([0, 50, 100])
-        axis.set_title(label, fontsize=8, loc="left", color=color)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlim(0, end)
-    axes[-1, 0].set_xlabel("seconds since all workflows arrived")
+    for axis, run in zip(axes[:, 0], shown, strict=True):
+        label, color, _ = STYLES[run.unit.system]
+        times, shares = zip(*run.kv_usage, strict=True)
+        axis.fill_between(times, [100 * share for share in shares], color=color, alpha=0.6, linewidth=0)
+        if run.duration <= end:
+            axis.axvline(run.duration, color=color, linewidth=1)
+            axis.annotate(f"ends at {run.duration:.0f} s", (run.duration, 80), (3, 0), **_BESIDE)
+        else:
+            axis.annotate(f"goes on to {run.duration:.0f} s", (end, 80), (-3, 0), ha="right", **_BESIDE)
+        axis.set(ylim=(0, 100), yticks=[0, 50, 100])
+        axis.set_title(label, fontsize=8, color=color)
+    axes[-1, 0].set(xlim=(0, end), xlabel="seconds since all workflows arrived")
     figure.supylabel("KV blocks held by requests (%)", fontsize=9)
     figure.suptitle(f"{swept}, N = {most}, {budget} KV budget, all at once", fontsize=10, x=0.01, ha="left")
     return figure

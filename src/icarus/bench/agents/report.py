@@ -72,12 +72,15 @@ class Report:
     @classmethod
     def of(cls, protocol: Protocol, runs: Sequence[Run], failures: Sequence[str] = ()) -> Self:
         """From the finished runs."""
-        rows = rows_of(runs)
-        gains = [gain for row in rows if row.place.system == "icarus" for gain in _gains(runs, rows, row.place)]
+        measured: dict[Place, dict[int, Figures]] = {}  # by place and repeat
+        for run in runs:
+            measured.setdefault(run.unit.place, {})[run.unit.repeat] = Figures.of(run)
+        ours = [place for place in measured if place.system == "icarus"]
+        gains = [gain for place in ours for gain in _gains(measured, place)]
         return cls(
-            by_models=by_models(gains, protocol["settings"]["workloads"][0]),
+            by_models=_by_models(gains, protocol["settings"]["workloads"][0]),
             gains=gains,
-            rows=rows,
+            rows=[Row(place=p, repeats=len(each), figures=medians([*each.values()])) for p, each in measured.items()],
             failures=list(failures),
             commits=sorted({run.commit for run in runs if run.commit}),
             protocol=protocol,
@@ -94,55 +97,40 @@ class Report:
         best = self.headline
         return {
             "speedup": {key: getattr(best, key, None) for key in ("throughput", "p95")},
-            "by_models": [asdict(speedup) for speedup in self.by_models],
-            "gains": [asdict(gain) for gain in self.gains],
+            "by_models": [*map(asdict, self.by_models)],
+            "gains": [*map(asdict, self.gains)],
             "runs": [row.as_json() for row in self.rows],
-            "failures": list(self.failures),
-            "commits": list(self.commits),
-            "protocol": dict(self.protocol),
+            "failures": self.failures,
+            "commits": self.commits,
+            "protocol": self.protocol,
         }
 
 
-def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """A row for each place, in the order in which they were measured first."""
-    groups: dict[Place, list[Figures]] = {}
-    for run in runs:
-        groups.setdefault(run.unit.place, []).append(Figures.of(run))
-    return [Row(place=place, repeats=len(each), figures=medians(each)) for place, each in groups.items()]
-
-
-def _gains(runs: Sequence[Run], rows: Sequence[Row], place: Place) -> Iterator[Gain]:
+def _gains(measured: Mapping[Place, Mapping[int, Figures]], place: Place) -> Iterator[Gain]:
     """ICaRus in one place against every peer there; ``base`` has one model whatever N is.
 
     Repeats have texts and arrivals of their own, so only those that both have are compared.
     """
-    for peer in (row.place for row in rows if row.place.system != "icarus"):
-        if (peer.budget, peer.workload, peer.rate) != (place.budget, place.workload, place.rate):
+    for peer in measured:
+        same_models = peer.system == "base" or peer.models == place.models
+        both = measured[place].keys() & measured[peer].keys()
+        if peer.system == "icarus" or not same_models or peer.load != place.load or not both:
             continue
-        if peer.models != place.models and peer.system != "base":
-            continue
-        at_ours, at_peer = ({run.unit.repeat: run for run in runs if run.unit.place == here} for here in (place, peer))
-        both = at_ours.keys() & at_peer.keys()
-        if both:
-            ours, theirs = (medians([Figures.of(by[repeat]) for repeat in both]) for by in (at_ours, at_peer))
-            yield _gain(place, ours, peer.system, theirs)
+        ours, theirs = (medians([measured[here][repeat] for repeat in both]) for here in (place, peer))
+        yield Gain(
+            models=place.models,
+            budget=place.budget,
+            workload=place.workload,
+            rate=place.rate,
+            over=peer.system,
+            throughput=round(ours.workflow_throughput / theirs.workflow_throughput, 3),
+            p95=round(theirs.workflow.p95 / ours.workflow.p95, 3),
+            p50=round(theirs.workflow.p50 / ours.workflow.p50, 3),
+            prefilled=round(theirs.prompt_tokens_prefilled / max(ours.prompt_tokens_prefilled, 1), 3),
+        )
 
 
-def _gain(place: Place, ours: Figures, over: str, theirs: Figures) -> Gain:
-    return Gain(
-        models=place.models,
-        budget=place.budget,
-        workload=place.workload,
-        rate=place.rate,
-        over=over,
-        throughput=round(ours.workflow_throughput / theirs.workflow_throughput, 3),
-        p95=round(theirs.workflow.p95 / ours.workflow.p95, 3),
-        p50=round(theirs.workflow.p50 / ours.workflow.p50, 3),
-        prefilled=round(theirs.prompt_tokens_prefilled / max(ours.prompt_tokens_prefilled, 1), 3),
-    )
-
-
-def by_models(gains: Sequence[Gain], swept: str) -> list[Speedup]:
+def _by_models(gains: Sequence[Gain], swept: str) -> list[Speedup]:
     """For each budget and number of models."""
     peers = [gain for gain in gains if gain.over == "conventional" and gain.workload == swept]
     places = {(gain.budget, gain.models) for gain in peers}

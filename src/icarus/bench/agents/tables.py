@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
+from icarus.bench import measure
 from icarus.bench.agents.plan import Place
 from icarus.bench.agents.report import PAPER, Gain, Protocol, Report, Row, Speedup
 from icarus.bench.agents.settings import TIGHT
@@ -16,20 +14,19 @@ _EXPLAINED = (
 )
 
 
+_PLACE = ("workload", "KV budget", "models", "workflows/s arriving")
+
+
 def show(report: Report) -> None:
     """Every gain over conventional on the terminal, and the headline."""
-    table = Table(title="ICaRus over conventional models")
-    for column in ("workload", "KV budget", "models", "workflows/s arriving", "throughput", "P95 latency"):
-        table.add_column(column, justify="right")
-    for gain in _sorted_gains(gain for gain in report.gains if gain.over == "conventional"):
-        table.add_row(*_place(gain), _times(gain.throughput), _times(gain.p95))
-    console = Console()
-    if table.rows:
-        console.print(table)
+    peers = sorted((gain for gain in report.gains if gain.over == "conventional"), key=_order)
+    if peers:
+        rows = [(*_place(gain), _times(gain.throughput), _times(gain.p95)) for gain in peers]
+        measure.show("ICaRus over conventional models", (*_PLACE, "throughput", "P95 latency"), rows)
     for speedup in report.by_models:
         at = f", P95 {_times(speedup.p95)} lower at {speedup.p95_at_rate:g} workflows/s" if speedup.p95 else ""
         throughput = f"{_times(speedup.throughput)} the throughput all at once"
-        console.print(f"N={speedup.models}, {speedup.budget}: {throughput}{at}")
+        print(f"N={speedup.models}, {speedup.budget}: {throughput}{at}")
 
 
 def markdown(report: Report, pictures: Sequence[str]) -> str:
@@ -62,13 +59,12 @@ def protocol(parts: Protocol) -> str:
 
 
 def _speedups(speedups: Sequence[Speedup]) -> list[str]:
-    lines = _table(["KV budget", "models", "throughput", "paper", "P95 latency", "at workflows/s", "paper"])
+    rows = []
     for each in speedups:
         throughput, p95 = (_times(PAPER[key].get(each.models)) if each.budget == TIGHT else "" for key in PAPER)
         at = "" if each.p95_at_rate is None else f"{each.p95_at_rate:g}"
-        cells = [_times(each.throughput), throughput, _times(each.p95), at, p95]
-        lines.append(_line(each.budget, each.models, *cells))
-    return lines
+        rows.append([each.budget, str(each.models), _times(each.throughput), throughput, _times(each.p95), at, p95])
+    return _table(["KV budget", "models", "throughput", "paper", "P95 latency", "at workflows/s", "paper"], rows)
 
 
 def _losses(gains: Sequence[Gain]) -> list[str]:
@@ -78,35 +74,34 @@ def _losses(gains: Sequence[Gain]) -> list[str]:
 
 
 def _rows(rows: Sequence[Row]) -> list[str]:
-    head = ["workload", "KV budget", "models", "workflows/s arriving", "system", "workflows/s", "output tokens/s"]
-    head += ["P50 / P95 / P99 workflow (s)", "P95 TTFT (ms)", "P95 TPOT (ms)", "P95 ITL (ms)", "P95 call (ms)"]
+    head = [*_PLACE, "system", "workflows/s", "output tokens/s", "P50 / P95 / P99 workflow (s)"]
+    head += ["P95 TTFT (ms)", "P95 TPOT (ms)", "P95 ITL (ms)", "P95 call (ms)"]
     head += ["prompt tokens prefilled", "cached", "preemptions", "peak memory (MB)"]
-    lines = _table(head)
-    for row in sorted(rows, key=lambda row: (*_order(row.place), row.place.system)):
-        figures = row.figures
-        spread = " / ".join(
-            f"{ms / 1e3:.2f}" for ms in (figures.workflow.p50, figures.workflow.p95, figures.workflow.p99)
-        )
-        cells = [*_place(row.place), row.place.system]
-        cells += [f"{figures.workflow_throughput:.3f}", f"{figures.output_throughput:.1f}", spread]
-        cells += [f"{each.p95:,.0f}" for each in (figures.ttft, figures.tpot, figures.itl, figures.e2el)]
-        counts = (figures.prompt_tokens_prefilled, figures.cached_tokens, figures.preemptions)
-        memory = figures.peak_memory_mb
-        lines.append(_line(*cells, *(f"{count:,.0f}" for count in counts), f"{memory:,.0f}" if memory else ""))
-    return lines
+    ordered = sorted(rows, key=lambda row: (*_order(row.place), row.place.system))
+    return _table(head, map(_cells, ordered))
+
+
+def _cells(row: Row) -> list[str]:
+    f = row.figures
+    return [
+        *_place(row.place),
+        row.place.system,
+        f"{f.workflow_throughput:.3f}",
+        f"{f.output_throughput:.1f}",
+        " / ".join(f"{ms / 1e3:.2f}" for ms in (f.workflow.p50, f.workflow.p95, f.workflow.p99)),
+        *(f"{spread.p95:,.0f}" for spread in (f.ttft, f.tpot, f.itl, f.e2el)),
+        *(f"{count:,.0f}" for count in (f.prompt_tokens_prefilled, f.cached_tokens, f.preemptions)),
+        f"{f.peak_memory_mb:,.0f}" if f.peak_memory_mb else "",
+    ]
 
 
 def _gains(gains: Sequence[Gain]) -> list[str]:
-    head = ["workload", "KV budget", "models", "workflows/s arriving", "ICaRus over", "throughput", "P95 latency"]
-    lines = _table([*head, "P50 latency", "prompt tokens prefilled"])
-    for gain in sorted(_sorted_gains(gains), key=lambda gain: gain.over):
-        times = (_times(value) for value in (gain.throughput, gain.p95, gain.p50, gain.prefilled))
-        lines.append(_line(*_place(gain), gain.over, *times))
-    return lines
-
-
-def _sorted_gains(gains: Iterable[Gain]) -> list[Gain]:
-    return sorted(gains, key=_order)
+    rows = [
+        [*_place(gain), gain.over, *map(_times, (gain.throughput, gain.p95, gain.p50, gain.prefilled))]
+        for gain in sorted(gains, key=lambda gain: (gain.over, *_order(gain)))
+    ]
+    head = [*_PLACE, "ICaRus over", "throughput", "P95 latency", "P50 latency", "prompt tokens prefilled"]
+    return _table(head, rows)
 
 
 def _order(here: Place | Gain) -> tuple[str, str, int, float]:
@@ -127,12 +122,8 @@ def _plain(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _table(head: Sequence[str]) -> list[str]:
-    return [_line(*head), _line(*("---" for _ in head))]
-
-
-def _line(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _times(value: float | None) -> str:
