@@ -58,7 +58,7 @@ BAD = {
     ("train", "--base", "./nowhere", "--data", "data.jsonl", "--output", "o"): "./nowhere",
     ("train", "--json"): "expected one argument",
     ("train", "--config", "none.yaml"): "none.yaml",
-    ("train", "--base", "base", "--data", "data.jsonl", "--output", "o", "--targets", "v_proj"): "v_proj",
+    (*"train --base base --data data.jsonl --output o --dtype float32 --targets v_proj".split(),): "v_proj",
 }
 
 

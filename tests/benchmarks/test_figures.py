@@ -43,7 +43,7 @@ def test_the_headline_is_five_figures_with_a_loss_among_them() -> None:
     assert {len(cells) for cells in (head, *rows)} == {4}
     assert "we lose" in rows[-1][-1]
     links = re.findall(r"\]\(([^)#]+)", figures.markdown([head, *rows]))
-    assert len(links) == 4
+    assert len(links) == 5
     assert all((ROOT / link).is_file() for link in links)
 
 

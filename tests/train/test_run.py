@@ -340,6 +340,7 @@ def script(
     """What the fixture ``train`` does, in processes of its own."""
     (tmp_path / "main.py").write_text(SCRIPT)
     named = {"base": str(base), "data": str(tmp_path / "data.jsonl"), "output": str(tmp_path / "out"), "rank": 4}
+    named["dtype"] = "float32"  # on every processor
     named |= {k: options.pop(k) for k in [*options] if k in _TRAIN_CONFIG}
     arguments = json.dumps([named, DEFAULTS | options, die_at])
     return subprocess.run(
