@@ -40,6 +40,9 @@ BAD = {
     ("{base}", "--adapters", "a={home}/sql", "--served-model-name", "b", "a"): "'a' has the name of the base model",
     ("{base}", "--adapters", "a={home}/sql", "--max-lora-rank", "1"): "'a' has rank 4 and --max-lora-rank is 1",
     ("{base}", "--adapters", "a={home}/sql", "--no-enable-lora"): "--no-enable-lora turns off",
+    ("{base}", "--adapter-dir", "{home}", "--no-enable-lora"): "--adapter-dir needs LoRA",
+    ("{base}", "--allow-adapters-from", "{home}", "--no-enable-lora"): "--allow-adapters-from needs LoRA",
+    ("{base}", "--allow-adapters-from", "{home}", "-asc", "2"): "--allow-adapters-from needs one API server",
     ("{base}", "--port", "http"): "--port 'http' must be an integer",
     ("{base}", "--lora-modules", "a=b"): "--adapters NAME=PATH",
     ("{base}", "--adapter-dir", "{home}/nowhere"): "nowhere is not a folder",
@@ -55,6 +58,15 @@ def test_bad_input_is_one_sentence(
     assert cli.main(["serve", *filled]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert BAD[words] in line
+
+
+def test_folders_are_not_allowed_to_clients_who_may_not_load(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "_need_vllm", lambda: None)
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+    assert cli.main(["serve", str(home / "base"), "--allow-adapters-from", str(home)]) == 2
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING turns loading off" in capsys.readouterr().err
 
 
 def test_without_vllm_the_remedy_is_said(

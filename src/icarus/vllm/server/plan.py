@@ -72,8 +72,7 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     present = given(words)
     if "lora-modules" in present:
         raise InputError("--lora-modules is set by icarus serve; name the adapters with --adapters NAME=PATH.")
-    if options.adapters and ("no-enable-lora" in present or values(words, "enable-lora") == ["False"]):
-        raise InputError("--adapters need LoRA, which --no-enable-lora turns off; take one of them out.")
+    _check_lora(options, without="no-enable-lora" in present or values(words, "enable-lora") == ["False"])
     names = tuple(values(words, "served-model-name")) or (options.base,)
     if taken := [name for name in options.adapters if name in names]:
         raise InputError(f"Adapter {taken[0]!r} has the name of the base model; choose another name.")
@@ -88,6 +87,8 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     several = several_servers(words)
     if several and watched:
         raise InputError("--adapter-dir needs one API server: set --api-server-count 1.")
+    if options.allow_adapters_from:
+        _check_clients_may_load(environment, several=several)
     allowed = [*map(_beside, adapters), *options.allow_adapters_from, *filter(None, [watched])]
     return Plan(
         base=options.base,
@@ -99,6 +100,26 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
         environment=_environment(environment, allowed, watched, loading=not several),
         dtype=dtype,
     )
+
+
+def _check_lora(options: argparse.Namespace, *, without: bool) -> None:
+    flags = {
+        "--adapters": options.adapters,
+        "--adapter-dir": options.adapter_dir,
+        "--allow-adapters-from": options.allow_adapters_from,
+    }
+    if useless := [flag for flag, value in flags.items() if value and without]:
+        raise InputError(f"{useless[0]} needs LoRA, which --no-enable-lora turns off; take one of them out.")
+
+
+def _check_clients_may_load(environment: Mapping[str, str], *, several: bool) -> None:
+    if several:
+        raise InputError("--allow-adapters-from needs one API server: set --api-server-count 1.")
+    if environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1").strip().lower() not in ("1", "true"):
+        raise InputError(
+            "--allow-adapters-from has no effect while VLLM_ALLOW_RUNTIME_LORA_UPDATING turns loading off; leave one "
+            "of them out."
+        )
 
 
 def _served(name: str, path: str, base: Path | None, *, classifies: bool) -> Served:
