@@ -297,6 +297,12 @@ def _call(call: Any) -> Any:
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
+def end_tokens(generation_config: Any) -> list[int]:
+    """Ids of the tokens at which a model's generation stops (``eos_token_id``: an id, several, or none)."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def surrogates(value: Any) -> Iterator[str]:
     """The lone surrogates in a text, or in all texts of lists and objects; JSON can spell them, UTF-8 cannot."""
     if isinstance(value, str):

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from icarus import adapter as adapters
 from icarus import base_model
-from icarus.chat_template import Codec, Message, Reader
+from icarus.chat_template import Codec, Message, Reader, end_tokens
 from icarus.errors import InputError
 from icarus.streams import EncoderCache, TwoStreams
 
@@ -459,9 +459,8 @@ class Context:
 
     def _ends(self, config: GenerationConfig | None = None) -> list[int]:
         """Token ids that end an answer."""
-        own = config.eos_token_id if config else None
-        ends = own if own is not None else self._causal_lm().generation_config.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        own = config is not None and config.eos_token_id is not None
+        return end_tokens(config if own else self._causal_lm().generation_config)
 
 
 class _TurnText:

@@ -301,10 +301,32 @@ def test_options_of_a_row_reach_its_chat_template(tmp_path: Path) -> None:
 def test_answers_without_an_end_token_are_said_once(row: Row, ends: bool, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer(CHATML if ends else CHATML.replace("<|im_end|>", ""))
     tokenizer.eos_token = tokenizer.eos_token if ends else None
-    data.token_rows([row, row], tokenizer, 21, "some.jsonl")  # where the chat is cut off
+    data.token_rows([row, row], tokenizer, 21, "some.jsonl", [tokenizer.convert_tokens_to_ids(END)])  # where it is cut
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (0 if ends else 1)
     assert all("some.jsonl end in no special token" in text and "eos_token" in text for text in said)
+
+
+@pytest.mark.parametrize("row", [CHAT, GOOD, {"text": "ab"}])
+@pytest.mark.parametrize(
+    ("stops", "known"), [([], "no token"), (["b"], "'b'"), (["b", "a"], "'b' and 'a'"), ([END], "")]
+)
+def test_an_end_token_at_which_generation_goes_on_is_said_once(
+    row: Row, stops: list[str], known: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Qwen2.5's base models have ChatML in their tokenizer, and stop at another token alone."""
+    data.token_rows([row, row], tokenizer, None, "some.jsonl", tokenizer.convert_tokens_to_ids(stops))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (1 if known else 0)
+    assert all(f"some.jsonl end in {END!r} and the base model's generation stops at {known}" in text for text in said)
+    assert all(f"add {tokenizer.convert_tokens_to_ids(END)} to eos_token_id" in text for text in said)
+
+
+def test_an_end_token_need_not_be_special(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer(CHATML.replace(END, "~"))
+    tokenizer.eos_token = None
+    data.token_rows([CHAT], tokenizer, None, "some.jsonl", tokenizer.convert_tokens_to_ids(["~"]))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("extra", [{"content": None}, {}, {"content": ""}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -591,6 +592,39 @@ def test_an_adapter_of_another_name_is_trained_and_saved(base: Path, tmp_path: P
     for folder in (tmp_path / "out", tmp_path / "run" / "checkpoint-1"):
         assert adapter.verify(folder, base).rank == 4
         assert any(tensor.any() for name, tensor in weights(folder).items() if "lora_B" in name)
+
+
+END = tiny_tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("stops", "options", "expected"),
+    [
+        (9, {}, ["will go on behind"]),
+        ([9, 10], {}, ["will go on behind"]),
+        ([9, END], {}, []),
+        (END, {}, []),
+        (9, {"eos_token": "~"}, ["give the eos_token '~'"]),
+    ],
+)
+def test_answers_behind_which_the_base_model_goes_on_are_said_once(
+    stops: int | list[int],
+    options: dict[str, str],
+    expected: list[str],
+    train: Train,
+    base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By the command, for training and evaluation data together, and by the trainer."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    train(base=str(folder), eval_data=str(save_rows(tmp_path / "eval.jsonl", *ROWS)), max_steps=1, **options)
+    chosen = settings(output_dir=str(tmp_path / "run"), max_steps=1, **options)
+    IcarusSFTTrainer(str(folder), chosen, train_dataset=Dataset.from_list(ROWS))
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("icarus.")]
+    assert len(said) == 2 * len(expected)
+    assert all(words in text for text, words in zip(said, 2 * expected, strict=True))
 
 
 @pytest.mark.parametrize(("method", "rate"), [("icarus", 2e-3), ("lora", 1e-3)])

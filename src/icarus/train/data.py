@@ -289,14 +289,27 @@ def separate(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**shared, "completion": completion} for completion in row["completions"]]
 
 
-def _warn_without_end(row: Mapping[str, Any], codec: Codec, source: str) -> None:
+def _warn_about_end(row: Mapping[str, Any], codec: Codec, ends: Sequence[int], source: str) -> None:
     """Told by the first row: the tokenizer and the template are the same for all."""
     last = [label for label in tokenize(row, codec, None)["labels"] if label != IGNORED][-1]
+    if last in ends:
+        return
     if last not in codec.added:
         logger.warning(
             "Answers of %s end in no special token, so the model will not learn where to stop; let the chat template "
             "write one behind each answer, or give the tokenizer an eos_token.",
             source,
+        )
+    else:
+        name, *known = codec.tokenizer.convert_ids_to_tokens([last, *ends])
+        logger.warning(
+            "Answers of %s end in %r and the base model's generation stops at %s, so a specialist will go on behind "
+            "its answer; add %d to eos_token_id in the base model's generation_config.json, or to stop_token_ids in "
+            "requests.",
+            source,
+            name,
+            " and ".join(map(repr, known)) or "no token",
+            last,
         )
 
 
@@ -305,10 +318,12 @@ def token_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     source: str = "the data set",
+    ends: Sequence[int] | None = None,
 ) -> tuple[Dataset, int]:
     """Tokenize checked rows (of ``read`` or ``rows_of``); those without any loss token are left out and counted.
 
-    Warns if answers have no end token. Returns the token rows and the number of those left out.
+    Warns if answers have no end token, or one at which generation does not stop; ``ends`` are those at which it does,
+    None if nobody is to be warned. Returns the token rows and the number of those left out.
 
     Raises:
         DataError: no example carries loss.
@@ -325,8 +340,8 @@ def token_rows(
         if all(label == IGNORED for label in tokens["labels"]):
             left_out += 1
             continue
-        if not columns:
-            _warn_without_end(row, codec, source)
+        if not columns and ends is not None:
+            _warn_about_end(row, codec, ends, source)
         for name, values in tokens.items():  # as arrays: lists of ints would take ten times the memory
             columns.setdefault(name, []).append(np.asarray(values, dtype=np.int32))
         if LINE in row:

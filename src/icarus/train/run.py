@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     sft.dataloader_pin_memory &= torch.cuda.is_available()  # or torch warns at every start
     if sft.learning_rate is None:
         sft.learning_rate = LEARNING_RATES[config.method]
-    train_rows, left_out = _token_rows(rows, codes, sft, config, config.data)
+    ends = tokenizer.ends(model, codes, sft)
+    train_rows, left_out = _token_rows(rows, codes, sft, config, config.data, ends)
     eval_tokens = _token_rows(eval_rows, codes, sft, config, str(config.eval_data))[0] if eval_rows else None
     trainer = _trainer(config, fields.after_rows(sft), model, codes, train_rows, eval_tokens)
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -125,14 +127,16 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
     return last
 
 
-def _token_rows(rows: Any, codes: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str) -> tuple[Any, int]:
+def _token_rows(
+    rows: Any, codes: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str, ends: Sequence[int] | None = None
+) -> tuple[Any, int]:
     fields.check_form(sft, rows[0], source)
     packed = sft.packing or sft.eval_packing or sft.padding_free
     if "completions" in rows[0] and (config.method == "lora" or packed):
         if packed:
             raise InputError("Packing and several completions of one prompt cannot be combined; leave out --packing.")
         rows = [part for row in rows for part in data.separate(row)]
-    tokens, left_out = data.token_rows(rows, codes, sft.max_length, source)
+    tokens, left_out = data.token_rows(rows, codes, sft.max_length, source, ends)
     if left_out and sft.process_index == 0:
         print(f"{left_out} of {len(rows)} examples of {source} carry no loss token and were left out.", file=sys.stderr)
     return tokens, left_out

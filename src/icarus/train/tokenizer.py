@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from icarus import base_model
+from icarus.chat_template import end_tokens
 from icarus.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,17 @@ def change(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
     if args.chat_template_path is not None:
         _set_template(tokenizer, str(args.chat_template_path))
         _warn(args, "chat template", args.chat_template_path, "vLLM's --chat-template")
-    if args.eos_token is not None:
+    if args.eos_token not in (None, tokenizer.eos_token):
         _set_token(tokenizer, "eos_token", args.eos_token)
         _warn(args, "eos_token", args.eos_token, "stop in its requests")
     if args.pad_token is not None:
         _set_token(tokenizer, "pad_token", args.pad_token)
+
+
+def ends(model: Any, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> list[int]:
+    """Tokens at which generation stops, and the EOS that the user has set, of which ``change`` warns."""
+    own = [] if args.eos_token is None else [tokenizer.get_vocab()[args.eos_token]]
+    return [*end_tokens(model.generation_config), *own]
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

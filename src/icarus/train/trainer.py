@@ -103,6 +103,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class = tokenizer.of_model(adapted, trust=args.trust_remote_code)
         tokenizer.change(processing_class, args)
         self._given = args
+        self._ends: list[int] | None = tokenizer.ends(adapted, processing_class, args)
         args = fields.after_rows(args)
         args.router_aux_loss_coef = 0.0  # the router is the base model's
         if args.learning_rate is None:  # an IcarusSFTConfig
@@ -144,7 +145,8 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 "padding_free=False."
             )
         fields.check_form(given, next(data.rows_of(dataset), {}))
-        tokens, left_out = data.token_rows(data.rows_of(dataset), processing_class, given.max_length)
+        tokens, left_out = data.token_rows(data.rows_of(dataset), processing_class, given.max_length, ends=self._ends)
+        self._ends = None  # told once, for training and evaluation data
         if left_out:
             logger.warning("%d examples carry no loss token and were left out; %d remain.", left_out, len(tokens))
         return tokens
