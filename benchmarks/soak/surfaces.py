@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
 import multiprocessing
@@ -27,17 +28,21 @@ SECONDS = 30.0
 MEGABYTES = 1500
 """Memory that a command may take more than before it looked at an adapter."""
 
+MOST_MEMORY = 12 << 30
+"""Bytes that a command or a process of a server can have, so that it ends before the machine does."""
+
 LONGEST, MOST_LINES = 1000, 200
 """Characters of a sentence that somebody reads; lines of ``icarus verify``, which has one for each problem."""
 
-REFUSED, SERVED, BROKEN = "refused", "served", "broken"
+REFUSED, SERVED, MUTE, BROKEN = "refused", "served", "mute", "broken"
+"""MUTE: it was loaded, and a request of its own is refused."""
 
 
 @dataclass(frozen=True)
 class Seen:
     """What one way in made of one adapter."""
 
-    outcome: str  # REFUSED, SERVED or BROKEN
+    outcome: str
     said: str
     seconds: float
 
@@ -49,11 +54,19 @@ def fault(case: Case, seen: Seen, way: str) -> str:
     if seen.seconds > SECONDS:
         return f"{way}: took {seen.seconds:.0f} s"
     wanted = _wanted(case, way)
+    if seen.outcome == MUTE and case.expected is not Outcome.HARMLESS:
+        return f"{way}: loaded, and then {seen.said}"
     if wanted and seen.outcome != wanted:
         return f"{way}: {seen.outcome} and not {wanted} ({seen.said[:300]})"
     if seen.outcome == REFUSED:
         if said := _unreadable(seen.said):
             return f"{way}: {said} ({seen.said[:300]!r})"
+        if (
+            way == "verify"
+            and (servable := _servable(case)) is not None
+            and ("it can be served" in seen.said) != servable
+        ):
+            return f"{way}: whether it can be served is told wrongly ({seen.said[:300]})"
         if wanted and not re.search(case.says, seen.said):
             return f"{way}: the sentence does not say {case.says!r} ({seen.said[:300]})"
     return ""
@@ -67,6 +80,14 @@ def _wanted(case: Case, way: str) -> str:
     elif case.expected is Outcome.CONVENTIONAL:
         return SERVED
     return {Outcome.REFUSED: REFUSED, Outcome.SERVED: SERVED}.get(case.expected, "")
+
+
+def _servable(case: Case) -> bool | None:
+    """Whether ``icarus verify`` is to say that it can be served, though it may not share; None where both are right."""
+    if case.expected is Outcome.REFUSED:
+        return False
+    plain = case.kind == CONVENTIONAL and case.expected is Outcome.SERVED
+    return True if plain or case.expected is Outcome.CONVENTIONAL else None
 
 
 def _unreadable(said: str) -> str:
@@ -105,8 +126,13 @@ def plan(folder: Path, base: Path) -> Seen:
     return Seen(REFUSED if status else SERVED, said, seconds)
 
 
+_NEEDED = ("icarus.cli", "icarus.verify", "icarus.vllm.server.serve", "vllm.entrypoints.openai")
+
+
 def _command(words: Sequence[str]) -> tuple[int | None, str, float, str]:
     """Exit status, output, seconds, and what went wrong; in a child, which may hang or take all memory."""
+    for module in _NEEDED:  # here, and not in each child
+        importlib.import_module(module)
     context: Any = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_run, args=(list(words), theirs))
@@ -136,7 +162,7 @@ def _run(words: list[str], answer: Any) -> None:
     from icarus.vllm.server import serve
 
     torch.set_num_threads(1)  # OpenMP's threads did not come along
-    resource.setrlimit(resource.RLIMIT_AS, (48 << 30, 48 << 30))
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     assert hasattr(serve, "_start_vllm"), "what is left out here has another name now"
     serve._start_vllm = lambda words: None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,6 +186,12 @@ def _run(words: list[str], answer: Any) -> None:
 
 class Running:
     """A server with the adapters that are sound, and ways to try others."""
+
+    FLAGS = (
+        "--served-model-name base --host 127.0.0.1 --dtype float32 --enforce-eager --generation-config vllm "
+        "--block-size 32 --max-model-len 256 --max-num-seqs 8 --max-num-queued-reqs 64 --seed 0"
+    ).split()
+    """Flags of vLLM for a tiny model."""
 
     def __init__(self, server: Server, base: str, steady: str, prompt: list[int]) -> None:
         """
@@ -187,7 +219,7 @@ class Running:
             },
         )
         if reply.status_code != 200:
-            raise ValueError(f"{reply.status_code}: {reply.text[:300]}")
+            raise httpx.HTTPStatusError(reply.text[:300], request=reply.request, response=reply)
         [choice] = reply.json()["choices"]
         if not all(math.isfinite(value) for value in choice["logprobs"]["token_logprobs"]):
             raise ValueError(f"log-probabilities are not finite: {choice['logprobs']['token_logprobs']}")
@@ -195,12 +227,17 @@ class Running:
 
     def disturbed(self) -> str:
         """What is wrong with the server now; empty where base model and steady adapter answer as they did at first."""
-        try:
-            self.server.check()
-            got = [self.tokens(name) for name in self._models]
-        except Exception as error:
-            return f"the server is not well afterwards ({type(error).__name__}: {error})"
-        return "" if got == self._right else "the server answers wrongly afterwards"
+        for last in (False, True):
+            try:
+                self.server.check()
+                got = [self.tokens(name) for name in self._models]
+                return "" if got == self._right else "the server answers wrongly afterwards"
+            except httpx.ReadError as error:  # a connection that was closed behind an answer
+                if last:
+                    return f"the server is not well afterwards ({error})"
+            except Exception as error:
+                return f"the server is not well afterwards ({type(error).__name__}: {error})"
+        raise AssertionError("it returns above")
 
     def load(self, name: str, folder: Path) -> Seen:
         """``/v1/load_lora_adapter``, and a request where it succeeds."""
@@ -223,6 +260,9 @@ class Running:
     def _asked(self, name: str, seconds: float) -> Seen:
         try:
             self.tokens(name)
+        except httpx.HTTPStatusError as error:
+            refused = 400 <= error.response.status_code < 500
+            return Seen(MUTE if refused else BROKEN, f"{error.response.status_code}: {error}", seconds)
         except Exception as error:
             return Seen(BROKEN, f"loaded, and then {type(error).__name__}: {error}", seconds)
         return Seen(SERVED, "", seconds)
@@ -261,10 +301,9 @@ def _message(reply: httpx.Response) -> str:
 def running(base: Path, adapters: Sequence[str], folder: Path, *more: str, steady: str = "") -> Iterator[Running]:
     """A server of the tiny model. ``adapters`` are NAME=PATH; a client may load from anywhere below ``folder``."""
     port = free_port()
-    words = [sys.executable, "-m", "icarus.cli", "serve", str(base), "--adapters", *adapters]
-    words += ["--allow-adapters-from", str(folder), "--served-model-name", "base", "--host", "127.0.0.1"]
-    words += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--generation-config", "vllm"]
-    words += ["--block-size", "32", "--max-model-len", "256", "--max-num-seqs", "8", "--seed", "0", *more]
+    words = ["prlimit", f"--data={MOST_MEMORY}", sys.executable, "-m", "icarus.cli", "serve", str(base)]
+    words += ["--adapters", *adapters]
+    words += ["--allow-adapters-from", str(folder), "--port", str(port), *Running.FLAGS, *more]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    with Server(words, variables, port, folder / "server.log", 300) as server:
+    with Server(words, variables, port, folder / "server.log", 900) as server:
         yield Running(server, "base", steady or adapters[0].partition("=")[0], list(range(10, 60)))

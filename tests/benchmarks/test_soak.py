@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.soak import malformed, shop, surfaces
+from benchmarks.soak import shop
 from benchmarks.soak.judge import Judge
 from benchmarks.soak.load import Soak, faults_of, literal, smallest
-from benchmarks.soak.malformed import Outcome
 from benchmarks.soak.mix import Mix, engine_options
-from benchmarks.soak.surfaces import BROKEN, REFUSED, SERVED, Seen
 from strict_skips import needs_vllm
 
 Speaker = tuple[str, int]
@@ -198,82 +196,16 @@ def test_a_literal_job_needs_no_answer_of_another() -> None:
     assert job["operations"][1] == {"ask": {"number": 1, "prompt": [1, 5, 2], "follows": None}}
 
 
-# ---------------------------------------------------------------------------------------------- malformed adapters
-
-LARGE = ("60 MB", "101 MB", "a million", "100,000", "hole behind", "huge rank")
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> shop.Shop:
-    return shop.tiny(tmp_path_factory.mktemp("stock"))
-
-
-def test_there_are_enough_and_each_changes_something(stock: shop.Shop, tmp_path: Path) -> None:
-    cases = malformed.cases()
-    assert len(cases) >= 200
-    assert {case.kind for case in cases} == {malformed.ICARUS, malformed.CONVENTIONAL}
-    for number, case in enumerate(cases):
-        if any(part in case.name for part in LARGE):
-            continue
-        sound = stock.specialists["sql"][0] if case.kind == "icarus" else stock.conventional["plain"][0]
-        folder = case.make(sound, tmp_path / str(number))
-        assert _listing(folder) != _listing(sound) or case.name.endswith("no README.md"), case.name
-        if case.whole:
-            assert all((folder / file).exists() for file in (malformed.CONFIG, malformed.WEIGHTS))
-
-
-def _listing(folder: Path) -> list[tuple[str, int, bytes]]:
-    """Names, kinds and contents."""
-    return [
-        (file.name, file.lstat().st_mode, file.read_bytes() if file.is_file() and not file.is_symlink() else b"")
-        for file in sorted(folder.iterdir())
-    ]
-
-
-def case(expected: Outcome, kind: str = "icarus", says: str = "") -> malformed.Case:
-    return malformed.Case("a case", lambda folder: None, expected, says, kind=kind)
-
-
-@pytest.mark.parametrize(
-    ("expected", "seen", "fault"),
-    [
-        (case(Outcome.REFUSED), Seen(REFUSED, "no", 1), ""),
-        (case(Outcome.REFUSED), Seen(SERVED, "", 1), "served and not refused"),
-        (case(Outcome.SERVED), Seen(REFUSED, "no", 1), "refused and not served"),
-        (case(Outcome.EITHER), Seen(SERVED, "", 1), ""),
-        (case(Outcome.EITHER), Seen(REFUSED, "no", 1), ""),
-        (case(Outcome.EITHER), Seen(BROKEN, "it hung", 1), "it hung"),
-        (case(Outcome.REFUSED, says="rank"), Seen(REFUSED, "no", 1), "does not say 'rank'"),
-        (case(Outcome.REFUSED), Seen(REFUSED, "Traceback ...", 1), "traceback"),
-        (case(Outcome.REFUSED), Seen(REFUSED, "", 1), "no sentence"),
-        (case(Outcome.REFUSED), Seen(REFUSED, "x" * 5000, 1), "5000 characters"),
-        (case(Outcome.REFUSED), Seen(REFUSED, "a\x1b[2Jb", 1), "a terminal obeys"),
-        (case(Outcome.SERVED), Seen(SERVED, "", 100), "took 100 s"),
-        (case(Outcome.CONVENTIONAL), Seen(SERVED, "", 1), ""),
-    ],
-)
-def test_what_is_a_fault_over_http(expected: malformed.Case, seen: Seen, fault: str) -> None:
-    said = surfaces.fault(expected, seen, "http")
-    assert fault in said
-    assert bool(said) == bool(fault)
-
-
-def test_a_conventional_adapter_may_never_share() -> None:
-    sound = case(Outcome.SERVED, "conventional")
-    assert surfaces.fault(sound, Seen(REFUSED, "plain LoRA", 1), "verify") == ""
-    assert surfaces.fault(sound, Seen(SERVED, "", 1), "verify")
-    assert surfaces.fault(case(Outcome.CONVENTIONAL), Seen(SERVED, "", 1), "verify")
-
-
 # ---------------------------------------------------------------------------------------------- a short run
 
 
 @pytest.mark.engine
 @needs_vllm
-def test_a_short_soak(stock: shop.Shop, tmp_path: Path) -> None:
+def test_a_short_soak(tmp_path: Path) -> None:
     """One engine with too little of everything, with eighty requests and what goes on beside them."""
     from benchmarks.soak.reference import Reference
 
+    stock = shop.tiny(tmp_path / "stock")
     done = Soak(shop=stock, right=Reference(stock), folder=tmp_path, shrinking=0).round("short/6", 80)
     assert done["faults"] == []
     assert done["counts"]["requests"] == 80

@@ -25,6 +25,8 @@ class Outcome(Enum):
     """Served with finite output from a cache of its own, and refused by ``icarus verify``: it lost its marker."""
     EITHER = "either"
     """Refused with a sentence or served with finite output."""
+    HARMLESS = "harmless"
+    """The same; or its own requests are refused: its numbers are finite, and what is computed with them is not."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ def served(name: str, damage: Damage) -> Case:
 def either(name: str, damage: Damage) -> Case:
     """Right are both."""
     return Case(name, damage, Outcome.EITHER)
+
+
+def harmless(name: str, damage: Damage) -> Case:
+    """Right is whatever disturbs nobody else."""
+    return Case(name, damage, Outcome.HARMLESS)
 
 
 def on(file: str, damage: Damage) -> Damage:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.soak import malformed
 from engines import BLOCK, SHAPE
 from http_server import CONTEXT, LETTERS, QUEUE, UNLOAD_GRACE_S, Server, body, eventually, serving
 from icarus import adapter
@@ -282,6 +283,22 @@ def test_a_damaged_adapter(server: Server, kind: str) -> None:
     reply = server.load("damaged", folder)
     assert (reply.status_code, "damaged" in server.models()) == (400, False)
     assert "truncated" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["icarus", "conventional"])
+def test_malformed_adapters(server: Server, kind: str) -> None:
+    """Each is refused with a sentence or served, as is written beside it."""
+    sound = server.shop.folder / ("sql" if kind == "icarus" else "plain")
+    for number, case in enumerate(case for case in malformed.some() if case.kind == kind):
+        folder = case.make(sound, server.shop.folder / f"malformed-{kind}-{number}")
+        reply = server.load("malformed", folder)
+        if case.expected is malformed.Outcome.REFUSED:
+            assert reply.status_code == 400, (case.name, reply.text)
+            assert re.search(case.says, reply.json()["error"]["message"]), case.name
+        else:
+            assert reply.status_code == 200, (case.name, reply.text)
+            assert len(server.ask("malformed", prompt(20))[0]) == 8, case.name
+            assert server.post("/v1/unload_lora_adapter", lora_name="malformed").status_code == 200
 
 
 @pytest.mark.parametrize("damage", CONVENTIONAL_DAMAGES)
