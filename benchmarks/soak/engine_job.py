@@ -14,42 +14,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are ours, and errors of the core arrive as exceptions
 
 from benchmarks.soak.mix import BASE, Request
+from benchmarks.soak.record import Record
 from benchmarks.soak.shop import Shop
 
 PATIENCE = 3000
 """Steps in which an engine of so few requests must have answered all."""
-
-
-@dataclass
-class Record:
-    """What became of one request."""
-
-    request: Request
-    prompt: list[int]
-    """All of it, with what it follows."""
-    versions: list[int]
-    """Of its adapter, in the order in which they were in force while it was in the engine."""
-    tokens: list[int] = field(default_factory=list)
-    at: list[int] = field(default_factory=list)
-    """For each token of a stream, which of ``versions`` was the last before it was handed out."""
-    scores: list[float] | None = None
-    cached: int | None = None
-    finished: str = ""
-    cancelled: bool = False
-    late: bool = False
-    """Something came after it was cancelled."""
-
-    @property
-    def open(self) -> bool:
-        """Whether it waits or runs."""
-        return not (self.finished or self.cancelled)
 
 
 class Job:
@@ -196,11 +171,6 @@ class Job:
             record.finished = first.finish_reason
 
 
-def as_json(record: Record) -> dict[str, Any]:
-    """For the judge, in another process."""
-    return {**vars(record), "request": vars(record.request)}
-
-
 def main() -> None:
     """Start the engine, do all operations, write what came of them; an engine that died is a result as well."""
     given = json.load(sys.stdin)
@@ -220,7 +190,7 @@ def main() -> None:
     result = {
         "error": error,
         "summary": {} if error else job.summary(llm),
-        "records": [as_json(record) for record in job.records.values()],
+        "records": [record.as_json() for record in job.records.values()],
     }
     Path(given["result"]).write_text(json.dumps(result), encoding="utf-8")
 

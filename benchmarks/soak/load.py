@@ -17,13 +17,15 @@ from typing import Any
 
 from benchmarks.soak.judge import SCORE, TIE, Judge, Right
 from benchmarks.soak.mix import BASE, Mix, Operation, engine_options
-from benchmarks.soak.shop import WORDS, Shop
+from benchmarks.soak.shop import Shop, any_tokens
 from icarus import vllm_environment
 
 ROUND = 400
 """Requests of one engine."""
 
-ENGINE_SECONDS = 1800
+ENGINE_SECONDS = 3600
+"""After which an engine counts as one that hangs; the machine may be busy with other things."""
+
 UNDER_WAY = 2
 """Tokens of a request that asynchronous scheduling may have under way."""
 
@@ -51,7 +53,7 @@ class Fault:
 
 def job_of(shop: Shop, seed: str, requests: int, *, compiled: bool = False) -> Job:
     """A round: the engine's options and what is done to it."""
-    mix = Mix(seed, list(shop.specialists), list(shop.conventional), vocabulary=WORDS)
+    mix = Mix(seed, list(shop.specialists), list(shop.conventional), draw=any_tokens)
     engine = {"model": str(shop.base), **FIXED, **engine_options(seed, compiled=compiled)}
     pair_from = random.Random(f"pairs {seed}").choice((0, 100, 10**9))  # keys, from which on decodes run as pairs
     return {"engine": engine, "pair_from": pair_from, "operations": mix.operations(requests)}
@@ -63,18 +65,25 @@ def run_job(shop: Shop, job: Job, log: Path) -> Any:
         result = Path(folder) / "result.json"
         given = {**job, "shop": shop.as_json(), "result": str(result)}
         with log.open("w", encoding="utf-8") as sink:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.soak.engine_job"],
-                input=json.dumps(given),
-                env={**vllm_environment.variables(os.environ), **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-                stdout=sink,
-                stderr=sink,
-                text=True,
-                timeout=ENGINE_SECONDS,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.soak.engine_job"],
+                    input=json.dumps(given),
+                    env={**vllm_environment.variables(os.environ), **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+                    stdout=sink,
+                    stderr=sink,
+                    text=True,
+                    timeout=ENGINE_SECONDS,
+                )
+            except subprocess.TimeoutExpired:
+                return _nothing(f"the engine's process did not end within {ENGINE_SECONDS} s")
         if done.returncode or not result.exists():
-            return {"error": f"the engine's process ended with {done.returncode}", "summary": {}, "records": []}
+            return _nothing(f"the engine's process ended with {done.returncode}")
         return json.loads(result.read_text(encoding="utf-8"))
+
+
+def _nothing(error: str) -> dict[str, Any]:
+    return {"error": error, "summary": {}, "records": []}
 
 
 def faults_of(result: Any, judge: Judge) -> list[Fault]:
@@ -171,6 +180,23 @@ def literal(job: Job, result: Any) -> Job:
 # ---------------------------------------------------------------------------------------------- all rounds
 
 
+def total(rounds: Sequence[dict[str, Any]], what: str) -> Counter[str]:
+    """The sum over all rounds."""
+    return sum((Counter(done[what]) for done in rounds), Counter[str]())
+
+
+def _report(seed: int, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "faults": sum(len(done["faults"]) for done in rounds),
+        "counts": total(rounds, "counts"),
+        "judged": total(rounds, "judged"),
+        "tolerances": {"tie": TIE, "score": SCORE},
+        "seconds": sum(done["seconds"] for done in rounds),
+        "rounds": list(rounds),
+    }
+
+
 @dataclass(kw_only=True)
 class Soak:
     """A run of many rounds."""
@@ -182,24 +208,26 @@ class Soak:
     shrinking: int = 16
     """Engines that are started to make a failure smaller."""
 
-    def run(self, seed: int, requests: int, swaps: int) -> dict[str, Any]:
-        """Rounds until so many requests and swaps were made; the report."""
-        counts, judged, started = Counter[str](), Counter[str](), time.monotonic()
-        rounds: list[dict[str, Any]] = []
-        while counts["requests"] < requests or counts["swaps"] < swaps:
-            done = self.round(f"{seed}/{len(rounds)}", min(ROUND, max(requests - counts["requests"], 1)))
-            counts.update(done.pop("counts"))
-            judged.update(done.pop("judged"))
-            rounds.append(done)
-        return {
-            "seed": seed,
-            "faults": sum(len(done["faults"]) for done in rounds),
-            "counts": dict(counts),
-            "judged": dict(judged),
-            "tolerances": {"tie": TIE, "score": SCORE},
-            "seconds": round(time.monotonic() - started),
-            "rounds": rounds,
-        }
+    def run(
+        self,
+        seed: int,
+        requests: int,
+        swaps: int,
+        before: Sequence[dict[str, Any]] = (),
+        keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    ) -> dict[str, Any]:
+        """Rounds until so many requests and swaps were made; the report.
+
+        Args:
+            before: rounds of a report of the same seed that was interrupted; they are not run again.
+            keep: gets the report behind each round.
+        """
+        rounds = list(before)
+        while (counts := total(rounds, "counts"))["requests"] < requests or counts["swaps"] < swaps:
+            left = requests - counts["requests"]
+            rounds.append(self.round(f"{seed}/{len(rounds)}", min(ROUND, left) if left > 0 else ROUND))
+            keep(_report(seed, rounds))
+        return _report(seed, rounds)
 
     def round(self, seed: str, requests: int) -> dict[str, Any]:
         """One engine: its options, what was counted, and each fault with the smallest job that shows it."""
@@ -218,7 +246,14 @@ class Soak:
         told = [self._told(seed, job, result, fault) for fault in faults[:1]] + [vars(fault) for fault in faults[1:]]
         options = {name: value for name, value in job["engine"].items() if name not in FIXED and name != "model"}
         options["pair_from"] = job["pair_from"]
-        return {"seed": seed, "options": options, "counts": counts, "judged": judge.counts, "faults": told}
+        return {
+            "seed": seed,
+            "options": options,
+            "counts": dict(counts),
+            "judged": dict(judge.counts),
+            "seconds": round(time.monotonic() - started),
+            "faults": told,
+        }
 
     def _judge(self, job: Job) -> Judge:
         return Judge(self.right, UNDER_WAY if job["engine"]["async_scheduling"] else 0)

@@ -15,7 +15,7 @@ Operations are JSON, so that they travel to the engine's process and stay with a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -48,9 +48,9 @@ class Shares:
 
     base: float = 0.28
     conventional: float = 0.30
-    shared: float = 0.40
+    shared: float = 0.38
     """Begin as others do."""
-    following: float = 0.22
+    following: float = 0.27
     """Go on where another one stopped, as the next agent does."""
     streamed: float = 0.45
     scored: float = 0.28
@@ -62,7 +62,7 @@ class Shares:
 
 
 class Mix:
-    """Draws operations; ``names`` are those of the adapters."""
+    """Draws operations for adapters of these names; ``draw`` gives so many tokens, others each time."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Mix:
         specialists: list[str],
         conventional: list[str],
         *,
-        vocabulary: range,
+        draw: Callable[[random.Random, int], list[int]],
         longest: int = 150,
         versions: int = 3,
         shares: Shares | None = None,
     ) -> None:
         self._rng, self._shares = random.Random(seed), shares or Shares()
         self._specialists, self._conventional = specialists, conventional
-        self._vocabulary, self._longest, self._versions = vocabulary, longest, versions
+        self._draw, self._longest, self._versions = draw, longest, versions
         self._trunks = [self._tokens(longest) for _ in range(5)]
         self._current = dict.fromkeys([*specialists, *conventional], 0)
         self._told: list[Request] = []
@@ -160,7 +160,7 @@ class Mix:
         return self._current[name]
 
     def _tokens(self, count: int) -> list[int]:
-        return [self._rng.choice(self._vocabulary) for _ in range(count)]
+        return self._draw(self._rng, count)
 
     def _chance(self, share: float) -> bool:
         return self._rng.random() < share
@@ -173,7 +173,7 @@ def engine_options(seed: str, *, compiled: bool = False) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_num_seqs": rng.choice((4, 8, 12)),
         "max_num_batched_tokens": rng.choice((16, 24, 48, 96)),
-        "num_gpu_blocks_override": rng.choice((9, 10, 12, 24, 48)),
+        "num_gpu_blocks_override": rng.choice((9, 10, 12, 24, 64, 128)),
         "max_loras": slots,
         "max_cpu_loras": rng.randint(slots, 4),
         "enable_prefix_caching": rng.random() < 0.85,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,6 +127,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = _CHATML
     return tokenizer
+
+
+def any_tokens(rng: random.Random, count: int) -> list[int]:
+    """Tokens of the tiny model that are text."""
+    return [rng.choice(WORDS) for _ in range(count)]
 
 
 def _with_adapters(base: Path, folder: Path, fresh: Any, scale: float) -> Shop:

@@ -8,32 +8,12 @@ from typing import Any
 
 import pytest
 
+from arithmetic import TIED, Arithmetic
 from benchmarks.soak import shop
 from benchmarks.soak.judge import Judge
 from benchmarks.soak.load import Soak, faults_of, literal, smallest
 from benchmarks.soak.mix import Mix, engine_options
 from strict_skips import needs_vllm
-
-Speaker = tuple[str, int]
-TIED = 99
-"""A token that is nearly as good as the right one."""
-
-
-class Arithmetic:
-    """A model whose next token is computed from what is before it."""
-
-    def tokens(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
-        told = list(prompt)
-        for _ in range(count):
-            told.append((sum(told) * 7 + 31 * speaker[1] + len(speaker[0])) % 90)
-        return told[len(prompt) :]
-
-    def scores(self, speaker: Speaker, prompt: list[int]) -> list[float]:
-        return [-float(token + speaker[1]) for token in prompt[1:]]
-
-    def gap(self, speaker: Speaker, prompt: list[int], token: int) -> float:
-        return 5e-5 if token == TIED else 1.0
-
 
 RIGHT = Arithmetic()
 PROMPT = [3, 1, 4]
@@ -140,7 +120,7 @@ def test_what_is_left_in_an_engine_is_a_fault() -> None:
 
 
 def mix(seed: str) -> Mix:
-    return Mix(seed, list(shop.SPECIALISTS), list(shop.CONVENTIONAL), vocabulary=shop.WORDS)
+    return Mix(seed, list(shop.SPECIALISTS), list(shop.CONVENTIONAL), draw=shop.any_tokens)
 
 
 def test_a_fifth_of_each_kind_and_swaps_beside_them() -> None:
@@ -194,6 +174,25 @@ def test_a_literal_job_needs_no_answer_of_another() -> None:
     result = {"records": [{"request": {"number": 1}, "prompt": [1, 5, 2]}]}
     job = literal({"operations": operations}, result)
     assert job["operations"][1] == {"ask": {"number": 1, "prompt": [1, 5, 2], "follows": None}}
+
+
+def test_an_interrupted_load_goes_on_from_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def round_(self: Soak, seed: str, requests: int) -> dict[str, Any]:
+        asked.append((seed, requests))
+        counts = {"requests": requests, "swaps": 5}
+        return {"seed": seed, "counts": counts, "judged": {"tokens": 7}, "seconds": 2, "faults": []}
+
+    monkeypatch.setattr(Soak, "round", round_)
+    soak = Soak(shop=shop.Shop(base=tmp_path, specialists={}, conventional={}), right=RIGHT, folder=tmp_path)
+    kept: list[dict[str, Any]] = []
+    whole = soak.run(3, 900, 12, keep=kept.append)
+    assert asked == [("3/0", 400), ("3/1", 400), ("3/2", 100)]
+    assert [report["counts"]["requests"] for report in kept] == [400, 800, 900]
+    assert whole == kept[-1]
+    assert soak.run(3, 900, 12, before=kept[0]["rounds"]) == whole
+    assert asked[3:] == asked[1:3]
 
 
 # ---------------------------------------------------------------------------------------------- a short run

@@ -1,0 +1,222 @@
+"""The packaged small model behind ``icarus serve`` under random load, compared with contexts.
+
+Clients stream, hang up, follow one another, and ask for scores, while specialists are replaced, reloaded and unloaded
+over HTTP. Which weights a token is of cannot be known from outside to the step, so an answer that ran across a swap may
+change from the old version to the new one at any token, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.soak.judge import Judge, Right
+from benchmarks.soak.mix import BASE, Mix, Operation, Request
+from benchmarks.soak.record import Record
+from benchmarks.soak.shop import Shop
+from icarus.bench.agents.server import Server, free_port
+
+AT_ONCE = 8
+"""Requests that clients have open."""
+
+STEP_SECONDS = 0.03
+START_SECONDS, PATIENCE_SECONDS = 1800, 1800
+"""How long a start and an answer may take: the machine may be busy with other things."""
+
+FLAGS = (
+    "--served-model-name base --host 127.0.0.1 --dtype float32 --enforce-eager --generation-config vllm --seed 0 "
+    "--block-size 32 --max-model-len 512 --max-num-seqs 6 --max-num-batched-tokens 64 --num-gpu-blocks-override 24 "
+    "--max-loras 2 --max-cpu-loras 3"
+).split()
+TEXTS = ("docs/method.md", "docs/serve.md", "docs/train.md", "README.md")
+"""What prompts are taken from, in the checkout."""
+
+Say = Callable[[str], None]
+
+
+def run(
+    shop: Shop, right: Right, tokenizer: Any, folder: Path, requests: int, seed: int, say: Say = print
+) -> dict[str, Any]:
+    """So many requests to one server; the report."""
+    draw = windows(tokenizer)
+    operations = Mix(str(seed), list(shop.specialists), list(shop.conventional), draw=draw).operations(requests)
+    port, started = free_port(), time.monotonic()
+    words = [sys.executable, "-m", "icarus.cli", "serve", str(shop.base), "--adapters"]
+    words += [f"{name}={folders[0]}" for name, folders in {**shop.specialists, **shop.conventional}.items()]
+    roots = {folders[0].parent for folders in shop.specialists.values()}
+    words += [word for root in roots for word in ("--allow-adapters-from", str(root))]
+    words += ["--port", str(port), *FLAGS]
+    with Server(words, {"VLLM_CPU_KVCACHE_SPACE": "2"}, port, folder / "server.log", START_SECONDS) as server:
+        clients = Clients(server.url, shop)
+        asyncio.run(clients.run(operations))
+        preemptions = preempted(server.url)
+    say(f"{requests} requests served in {time.monotonic() - started:.0f} s; comparing")
+    return report(clients, Judge(right), preemptions, seed, round(time.monotonic() - started))
+
+
+def windows(tokenizer: Any) -> Callable[[random.Random, int], list[int]]:
+    """Pieces of the project's own pages."""
+    root = Path(__file__).parents[2]
+    text = "\n".join((root / page).read_text(encoding="utf-8") for page in TEXTS)
+    tokens: list[int] = list(tokenizer(text)["input_ids"])
+
+    def draw(rng: random.Random, count: int) -> list[int]:
+        start = rng.randrange(len(tokens) - count)
+        return tokens[start : start + count]
+
+    return draw
+
+
+class Clients:
+    """Does the operations of a mix over HTTP."""
+
+    def __init__(self, url: str, shop: Shop) -> None:
+        self.records: dict[int, Record] = {}
+        self.swaps = self.renewals = self.reloads = 0
+        self.faults: list[str] = []
+        self._shop, self._url = shop, url
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._names = {name: name for name in [*shop.specialists, *shop.conventional]}
+        self._versions: dict[str, list[int]] = {name: [0] for name in self._names}  # two while a swap is under way
+        self._room = asyncio.Semaphore(AT_ONCE)
+        self._http: Any = None
+
+    async def run(self, operations: list[Operation]) -> None:
+        """All of them, and to the end of the last request."""
+        actions: dict[str, Callable[[Any], Awaitable[None]]] = {
+            "ask": lambda given: self._ask(Request(**given)),
+            "step": lambda count: asyncio.sleep(STEP_SECONDS * count),
+            "cancel": self._cancel,
+            "quiet": self._quiet,
+            "swap": lambda given: self._swap(*given),
+            "renew": lambda given: self._renew(*given),
+            "reload": lambda name: self._swap(name, self._versions[name][-1], again=True),
+        }
+        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE_SECONDS) as self._http:
+            for operation in operations:
+                [(action, given)] = operation.items()
+                await actions[action](given)
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _ask(self, request: Request) -> None:
+        await self._room.acquire()
+        before = self.records.get(request.follows) if request.follows is not None else None
+        prompt = [*before.prompt, *before.tokens, *request.prompt] if before else request.prompt
+        named = request.model != BASE
+        record = Record(request, prompt, list(self._versions[request.model]) if named else [0])
+        self.records[request.number] = record
+        name = self._names[request.model] if named else BASE
+        self._tasks[request.number] = asyncio.create_task(self._answer(record, name))
+
+    async def _answer(self, record: Record, name: str) -> None:
+        body = {"model": name, "prompt": record.prompt, "max_tokens": record.request.max_tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        try:
+            if record.request.streamed and not record.request.scored:  # vLLM scores no prompts in streams
+                await self._stream(record, {**body, "stream": True})
+            else:
+                await self._whole(record, {**body, "prompt_logprobs": 0 if record.request.scored else None})
+        except httpx.HTTPError as error:
+            self.faults.append(f"request {record.request.number}: {type(error).__name__}: {error}")
+        finally:
+            self._room.release()
+
+    async def _stream(self, record: Record, body: dict[str, Any]) -> None:
+        async with self._http.stream("POST", "/v1/completions", json=body) as reply:
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {"):
+                    told = json.loads(line[6:])
+                    for choice in told.get("choices", ()):
+                        record.tokens += choice["token_ids"] or []
+                        record.finished = choice["finish_reason"] or record.finished
+                    if "error" in told:
+                        self.faults.append(f"request {record.request.number}: {line[:300]}")
+
+    async def _whole(self, record: Record, body: dict[str, Any]) -> None:
+        reply = await self._http.post("/v1/completions", json=body)
+        if reply.status_code != 200:
+            self.faults.append(f"request {record.request.number}: {reply.status_code} {reply.text[:300]}")
+            return
+        [choice] = reply.json()["choices"]
+        record.tokens, record.finished = choice["token_ids"], choice["finish_reason"]
+        if record.request.scored and len(record.prompt) > 1:
+            scored = zip(record.prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+            record.scores = [at[str(token)]["logprob"] for token, at in scored]
+
+    async def _cancel(self, number: int) -> None:
+        record = self.records[number]
+        if record.open:
+            record.cancelled = True
+            self._tasks[number].cancel()
+
+    async def _quiet(self, name: str) -> None:
+        numbers = [number for number, record in self.records.items() if record.request.model == name]
+        await asyncio.gather(*(self._tasks[number] for number in numbers), return_exceptions=True)
+
+    async def _swap(self, name: str, version: int, again: bool = False) -> None:
+        self._versions[name] = [self._versions[name][-1], version]
+        for record in self.records.values():
+            if record.open and record.request.model == name:
+                record.versions.append(version)
+        if await self._load(name, version, load_inplace=True):
+            self.swaps += not again
+            self.reloads += again
+        self._versions[name] = [version]
+
+    async def _renew(self, name: str, version: int) -> None:
+        reply = await self._http.post("/v1/unload_lora_adapter", json={"lora_name": self._names[name]})
+        if reply.status_code != 200:
+            self.faults.append(f"{name} was not unloaded: {reply.status_code} {reply.text[:300]}")
+        self.renewals += 1
+        if name in self._shop.conventional:  # its own name is in the keys of the cache
+            self._names[name] = f"{name}-renewed-{self.renewals}"
+        self._versions[name] = [version]
+        await self._load(name, version)
+
+    async def _load(self, name: str, version: int, **options: bool) -> bool:
+        body = {"lora_name": self._names[name], "lora_path": str(self._shop.folder(name, version)), **options}
+        reply = await self._http.post("/v1/load_lora_adapter", json=body)
+        if reply.status_code != 200:
+            self.faults.append(f"{name} was not loaded: {reply.status_code} {reply.text[:300]}")
+        return bool(reply.status_code == 200)
+
+
+def preempted(url: str) -> int:
+    """Preemptions that a server counts."""
+    text = httpx.get(f"{url}/metrics", timeout=30).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return int(sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total"))
+
+
+def report(clients: Clients, judge: Judge, preemptions: int, seed: int, seconds: int) -> dict[str, Any]:
+    """What was asked and done, and all that is wrong."""
+    faults = list(clients.faults)
+    counts: Counter[str] = Counter(preemptions=preemptions, swaps=clients.swaps)
+    counts |= Counter(renewals=clients.renewals, reloads=clients.reloads)
+    for record in clients.records.values():
+        request = record.request
+        counts.update(["requests", request.model])
+        counts.update(name for name in ("streamed", "scored") if getattr(request, name))
+        counts.update(
+            name for name, holds in (("cancelled", record.cancelled), ("crossed", len(record.versions) > 1)) if holds
+        )
+        if what := judge.fault(record.as_json()):
+            faults.append(f"request {request.number}: {what}")
+    return {
+        "faults": len(faults),
+        "seed": seed,
+        "counts": dict(counts),
+        "judged": dict(judge.counts),
+        "seconds": seconds,
+        "failed": faults,
+    }
