@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from icarus import arguments
+
 
 def main() -> int:
     """Run one part; the exit status is 1 where it found a fault."""
@@ -18,25 +20,33 @@ def main() -> int:
     load = parts.add_parser("load", help="random load on a tiny model, compared with contexts")
     load.add_argument("--requests", type=int, default=10_000)
     load.add_argument("--swaps", type=int, default=1_000)
+    real = parts.add_parser(
+        "real", help="random load on the packaged model behind icarus serve, compared with contexts"
+    )
+    real.add_argument("--requests", type=int, default=300)
     adapters = parts.add_parser("adapters", help="malformed adapters by every way in")
     adapters.add_argument("--only", default="", help="a regular expression for the names of cases")
+    bodies = parts.add_parser("bodies", help="malformed requests from schemathesis, compared with stock vLLM")
+    bodies.add_argument(
+        "--schemathesis", default="schemathesis", metavar="PATH", help="the command, of any environment"
+    )
+    bodies.add_argument("--seconds", type=int, default=600, help="of each of two runs")
+    kills = parts.add_parser("kills", help="killed processes, a full disk, vanished folders: what users see")
     replay = parts.add_parser("replay", help="one job again, as a failure left it")
     replay.add_argument("job", type=Path)
-    for part in (load, adapters, replay):
+    for part in (load, real, adapters, bodies, kills, replay):
         part.add_argument("--seed", type=int, default=0)
         part.add_argument("--folder", type=Path, help="for logs and failures (default: a temporary one)")
-        part.add_argument("--json", type=Path, help="file for the report")
+        part.add_argument("--json", type=Path, help="file for the report; an interrupted load goes on from it")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="icarus-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    report = {"load": _load, "adapters": _adapters, "replay": _replay}[options.part](options, folder)
-    text = json.dumps(report, indent=1)
+    runs = {"load": _load, "real": _real, "adapters": _adapters, "bodies": _bodies, "kills": _kills, "replay": _replay}
+    report = {**_settings(options), **runs[options.part](options, folder)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(
-        text if options.part == "replay" else json.dumps({k: v for k, v in report.items() if k != "rounds"}, indent=1)
-    )
+        arguments.write_json(report, str(options.json))
+    brief = {name: part for name, part in report.items() if name not in ("rounds", "trials", "failed")}
+    print(json.dumps(brief, indent=1))
     return 1 if report["faults"] else 0
 
 
@@ -45,9 +55,40 @@ def _load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak.load import Soak
     from benchmarks.soak.reference import Reference
 
+    settings, before = _settings(options), []
+    if options.json and options.json.exists():
+        earlier = json.loads(options.json.read_text(encoding="utf-8"))
+        if earlier["seed"] != options.seed:
+            raise SystemExit(f"{options.json} is of seed {earlier['seed']}; name another file, or that seed.")
+        before = earlier["rounds"]
+
+    def keep(report: dict[str, Any]) -> None:
+        if options.json:
+            arguments.write_json({**settings, **report}, str(options.json))
+
     with tempfile.TemporaryDirectory() as stock:
         tiny = shop.tiny(Path(stock))
-        return Soak(shop=tiny, right=Reference(tiny), folder=folder).run(options.seed, options.requests, options.swaps)
+        soak = Soak(shop=tiny, right=Reference(tiny), folder=folder)
+        return soak.run(options.seed, options.requests, options.swaps, before, keep)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a report says of where it was measured."""
+    from icarus.bench import measure
+
+    given = {name: value for name, value in vars(options).items() if isinstance(value, int | str)}
+    return {"settings": measure.settings(**given)}
+
+
+def _real(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.soak import real, shop
+    from benchmarks.soak.reference import Reference
+    from icarus import base_model
+
+    packaged = shop.packaged(folder / "adapters")
+    tokenizer = base_model.load(base_model.PACKAGED)[1]
+    report: dict[str, Any] = real.run(packaged, Reference(packaged), tokenizer, folder, options.requests, options.seed)
+    return report
 
 
 def _adapters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -60,6 +101,21 @@ def _adapters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for fault in trial["faults"]:
             print(f"{trial['case']} ({trial['expected']}): {fault}")
     return report
+
+
+def _bodies(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.soak import bodies, shop
+
+    with tempfile.TemporaryDirectory() as stock:
+        tiny = shop.tiny(Path(stock))
+        return bodies.run(tiny, options.schemathesis, folder, options.seconds, options.seed)
+
+
+def _kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.soak import kills, shop
+
+    with tempfile.TemporaryDirectory() as stock:
+        return kills.run(shop.tiny(Path(stock)), folder)
 
 
 def _replay(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
