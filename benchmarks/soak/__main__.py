@@ -32,12 +32,14 @@ def main() -> int:
     )
     bodies.add_argument("--seconds", type=int, default=600, help="of each of two runs")
     kills = parts.add_parser("kills", help="killed processes, a full disk, vanished folders: what users see")
+    for part in (adapters, kills):
+        part.add_argument("--most", type=int, help="so many at most, of those that the report has not yet")
     replay = parts.add_parser("replay", help="one job again, as a failure left it")
     replay.add_argument("job", type=Path)
     for part in (load, real, adapters, bodies, kills, replay):
         part.add_argument("--seed", type=int, default=0)
         part.add_argument("--folder", type=Path, help="for logs and failures (default: a temporary one)")
-        part.add_argument("--json", type=Path, help="file for the report; an interrupted load goes on from it")
+        part.add_argument("--json", type=Path, help="file for the report; an interrupted run goes on from it")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="icarus-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,12 +57,7 @@ def _load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak.load import Soak
     from benchmarks.soak.reference import Reference
 
-    settings, before = _settings(options), []
-    if options.json and options.json.exists():
-        earlier = json.loads(options.json.read_text(encoding="utf-8"))
-        if earlier["seed"] != options.seed:
-            raise SystemExit(f"{options.json} is of seed {earlier['seed']}; name another file, or that seed.")
-        before = earlier["rounds"]
+    settings, before = _settings(options), _earlier(options)
 
     def keep(report: dict[str, Any]) -> None:
         if options.json:
@@ -69,7 +66,17 @@ def _load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as stock:
         tiny = shop.tiny(Path(stock))
         soak = Soak(shop=tiny, right=Reference(tiny), folder=folder)
-        return soak.run(options.seed, options.requests, options.swaps, before, keep)
+        return soak.run(options.seed, options.requests, options.swaps, before.get("rounds", ()), keep)
+
+
+def _earlier(options: argparse.Namespace) -> dict[str, Any]:
+    """The report that an interrupted run left; empty if there is none."""
+    if not (options.json and options.json.exists()):
+        return {}
+    earlier: dict[str, Any] = json.loads(options.json.read_text(encoding="utf-8"))
+    if (seed := earlier["settings"]["seed"]) != options.seed:
+        raise SystemExit(f"{options.json} is of seed {seed}; name another file, or that seed.")
+    return earlier
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -94,9 +101,12 @@ def _real(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _adapters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak import adapters, malformed, shop
 
+    before = _earlier(options) or {"trials": [], "seconds": 0}
+    tried = {trial["case"] for trial in before["trials"]}
     cases = [case for case in malformed.cases(options.seed) if re.search(options.only, case.name)]
+    cases = [case for case in cases if case.name not in tried][: options.most]
     with tempfile.TemporaryDirectory() as stock:
-        report = adapters.run(shop.tiny(Path(stock)), cases, folder)
+        report = adapters.run(shop.tiny(Path(stock)), cases, folder, before)
     for trial in report["trials"]:
         for fault in trial["faults"]:
             print(f"{trial['case']} ({trial['expected']}): {fault}")
@@ -115,7 +125,7 @@ def _kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak import kills, shop
 
     with tempfile.TemporaryDirectory() as stock:
-        return kills.run(shop.tiny(Path(stock)), folder)
+        return kills.run(shop.tiny(Path(stock)), folder, _earlier(options).get("accidents", ()), options.most)
 
 
 def _replay(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

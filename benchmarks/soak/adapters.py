@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.soak import surfaces
@@ -49,8 +50,14 @@ class Trial:
         self.faults += [said for said in (fault(self.case, seen, way), f"{way}: {more}" if more else "") if said]
 
 
-def run(shop: Shop, cases: Sequence[Case], folder: Path, say: Say = print) -> dict[str, Any]:
-    """All cases by all ways in; the report."""
+def run(
+    shop: Shop,
+    cases: Sequence[Case],
+    folder: Path,
+    before: Mapping[str, Any] = MappingProxyType({"trials": (), "seconds": 0}),
+    say: Say = print,
+) -> dict[str, Any]:
+    """All cases by all ways in; the report, which goes on from that of other cases."""
     started = time.monotonic()
     spoiled = folder / "spoiled"
     trials = [Trial(case=case, folder=spoiled / _name(i, case), seen={}, faults=[]) for i, case in enumerate(cases)]
@@ -75,7 +82,8 @@ def run(shop: Shop, cases: Sequence[Case], folder: Path, say: Say = print) -> di
         with running(shop.base, adapters, folder, "--adapter-dir", str(watched)) as server:
             pending = _by_watcher(server, watched, pending)
     say(f"by the watcher: {_faulty(trials)} with faults, {time.monotonic() - started:.0f} s")
-    return _report(trials, round(time.monotonic() - started))
+    seconds = before["seconds"] + round(time.monotonic() - started)
+    return _report([*before["trials"], *map(_as_json, trials)], seconds)
 
 
 def _name(number: int, case: Case) -> str:
@@ -132,22 +140,24 @@ def _by_watcher(server: Running, watched: Path, trials: list[Trial]) -> list[Tri
     return []
 
 
-def _report(trials: Sequence[Trial], seconds: int) -> dict[str, Any]:
-    outcomes = Counter(f"{way} {seen.outcome}" for trial in trials for way, seen in trial.seen.items())
+def _as_json(trial: Trial) -> dict[str, Any]:
     return {
-        "faults": sum(len(trial.faults) for trial in trials),
+        "case": trial.case.name,
+        "expected": trial.case.expected.value,
+        "seen": {way: seen.outcome for way, seen in trial.seen.items()},
+        "said": next((seen.said.strip()[:200] for seen in trial.seen.values() if seen.outcome == REFUSED), ""),
+        "faults": trial.faults,
+    }
+
+
+def _report(trials: Sequence[dict[str, Any]], seconds: int) -> dict[str, Any]:
+    return {
+        "faults": sum(len(trial["faults"]) for trial in trials),
         "cases": len(trials),
-        "expected": dict(Counter(trial.case.expected.value for trial in trials)),
-        "outcomes": dict(sorted(outcomes.items())),
+        "expected": dict(Counter(trial["expected"] for trial in trials)),
+        "outcomes": dict(
+            sorted(Counter(f"{way} {got}" for trial in trials for way, got in trial["seen"].items()).items())
+        ),
         "seconds": seconds,
-        "trials": [
-            {
-                "case": trial.case.name,
-                "expected": trial.case.expected.value,
-                "seen": {way: seen.outcome for way, seen in trial.seen.items()},
-                "said": next((seen.said.strip()[:200] for seen in trial.seen.values() if seen.outcome == REFUSED), ""),
-                "faults": trial.faults,
-            }
-            for trial in trials
-        ],
+        "trials": list(trials),
     }

@@ -48,8 +48,10 @@ class Seen:
     faults: list[str] = field(default_factory=list)
 
 
-def run(shop: Shop, folder: Path, say: Say = print) -> dict[str, Any]:
-    """All accidents, each on a server of its own; the report."""
+def run(
+    shop: Shop, folder: Path, before: Sequence[dict[str, Any]] = (), most: int | None = None, say: Say = print
+) -> dict[str, Any]:
+    """At most so many accidents, each on a server of its own, of those that ``before`` has not; the report of all."""
     accidents: dict[str, Callable[[Shop, Path], Seen]] = {
         "worker": lambda s, f: _killed(s, f, "VLLM::Worker"),
         "engine": lambda s, f: _killed(s, f, "VLLM::EngineCore"),
@@ -59,12 +61,12 @@ def run(shop: Shop, folder: Path, say: Say = print) -> dict[str, Any]:
         "folders": _vanished_folders,
         "temporary": _vanished_temporary,
     }
-    rows = []
-    for name, accident in accidents.items():
+    rows = list(before)
+    missing = [name for name in accidents if name not in {row["name"] for row in rows}]
+    for name in missing[:most]:
         here = folder / name
-        here.mkdir(parents=True)
-        seen = accident(shop, here)
-        rows.append(vars(seen))
+        here.mkdir(parents=True, exist_ok=True)
+        rows.append({"name": name, **vars(accidents[name](shop, here))})
         say(json.dumps(rows[-1]))
     return {"faults": sum(len(row["faults"]) for row in rows), "accidents": rows}
 
