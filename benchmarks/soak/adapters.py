@@ -28,7 +28,9 @@ STARTED = (
 )
 """Cases that are also given to real starts of ``icarus serve``."""
 
-WATCH_SECONDS = 90.0
+WATCH_SECONDS = 600.0
+"""Within which something is heard of an adapter in the watched folder."""
+
 AT_ONCE = 40
 """Adapters in the watched folder at a time."""
 
@@ -103,7 +105,7 @@ def _real_start(shop: Shop, folder: Path) -> Seen:
     words = [sys.executable, "-m", "icarus.cli", "serve", str(shop.base), "--adapters", f"x={folder}", "--port", "0"]
     started = time.monotonic()
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=surfaces.PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         return Seen(BROKEN, "it started", time.monotonic() - started)
     if done.returncode != 2 or len(done.stderr.splitlines()) != 1:

@@ -22,8 +22,11 @@ import httpx
 from benchmarks.soak.malformed import CONVENTIONAL, Case, Outcome
 from icarus.bench.agents.server import Server, free_port
 
-SECONDS = 30.0
-"""After which a command or a load counts as one that hangs."""
+CPU_SECONDS = 30.0
+"""Of the processor, which a command may take."""
+
+PATIENCE_SECONDS = 600.0
+"""After which a command or a load counts as one that hangs, on a machine that has other things to do."""
 
 MEGABYTES = 1500
 """Memory that a command may take more than before it looked at an adapter."""
@@ -45,13 +48,14 @@ class Seen:
     outcome: str
     said: str
     seconds: float
+    """Of the processor for a command, of a clock for a server."""
 
 
 def fault(case: Case, seen: Seen, way: str) -> str:
     """What is wrong with what was seen; empty if it is as expected."""
     if seen.outcome == BROKEN:
         return f"{way}: {seen.said}"
-    if seen.seconds > SECONDS:
+    if seen.seconds > (CPU_SECONDS if way in ("verify", "start") else PATIENCE_SECONDS):
         return f"{way}: took {seen.seconds:.0f} s"
     wanted = _wanted(case, way)
     if seen.outcome == MUTE and case.expected is not Outcome.HARMLESS:
@@ -130,27 +134,25 @@ _NEEDED = ("icarus.cli", "icarus.verify", "icarus.vllm.server.serve", "vllm.entr
 
 
 def _command(words: Sequence[str]) -> tuple[int | None, str, float, str]:
-    """Exit status, output, seconds, and what went wrong; in a child, which may hang or take all memory."""
+    """Exit status, output, CPU seconds, and what went wrong; in a child, which may hang or take all memory."""
     for module in _NEEDED:  # here, and not in each child
         importlib.import_module(module)
     context: Any = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_run, args=(list(words), theirs))
-    started = time.monotonic()
     child.start()
     theirs.close()
     try:
-        answered = mine.poll(SECONDS)
-        status, said, memory = mine.recv() if answered else (None, "", 0)
+        answered = mine.poll(PATIENCE_SECONDS)
+        status, said, seconds, memory = mine.recv() if answered else (None, "", PATIENCE_SECONDS, 0)
     except EOFError:
         child.join()
-        return None, "", time.monotonic() - started, f"it ended with {child.exitcode}"
+        return None, "", 0.0, f"it ended with {child.exitcode}"
     finally:
         child.kill()
         child.join()
-    seconds = time.monotonic() - started
     if not answered:
-        return None, "", seconds, f"it hung for {SECONDS:.0f} s"
+        return None, "", seconds, f"it hung for {PATIENCE_SECONDS:.0f} s"
     problem = f"it took {memory:.0f} MB" if memory > MEGABYTES else ""
     return status, said, seconds, problem
 
@@ -165,7 +167,7 @@ def _run(words: list[str], answer: Any) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     assert hasattr(serve, "_start_vllm"), "what is left out here has another name now"
     serve._start_vllm = lambda words: None
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, worked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict", write_through=True)  # as a terminal's
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
@@ -176,7 +178,8 @@ def _run(words: list[str], answer: Any) -> None:
             status = None
             output.write(f"{type(error).__name__} escaped: {error}"[:500])
     said = output.buffer.getvalue().decode()
-    answer.send((status, said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    answer.send((status, said, time.process_time() - worked, more))
     answer.close()
     os._exit(0)
 
@@ -201,7 +204,7 @@ class Running:
             prompt: token ids that are asked for again and again.
         """
         self.server, self._prompt, self._models = server, prompt, (base, steady)
-        self.http = httpx.Client(base_url=server.url, timeout=SECONDS)
+        self.http = httpx.Client(base_url=server.url, timeout=PATIENCE_SECONDS)
         self._right = [self.tokens(name) for name in self._models]
 
     def tokens(self, model: str) -> list[int]:

@@ -62,7 +62,7 @@ def case(expected: Outcome, kind: str = "icarus", says: str = "") -> malformed.C
         (case(Outcome.REFUSED), Seen(REFUSED, "", 1), "no sentence"),
         (case(Outcome.REFUSED), Seen(REFUSED, "x" * 5000, 1), "5000 characters"),
         (case(Outcome.REFUSED), Seen(REFUSED, "a\x1b[2Jb", 1), "a terminal obeys"),
-        (case(Outcome.SERVED), Seen(SERVED, "", 100), "took 100 s"),
+        (case(Outcome.SERVED), Seen(SERVED, "", 1000), "took 1000 s"),
         (case(Outcome.CONVENTIONAL), Seen(SERVED, "", 1), ""),
     ],
 )
@@ -70,6 +70,11 @@ def test_what_is_a_fault_over_http(expected: malformed.Case, seen: Seen, fault: 
     said = surfaces.fault(expected, seen, "http")
     assert fault in said
     assert bool(said) == bool(fault)
+
+
+def test_a_command_that_works_for_long_is_a_fault() -> None:
+    assert "took 40 s" in surfaces.fault(case(Outcome.SERVED), Seen(SERVED, "", 40), "start")
+    assert surfaces.fault(case(Outcome.SERVED), Seen(SERVED, "", 40), "http") == ""
 
 
 def test_a_conventional_adapter_may_never_share() -> None:
