@@ -267,3 +267,8 @@ def test_a_lone_surrogate_is_a_sentence(act: str) -> None:
             "score": lambda: context.score("ab\udc80"),
         }[act]()
     assert (context.token_ids, context.messages) == (before, [])
+
+
+def test_a_lone_surrogate_ends_no_turn() -> None:
+    with pytest.raises(InputError, match=r"stop=\['a', '\\ud800'\] holds a lone surrogate"):
+        team_of("byte-level BPE").context().append("a").generate(stop=["a", "\ud800"])

@@ -275,14 +275,16 @@ def _as_served(message: Message) -> dict[str, Any]:
     given = {key: value for key, value in message.items() if key != "weight" and value is not None}
     given.setdefault("content", "")
     if calls := given.pop("tool_calls", None):
+        if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+            raise InputError(f"'tool_calls' of a message must be a list of objects, not {calls!r:.80}.")
         given["tool_calls"] = [_call(call) for call in calls]
     if "reasoning" in given:
         given.setdefault("reasoning_content", given["reasoning"])
     return given
 
 
-def _call(call: Any) -> Any:
-    if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(call.get("function"), Mapping):
         return call
     arguments = call["function"].get("arguments") or {}
     if isinstance(arguments, str):

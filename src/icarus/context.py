@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from icarus import adapter as adapters
 from icarus import base_model
-from icarus.chat_template import Codec, Message, Reader, end_tokens
+from icarus.chat_template import Codec, Message, Reader, end_tokens, surrogates
 from icarus.errors import InputError
 from icarus.streams import EncoderCache, TwoStreams
 
@@ -517,6 +517,8 @@ def _config(
     stops = _stops(stop)
     if "" in stops:
         raise InputError(f"stop={stop!r} holds an empty text, which would end every turn; leave it out.")
+    if next(surrogates(stops), None):
+        raise InputError(f"stop={stop!a} holds a lone surrogate, which no text has; leave it out.")
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, stop_strings=stops or None, **chosen
     )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from icarus.chat_template import Codec
 from icarus.context import Context, Specialists
-from icarus.errors import DataError
+from icarus.errors import DataError, InputError
 from icarus.streams import IGNORED
 from icarus.train import data
 from tiny_models import CHATML, STRIPPING, tiny, tiny_tokenizer
@@ -221,6 +221,12 @@ BAD: dict[str, tuple[list[Any], int, str]] = {  # rows; the line that must be na
         "'weight' is 0.5; give 0 or 1",
     ),
     "weight as text": ([{"messages": [{**CHAT["messages"][1], "weight": "0"}]}], 1, "'weight' is '0'; give 0 or 1"),
+    "weight of a row": ([CHAT, {**CHAT, "weight": 0}], 2, "the row's 'weight' is 0 and would not be read"),
+    "weight by another name": (
+        [{"messages": [{**CHAT["messages"][1], "loss": False}]}],
+        1,
+        "a message with 'loss': False, which would not be read; write 'weight': 0",
+    ),
     "weight of a user": ([{"messages": [{**CHAT["messages"][0], "weight": 1}]}], 1, "role 'user' and weight 1"),
     "options as a list": ([{**CHAT, "chat_template_kwargs": [1]}], 1, "'chat_template_kwargs' must be an object"),
     "an empty one of several": ([{"prompt": "a", "completions": ["b", ""]}], 1, "'completions' is empty"),
@@ -356,6 +362,21 @@ def test_data_without_any_loss_is_refused(tmp_path: Path, tokenizer: Any) -> Non
     source = write(tmp_path / "d.jsonl", CHAT)
     with pytest.raises(DataError, match=r"No example of .*d.jsonl carries loss.* 5 tokens"):
         data.token_rows(data.read(source), tokenizer, 5, source)
+
+
+def test_without_a_limit_none_is_named(tokenizer: Any) -> None:
+    rows = [{"messages": [{**message, "weight": 0} for message in CHAT["messages"]]}]
+    with pytest.raises(DataError, match=r"assistant message or completion; check roles and weights\.$"):
+        data.token_rows(rows, tokenizer, None)
+
+
+@pytest.mark.parametrize("calls", [{"function": {"name": "f"}}, ["f"], "f", [None]])
+def test_calls_that_are_none_are_refused_in_rows_and_contexts(calls: Any, tmp_path: Path, tokenizer: Any) -> None:
+    messages = [*chat("u:a"), {"role": "assistant", "content": "", "tool_calls": calls}]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: 'tool_calls' of a message must be a list of objects, not"):
+        data.token_rows(data.read(write(tmp_path / "d.jsonl", {"messages": messages})), tokenizer, None, "d.jsonl")
+    with pytest.raises(InputError, match="'tool_calls' of a message must be a list of objects"):
+        Specialists(tiny(), tokenizer).context().append(messages)
 
 
 def calling(arguments: Any) -> dict[str, Any]:

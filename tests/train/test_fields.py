@@ -380,6 +380,19 @@ def test_rows_of_tokens_are_taken_as_they_are() -> None:
         trainer_of(rows, assistant_only_loss=True)
 
 
+def test_a_mask_of_rows_of_tokens_acts_or_is_refused() -> None:
+    masked = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}]
+    batch = batch_of(trainer_of(masked, completion_only_loss=True))
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8]]
+    with pytest.raises(InputError, match=r"^completion_mask acts with completion_only_loss=True alone; set it"):
+        trainer_of(masked)
+    for rows in ([{"input_ids": [5, 6]}], [{**masked[0], "labels": [-100, -100, 7, 8]}]):
+        with pytest.raises(InputError, match=r"^completion_only_loss=True needs rows of tokens with completion_mask"):
+            trainer_of(rows, completion_only_loss=True)
+    said = [{"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 0, 1]}]
+    assert batch_of(trainer_of(said))["labels"].tolist() == [[-100, 6, -100, 8]]
+
+
 @sees("bf16")
 def test_bf16_is_autocast() -> None:
     exact, rounded = loss_of(), loss_of(bf16=True)

@@ -42,6 +42,7 @@ LINE = "line"
 
 _FORMS = (("messages",), ("prompt", "completion"), ("prompt", "completions"), ("text",))
 _BESIDE_A_CHAT = ("tools", "chat_template_kwargs")
+_WEIGHTS_ELSEWHERE = ("loss", "train", "training")  # ms-swift's and axolotl's names for a message's weight
 
 
 def read(source: str) -> list[dict[str, Any]]:
@@ -149,6 +150,11 @@ def _check(row: Mapping[str, Any], form: Sequence[str], where: str) -> None:
         if any(isinstance(answer, str) != isinstance(row["prompt"], str) for answer in answers):
             raise DataError(f"{where}: 'prompt' and '{form[1]}' must both be texts or both be lists of messages.")
     _tools(row, f"{where}: ")
+    if row.get("weight", 1) not in (1, None):
+        raise DataError(
+            f"{where}: the row's 'weight' is {row['weight']!r:.20} and would not be read; give messages a 'weight' of "
+            "0 or 1, or leave the row out."
+        )
     if not isinstance(row.get("chat_template_kwargs") or {}, dict):
         raise DataError(f"{where}: field 'chat_template_kwargs' must be an object.")
     for name in (*form, *_BESIDE_A_CHAT):
@@ -173,6 +179,11 @@ def _check_text(value: Any, name: str, where: str) -> None:
 
 
 def _check_weight(message: Mapping[str, Any], name: str, where: str) -> None:
+    if other := next((key for key in _WEIGHTS_ELSEWHERE if message.get(key) in (0, False)), None):
+        raise DataError(
+            f"{where}: field {name!r} has a message with {other!r}: {message[other]!r}, which would not be read; write "
+            "'weight': 0 instead."
+        )
     weight = message.get("weight")
     if weight is not None and weight not in (0, 1):
         raise DataError(f"{where}: field {name!r} has a message whose 'weight' is {weight!r}; give 0 or 1.")
@@ -347,8 +358,9 @@ def token_rows(
         if LINE in row:
             columns.setdefault(LINE, []).append(row[LINE])
     if not columns:
+        within, more = (f" within {max_length} tokens", ", or raise max_length") if max_length else ("", "")
         raise DataError(
-            f"No example of {source} carries loss: none has an assistant message or completion within "
-            f"{max_length} tokens; check roles and weights, or raise max_length."
+            f"No example of {source} carries loss: none has an assistant message or completion{within}; check roles "
+            f"and weights{more}."
         )
     return Dataset.from_dict(columns), left_out

@@ -6,7 +6,7 @@ each of ``WORKS`` has a test that sees its effect.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
@@ -154,3 +154,20 @@ def after_rows(args: SFTConfig) -> SFTConfig:
     if rest.padding_free and not rest.packing:
         rest.max_length = None  # rows are cut already, which TRL does not know
     return rest
+
+
+def check_tokens(args: SFTConfig, columns: Sequence[str]) -> None:
+    """Refuse the same for rows of tokens, and a mask that nobody would read.
+
+    Raises:
+        InputError: naming the field and what it needs.
+    """
+    if args.assistant_only_loss:
+        raise InputError("assistant_only_loss has no effect on rows of tokens, which have labels; leave it out.")
+    masked = "completion_mask" in columns and "labels" not in columns
+    if args.completion_only_loss and not masked:
+        raise InputError(
+            "completion_only_loss=True needs rows of tokens with completion_mask and without labels; leave it out."
+        )
+    if masked and not args.completion_only_loss:
+        raise InputError("completion_mask acts with completion_only_loss=True alone; set it, or remove the column.")

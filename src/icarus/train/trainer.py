@@ -129,8 +129,8 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         args.max_length = self._given.max_length
         if "input_ids" not in dataset.column_names:
             dataset = self._token_rows(dataset, processing_class, packing)
-        elif self._given.assistant_only_loss:
-            raise InputError("assistant_only_loss has no effect on rows of tokens, which have labels; leave it out.")
+        elif "position_ids" not in dataset.column_names:  # the rows are not ours
+            fields.check_tokens(self._given, dataset.column_names)
         if "position_ids" in dataset.column_names and not packing:
             # Our rows are cut already, by positions; TRL would cut by tokens, of which branches have more.
             args.max_length = None
