@@ -78,7 +78,7 @@ class Measured:
     def _decode(self, requests: list[Message], steps: int, around: Around) -> list[float]:
         """Seconds of ``steps`` steps, each of which decodes one token of every request."""
         # Short prompts may be prefilled a few at a time, while the first ones already decode.
-        waiting = {self._add(request, len(requests) + steps + 1) for request in requests}
+        waiting = {self.add(request, len(requests) + steps + 1) for request in requests}
         everybody = set(waiting)
         while waiting:
             waiting -= {output.request_id for output in self.engine.step()}
@@ -98,7 +98,7 @@ class Measured:
     def _turn(self, request: Message, tokens: int) -> Message:
         """One request alone, from its arrival to its last token."""
         started = time.perf_counter()
-        self._add(request, tokens)
+        self.add(request, tokens)
         *_, last = self._outputs()
         return {
             "seconds": time.perf_counter() - started,
@@ -111,7 +111,7 @@ class Measured:
         while self.engine.has_unfinished_requests():
             yield from self.engine.step()
 
-    def _add(self, request: Message, tokens: int) -> str:
+    def add(self, request: Message, tokens: int) -> str:
         """Hands a request to the engine, greedy and of a fixed length; returns its id."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input

@@ -71,7 +71,7 @@ def start(
     engines, about = {}, {}
     for system, own in adapters.items():
         started = time.perf_counter()
-        process = EngineProcess(system, folder / f"{system}.log", _environment(system, os.environ))
+        process = EngineProcess(system, folder / f"{system}.log", environment(system, os.environ))
         engines[system] = stack.enter_context(process)
         options = {"model": str(base_model.folder(base)), "dtype": dtype, **ENGINE}
         if system != "base":
@@ -81,7 +81,7 @@ def start(
     return engines, about
 
 
-def _environment(system: str, inherited: Mapping[str, str]) -> dict[str, str]:
+def environment(system: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """Of an engine: the caller's, less what would make a system something else than its name says."""
     kept = {name: value for name, value in inherited.items() if not name.startswith("ICARUS_CPU")}
     threads = kept.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
