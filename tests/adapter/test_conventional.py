@@ -124,6 +124,11 @@ def test_what_needs_a_shared_cache_alone_is_no_reason(damage: str, good: Path, b
             tensors(lambda t: rename(t, "base_model.model.", "base_model.model.language_model.")),
             r"language_model.model.layers.0\S*, which the base model lacks",
         ),
+        (
+            tensors(lambda t: rename(t, "base_model.model.", "module.base_model.model.")),
+            r"module.base_model.model.model.layers.0\S*, which the base model lacks",
+        ),
+        (tensors(lambda t: rename(t, ".lora_A.weight", ".lora_A.default.weight")), "is not a LoRA weight"),
         (setting(rank_pattern={"layers.0.self_attn.o_proj": 2}), "o_proj has rank 4 and the config says 2"),
         (setting(use_bdlora={"nblocks": 2}), "use_bdlora is set"),
         (setting(target_modules=["nothing"], target_parameters=None), "nothing"),
@@ -149,6 +154,35 @@ def test_pickles_are_read_as_vllm_reads_them(suffix: str, good: Path, base_folde
     found[f"{O_PROJ}.lora_A.weight"][0, 0] = float("inf")
     torch.save(found, good / f"adapter_model.{suffix}")
     assert "infinity" in adapter.conventional_problems(good, base_folder)[0]
+
+
+def not_finite_in(dtype: torch.dtype, pattern: int) -> Callable[[dict[str, Tensor]], None]:
+    """One element of a tensor of K, of a type in which these bits are NaN or infinity."""
+
+    def change(found: dict[str, Tensor]) -> None:
+        name = next(name for name in found if "k_proj.lora_B" in name)
+        found[name] = found[name].to(dtype)
+        found[name].view({1: torch.uint8, 2: torch.int16, 8: torch.int64}[dtype.itemsize])[0, 0] = pattern
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [
+        (torch.float8_e4m3fn, 0x7F),
+        (torch.float8_e5m2, 0x7C),
+        (torch.bfloat16, -0x80),
+        (torch.float64, 0x7E37E43C8800759C),
+    ],
+    ids=["NaN in 8 bits", "infinity in 8 bits", "minus infinity in 16 bits", "1e300 in 64 bits"],
+)
+def test_values_that_are_not_finite_in_types_of_other_widths(
+    dtype: torch.dtype, pattern: int, good: Path, base_folder: Path
+) -> None:
+    tensors(not_finite_in(dtype, pattern))(good)
+    (problem,) = adapter.conventional_problems(good, base_folder)
+    assert "k_proj.lora_B.weight holds NaN or infinity" in problem
 
 
 class Code:

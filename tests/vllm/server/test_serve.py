@@ -142,12 +142,23 @@ def test_what_to_type_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "curl" not in said(["--headless"])
 
 
+def test_the_base_models_name_may_stand_in_vllms_file_of_flags(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "_need_vllm", lambda: None)
+    (tmp_path / "flags.yaml").write_text("served-model-name: [small, smaller]\n")
+    words = [str(home / "base"), "--adapters", f"smaller={home}/sql", "--config", str(tmp_path / "flags.yaml")]
+    assert cli.main(["serve", *words]) == 2
+    assert "'smaller' has the name of the base model" in capsys.readouterr().err
+
+
 @needs_vllm
+@pytest.mark.parametrize("name", ["text", "video", "input_audio"])
 def test_a_name_that_vllm_gives_a_meaning_is_refused_before_the_engine_starts(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serve, "_start_vllm", lambda words: pytest.fail("the engine starts"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert cli.main(["serve", str(home / "base"), "--adapters", f"text={home}/sql", "--port", "0"]) == 2
+    assert cli.main(["serve", str(home / "base"), "--adapters", f"{name}={home}/sql", "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be named 'text'" in line
+    assert f"cannot be named {name!r}" in line
