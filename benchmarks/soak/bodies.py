@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import httpx
 
 from benchmarks.soak.shop import Shop
 from benchmarks.soak.surfaces import Running, running
-from icarus.bench.agents.server import Server, free_port
+from icarus.bench.agents.server import Server, ServerFailed, free_port
 
 DOCUMENTED = 503
 """A full queue."""
@@ -57,22 +56,34 @@ def run(shop: Shop, command: str, folder: Path, seconds: int, seed: int, say: Sa
         for name, document in (("published", published), ("steered", steered(published, shop))):
             sent = _sent(command, server.server.url, document, folder / name, seconds, seed)
             counts.update(f"{name} {request.status}" for request in sent)
-            failed += [request for request in sent if request.status in range(500, 600) or not request.status]
+            failed += failures(sent)
             say(f"{name}: {len(sent)} requests, {server.disturbed() or 'the server is well'}")
         disturbed = server.disturbed()
-    failed = [request for request in failed if request.status != DOCUMENTED]
     first = list({request.sort: request for request in failed}.values())
     stock = _of_stock(shop, first, folder) if first else []
-    ours = [request for request, status in zip(first, stock, strict=True) if status < 500 and status]
+    return report(failed, first, stock, counts, disturbed)
+
+
+def failures(sent: Sequence[Sent]) -> list[Sent]:
+    """Those that were not answered, or with an error of the server that is not documented."""
+    return [
+        request for request in sent if not request.status or (request.status >= 500 and request.status != DOCUMENTED)
+    ]
+
+
+def report(
+    failed: Sequence[Sent], first: Sequence[Sent], stock: Sequence[int], statuses: Mapping[str, int], disturbed: str
+) -> dict[str, Any]:
+    """What failed, and the first of each sort with the status of stock vLLM; ours is what stock answers otherwise."""
+    rows: list[dict[str, Any]] = []
+    for request, status in zip(first, stock, strict=True):
+        row = {**vars(request), "body": request.body[:2000], "stock": status, "times": _times(request, failed)}
+        rows.append({**row, "ours": bool(status) and status < 500})
     return {
-        "faults": len(ours) + bool(disturbed),
-        "seed": seed,
+        "faults": sum(row["ours"] for row in rows) + bool(disturbed),
         "disturbed": disturbed,
-        "statuses": dict(sorted(counts.items())),
-        "failed": [
-            {**vars(request), "body": request.body[:2000], "stock": status, "times": _times(request, failed)}
-            for request, status in zip(first, stock, strict=True)
-        ],
+        "statuses": dict(sorted(statuses.items())),
+        "failed": rows,
     }
 
 
@@ -129,26 +140,40 @@ def _read(entry: Mapping[str, Any], url: str) -> Sent:
 
 
 def _of_stock(shop: Shop, requests: Sequence[Sent], folder: Path) -> list[int]:
-    """The status that stock vLLM answers each request with; 0 for none."""
-    port = free_port()
+    """The status that stock vLLM answers each request with; 0 for none. A server that one ends is started anew."""
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(shop.base)]
     words += ["--enable-lora", "--lora-modules", *(f"{name}={shop.folder(name, 0)}" for name in ("sql", "plain"))]
-    words += ["--max-lora-rank", "8", "--max-loras", "8", "--enable-prompt-tokens-details"]
-    words += [*Running.FLAGS, "--port", str(port)]
+    words += ["--max-lora-rank", "8", "--max-loras", "8", "--enable-prompt-tokens-details", *Running.FLAGS]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    statuses = []
-    with Server(words, variables, port, folder / "stock.log", 900) as server:
-        for request in requests:
-            time.sleep(0.1)
-            try:
-                reply = httpx.request(
-                    request.method,
-                    server.url + request.path,
-                    content=request.body.encode("utf-8", "surrogateescape"),
-                    headers={"Content-Type": request.media or "application/json"},
-                    timeout=SLOW_SECONDS,
-                )
-                statuses.append(reply.status_code)
-            except httpx.HTTPError:
-                statuses.append(0)
+    statuses: list[int] = []
+    while len(statuses) < len(requests):
+        port = free_port()
+        with Server([*words, "--port", str(port)], variables, port, folder / "stock.log", 900) as server:
+            for request in requests[len(statuses) :]:
+                statuses.append(_status(server, request))
+                if not statuses[-1] and not _alive(server):
+                    break
     return statuses
+
+
+def _status(server: Server, request: Sent) -> int:
+    try:
+        reply = httpx.request(
+            request.method,
+            server.url + request.path,
+            content=request.body.encode("utf-8", "surrogateescape"),
+            headers={"Content-Type": request.media or "application/json"},
+            timeout=SLOW_SECONDS,
+        )
+    except httpx.HTTPError:
+        return 0
+    return reply.status_code
+
+
+def _alive(server: Server) -> bool:
+    """Whether a server answers yet, a little after something went wrong."""
+    try:
+        server.check(patience=2)
+        return httpx.get(f"{server.url}/health", timeout=SLOW_SECONDS).status_code == 200
+    except (ServerFailed, httpx.HTTPError):
+        return False
