@@ -26,6 +26,7 @@ LEVELS = [
     {"streams"},
     {"context"},
     {"train", "vllm", "bench"},
+    {"evaluate"},
     {"team"},
     {"demo", "turns", "chat", "verify"},
     {"cli"},

@@ -883,3 +883,30 @@ def test_loss_on_most_tokens_equals_decoder_rows_everywhere(family: str, padding
         gradients = [p.grad for p in streams.model.parameters() if p.grad is not None]
         got.append((loss, (targets != IGNORED).sum(), gradients))
     torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- padded sequences
+
+
+@both_attentions
+@all_families
+def test_sequences_padded_on_the_left_are_as_each_alone(family: str, attention: str) -> None:
+    model = with_adapters(tiny(family, attention=attention), ["one"])
+    streams, lengths = TwoStreams(model), [9, 3, 1]
+    ids, width = tokens(3, 12), 9
+    rows = torch.stack([torch.nn.functional.pad(row[:n], (width - n, 0)) for row, n in zip(ids, lengths, strict=True)])
+    padded = EncoderCache(padding=width - torch.tensor(lengths))
+    encoded = streams.encode(rows, padded)
+    for n, row, base in zip(lengths, ids, encoded, strict=True):
+        alone = EncoderCache()
+        assert torch.allclose(streams.encode(row[None, :n], alone)[0], base, atol=1e-4)
+    for parallel in (True, False):
+        twin = padded.fork()
+        for step in range(3):
+            token = torch.stack([row[n + step] for row, n in zip(ids, lengths, strict=True)])[:, None]
+            decoder, base = streams.step(token, twin, "one", parallel=parallel)
+        for i, (n, row) in enumerate(zip(lengths, ids, strict=True)):
+            alone = EncoderCache()
+            wanted = streams.encode(row[None, : n + 3], alone)
+            assert torch.allclose(base[i], wanted[0, -1], atol=1e-4)
+            assert torch.allclose(decoder[i], streams.decode(row[None, n + 2 : n + 3], alone, "one")[0, -1], atol=1e-4)

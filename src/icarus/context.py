@@ -278,7 +278,7 @@ class Context:
             before = len(self.token_ids)
             config = self._within_model_length(config)
             self._journal.append((before, self._state.copy()))
-            text = _TurnText(Reader(self.team.codec, self.token_ids), stream, _stops(config.stop_strings))
+            text = TurnText(Reader(self.team.codec, self.token_ids), stream, _stops(config.stop_strings))
             self._run(speaker, config, seed, text)
         except BaseException:
             self.rollback(origin)
@@ -315,7 +315,7 @@ class Context:
 
     # ------------------------------------------------------------------ prediction
 
-    def _run(self, speaker: str | None, config: GenerationConfig, seed: int | None, text: _TurnText) -> None:
+    def _run(self, speaker: str | None, config: GenerationConfig, seed: int | None, text: TurnText) -> None:
         """Transformers prepares logits processors and stopping criteria from the config and calls our loop."""
         model = self._causal_lm()
         generator = torch.Generator(model.device)
@@ -463,7 +463,7 @@ class Context:
         return end_tokens(config if own else self._causal_lm().generation_config)
 
 
-class _TurnText:
+class TurnText:
     """What a speaker says in a turn: its text, where a stop string ends it, and what a listener may hear of it yet.
 
     What may be the beginning of a stop string is held back from the listener.

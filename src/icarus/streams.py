@@ -67,10 +67,13 @@ class EncoderCache:
     ``fork`` shares the buffers; whoever appends behind the last written position appends in place, anyone else
     copies first, so a fork costs nothing until it diverges and never disturbs its origin. A pass that fails halfway
     leaves ``length``, and so the contents, as they were.
+
+    Sequences of different lengths are padded on the left: ``padding`` (B,) says how many positions of each hold no
+    token. Nobody attends to these, and position ids count from the first token.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, padding: Tensor | None = None) -> None:
+        self.length, self.padding = 0, padding
         self._buffers: dict[int, _Buffer] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +112,7 @@ class EncoderCache:
 
     def fork(self) -> EncoderCache:
         """A second cache with the same contents; nothing is copied until one of the two diverges."""
-        twin = EncoderCache()
+        twin = EncoderCache(self.padding)
         twin.length, twin._buffers = self.length, dict(self._buffers)
         for buffer in self._buffers.values():
             buffer.shared = True
@@ -292,8 +295,7 @@ class TwoStreams:
         new = input_ids.shape[1]
         view = _EncoderPass(cache, new)
         if batch is None:
-            mask: Any = None
-            positions = torch.arange(cache.length, cache.length + new, device=input_ids.device)[None]
+            positions, mask = _placed(cache, cache.length + new, input_ids)
         else:
             positions = batch.position_ids
             mask = (batch.document_ids >= 0).long() if batch.is_plain else self._masks(batch, None)
@@ -316,12 +318,11 @@ class TwoStreams:
 
         ``input_ids`` (B, R) are the tokens at those positions. Returns logits (B, R, V); nothing is written.
         """
-        rows = input_ids.shape[1]
-        positions = torch.arange(cache.length - rows, cache.length, device=input_ids.device)[None]
+        positions, mask = _placed(cache, cache.length, input_ids)
         if adapter is not None:
             self.lora.activate(adapter)
         with _evaluating(self.model), self.lora.off() if adapter is None else nullcontext():
-            return self._decode(input_ids, cache, positions, None)
+            return self._decode(input_ids, cache, positions, mask)
 
     def step(self, token: Tensor, cache: EncoderCache, adapter: str, *, parallel: bool = True) -> tuple[Tensor, Tensor]:
         """One token (B, 1) through both streams: its K/V are written, the decoder predicts the next one.
@@ -334,10 +335,11 @@ class TwoStreams:
             base = self.encode(token, cache)
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
         view = _PairPass(cache)
-        positions = torch.full((1, 1), cache.length, device=token.device)
+        pair = torch.cat([token, token])
+        positions, mask = _placed(cache, cache.length + 1, pair)
         with _evaluating(self.model), self.lora.on_second_half(adapter), torch.no_grad():
             logits = self.model(
-                input_ids=torch.cat([token, token]), position_ids=positions, past_key_values=view, use_cache=True
+                input_ids=pair, attention_mask=mask, position_ids=positions, past_key_values=view, use_cache=True
             ).logits[:, -1]
         self._check_complete(view)
         cache.length += 1
@@ -426,6 +428,19 @@ class TwoStreams:
                 "K/V, so the decoder stream could not read the encoder's; use a model whose attention layers all go "
                 "through past_key_values."
             )
+
+
+def _placed(cache: EncoderCache, end: int, input_ids: Tensor) -> tuple[Tensor, Any]:
+    """Position ids of the rows (B, R) that end at position ``end`` of the cache, and the mask (B, end) of its padding.
+
+    B may be a multiple of the cache's sequences, whose rows are then stacked.
+    """
+    index = torch.arange(end, device=input_ids.device)[None]
+    if cache.padding is None:
+        return index[:, end - input_ids.shape[1] :], None
+    padding = cache.padding.repeat(len(input_ids) // len(cache.padding))
+    places = index - padding[:, None]
+    return places[:, end - input_ids.shape[1] :].clamp(min=0), (places >= 0).long()
 
 
 def _visible(batch: Batch, rows: Tensor | None, kind: str, config: Any) -> Tensor:

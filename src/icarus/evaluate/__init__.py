@@ -1,0 +1,35 @@
+"""Evaluation: the base model, conventional adapters and ICaRus adapters answer the same items.
+
+sides      who answers, and how each kind of adapter is run
+tasks      what is asked, and what is right
+scorers    from an answer to a score
+run        each side over each item
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icarus.evaluate.run import Outcome, evaluate
+    from icarus.evaluate.sides import Answer, Scored, Side, Sides, TokenRow
+    from icarus.evaluate.tasks import Item, Task
+
+_HOMES = {
+    "Answer": "sides",
+    "Item": "tasks",
+    "Outcome": "run",
+    "Scored": "sides",
+    "Side": "sides",
+    "Sides": "sides",
+    "Task": "tasks",
+    "TokenRow": "sides",
+    "evaluate": "run",
+}
+
+__all__ = ["Answer", "Item", "Outcome", "Scored", "Side", "Sides", "Task", "TokenRow", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'icarus.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f"icarus.evaluate.{_HOMES[name]}"), name)

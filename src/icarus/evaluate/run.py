@@ -1,0 +1,138 @@
+"""Each side over each item: the loss of the reference, the answer, the score."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from icarus.chat_template import Codec
+from icarus.errors import InputError
+from icarus.evaluate.sides import Scored, Side, Sides, TokenRow
+from icarus.evaluate.tasks import Item, Task
+from icarus.streams import IGNORED
+from icarus.train.data import separate, tokenize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One side's result on one item."""
+
+    task: str
+    side: str
+    item: str
+    score: float
+    loss: float
+    """Nats per token of the reference; of choices, the right one."""
+    tokens: int
+    """Tokens of the reference, its end token included where training has one."""
+    text: str
+    """The generated answer, or the most likely choice."""
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class _Asked:
+    item: Item
+    prompt: list[int]
+    rows: list[TokenRow]  # the reference, or all choices
+
+
+def evaluate(
+    sides: Sides,
+    task: Task,
+    names: Sequence[str] | None = None,
+    *,
+    batch_size: int = 8,
+    done: Sequence[tuple[str, str]] = (),
+) -> Iterator[Outcome]:
+    """Results of all sides (or those of ``names``), one side after another, as batches are finished.
+
+    Items are sorted by length, the longest first, so that a batch that does not fit into memory is seen at once.
+
+    Args:
+        sides: who answers.
+        task: what is asked.
+        names: of sides, in the order in which they answer.
+        batch_size: items, or choices, in one pass.
+        done: (side, item) that are known already.
+
+    Raises:
+        InputError: an item has no tokens to predict, or does not fit into the model; before anything runs.
+    """
+    chosen = list(sides.kinds) if names is None else list(names)
+    asked = [_asked(item, sides.codec) for item in task.items]
+    asked.sort(key=lambda one: max(len(row.input_ids) for row in one.rows), reverse=True)
+    finished = set(done)
+    bar: Any = tqdm(total=len(chosen) * len(asked), desc=task.name, unit="item", disable=not sys.stderr.isatty())
+    with bar:
+        for name in chosen:
+            left = [one for one in asked if (name, one.item.name) not in finished]
+            bar.update(len(asked) - len(left))
+            bar.set_postfix(side=name)
+            with sides.side(name) as side:
+                for one in left:
+                    _check_length(one, side)
+                for start in range(0, len(left), batch_size):
+                    batch = left[start : start + batch_size]
+                    yield from _outcomes(name, side, task, batch, batch_size)
+                    bar.update(len(batch))
+
+
+def _asked(item: Item, codec: Codec) -> _Asked:
+    """The tokens of an item are those of a training row, cut where the first answer begins."""
+    columns = [tokenize(row, codec, None) for row in separate(item.row)]
+    rows = [TokenRow(c["input_ids"], c["labels"]) for c in columns]
+    starts = [next((i for i, label in enumerate(row.labels) if label != IGNORED), 0) for row in rows]
+    if not all(starts):
+        raise InputError(f"{item.name}: the completion has no tokens behind the prompt; give one that has.")
+    return _Asked(item, list(rows[0].input_ids[: starts[0]]), rows)
+
+
+def _check_length(one: _Asked, side: Side) -> None:
+    longest = max(len(row.input_ids) for row in one.rows)
+    if side.max_length and longest > side.max_length:
+        raise InputError(
+            f"{one.item.name} has {longest} tokens and this model takes {side.max_length}; leave the item out."
+        )
+
+
+def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked], batch_size: int) -> Iterator[Outcome]:
+    rows = [row for one in batch for row in one.rows]
+    scored = [s for start in range(0, len(rows), batch_size) for s in side.score(rows[start : start + batch_size])]
+    answers = (
+        side.generate([one.prompt for one in batch], max_new_tokens=task.max_new_tokens, stop=task.stop)
+        if task.generates
+        else []
+    )
+    for index, one in enumerate(batch):
+        own, scored = scored[: len(one.rows)], scored[len(one.rows) :]
+        if task.generates:
+            answer = answers[index]
+            right, score, text = own[0], task.score(answer.text, one.item), answer.text
+        else:
+            best = max(range(len(own)), key=lambda i: sum(own[i].log_probabilities))
+            right, score = own[one.item.reference], float(best == one.item.reference)
+            text = _choice(one.item, best)
+        yield Outcome(
+            task=task.name,
+            side=name,
+            item=one.item.name,
+            score=score,
+            loss=_loss(right),
+            tokens=len(right.log_probabilities),
+            text=text,
+            generated_tokens=len(answers[index].token_ids) if answers else 0,
+        )
+
+
+def _loss(scored: Scored) -> float:
+    return -sum(scored.log_probabilities) / len(scored.log_probabilities)
+
+
+def _choice(item: Item, index: int) -> str:
+    choice = item.row["completions"][index]
+    return choice if isinstance(choice, str) else "".join(message["content"] or "" for message in choice)

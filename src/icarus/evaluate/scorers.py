@@ -1,0 +1,187 @@
+"""From an answer and its reference to a score between 0 and 1; what is right, as the field's benchmarks have it.
+
+A scorer takes the generated text and the item's reference. The reference is what it says; answers may be anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+Scorer = Callable[[str, Any], float]
+
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_MARK = "####"
+_SQL_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|[\w.]+|<>|!=|<=|>=|==|\S""")
+_FENCE = re.compile(r"```\w*\n?(.*?)(?:```|$)", re.DOTALL)
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
+
+def exact_match(answer: str, reference: Any) -> float:
+    """Equal but for white space around."""
+    return float(answer.strip() == str(reference).strip())
+
+
+def number(answer: str, reference: Any) -> float:
+    """The number behind ``####``, as GSM8K has it; without that mark the last number that stands there."""
+    said, wanted = _number(answer), _number(str(reference))
+    return float(said is not None and said == wanted)
+
+
+def token_f1(answer: str, reference: Any) -> float:
+    """Harmonic mean of precision and recall of words, as SQuAD has it: without articles, case and punctuation."""
+    said, wanted = _words(answer), _words(str(reference))
+    if not said or not wanted:
+        return float(said == wanted)
+    same = (Counter(said) & Counter(wanted)).total()
+    return 2 * same / (len(said) + len(wanted))
+
+
+def sql(answer: str, reference: Any) -> float:
+    """The same query but for white space, case outside of quotes, kind of quotes, and a semicolon at the end."""
+    return float(_sql(answer) == _sql(str(reference)))
+
+
+def function_call(answer: str, reference: Any) -> float:
+    """The same calls, in any order; JSON or Python.
+
+    The reference is a list of ``{name: {argument: [allowed values]}}``, where ``""`` among the values lets an argument
+    be left out (BFCL's form), or of ``{"name": ..., "arguments": {...}}``, which must be met exactly.
+    """
+    calls = _calls(answer)
+    wanted = reference if isinstance(reference, list) else [reference]
+    if calls is None or len(calls) != len(wanted):
+        return 0.0
+    for one in wanted:
+        met = next((call for call in calls if _meets(call, one)), None)
+        if met is None:
+            return 0.0
+        calls.remove(met)
+    return 1.0
+
+
+SCORERS: dict[str, Scorer] = {
+    "exact_match": exact_match,
+    "function_call": function_call,
+    "number": number,
+    "sql": sql,
+    "token_f1": token_f1,
+}
+"""By the name that a task gives; ``choice`` is another one, which takes no answer."""
+
+CHOICE = "choice"
+"""The scorer of items with choices: 1 if the right one is the most likely of them."""
+
+
+# ------------------------------------------------------------------------------------------- what they read
+
+
+def _number(text: str) -> Decimal | None:
+    marked = text.rpartition(_MARK)[2] if _MARK in text else None
+    numbers = _NUMBER.findall(text if marked is None else marked)
+    if not numbers:
+        return None
+    try:
+        return Decimal(re.sub(r"[$,]", "", numbers[-1] if marked is None else numbers[0]))
+    except InvalidOperation:
+        return None
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in ("a", "an", "the")]
+
+
+def _sql(text: str) -> list[str]:
+    fenced = _FENCE.search(text)
+    tokens = _SQL_TOKEN.findall((fenced[1] if fenced else text).strip().rstrip("; \n\t"))
+    return [_sql_token(token) for token in tokens]
+
+
+def _sql_token(token: str) -> str:
+    if len(token) > 1 and token[0] == token[-1] and token[0] in "'\"":
+        return f"'{token[1:-1].replace(2 * token[0], token[0])}'"
+    return {"<>": "!=", "==": "="}.get(token, token.lower())
+
+
+Call = tuple[str, dict[str, Any]]
+
+
+def _calls(text: str) -> list[Call] | None:
+    """The calls that an answer makes; None if it is neither JSON nor Python."""
+    tagged = _TOOL_CALL.findall(text)
+    fenced = _FENCE.search(text)
+    if tagged:
+        parsed = [_parsed(part) for part in tagged]
+        return None if any(part is None for part in parsed) else [call for part in parsed for call in part or ()]
+    return _parsed(fenced[1] if fenced else text)
+
+
+def _parsed(text: str) -> list[Call] | None:
+    text = text.strip()
+    try:
+        return _of_json(json.loads(text))
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return _of_python(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _of_json(value: Any) -> list[Call] | None:
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        call = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        arguments = call.get("arguments", call.get("parameters", {}))
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(arguments, dict):
+            return None
+        calls.append((call["name"], arguments))
+    return calls
+
+
+def _of_python(node: ast.expr) -> list[Call] | None:
+    nodes = node.elts if isinstance(node, ast.List | ast.Tuple) else [node]
+    calls = []
+    for call in nodes:
+        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+            return None
+        calls.append((ast.unparse(call.func), {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}))
+    return calls
+
+
+def _meets(call: Call, wanted: Any) -> bool:
+    name, given = call
+    if "name" in wanted and "arguments" in wanted:
+        return name == wanted["name"] and _same(given, wanted["arguments"])
+    ((right, allowed),) = wanted.items()
+    if name != right or given.keys() - allowed.keys():
+        return False
+    return all(
+        any(_same(given[argument], value) for value in values) if argument in given else "" in values
+        for argument, values in allowed.items()
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal; texts but for case and white space, and the allowed values of objects within as BFCL has them."""
+    if isinstance(one, str) and isinstance(other, str):
+        return " ".join(one.lower().split()) == " ".join(other.lower().split())
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(
+            _same(one[key], other[key])
+            or (isinstance(other[key], list) and any(_same(one[key], value) for value in other[key]))
+            for key in one
+        )
+    return bool(one == other)

@@ -1,0 +1,77 @@
+"""What is asked, and what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icarus.errors import InputError
+from icarus.evaluate.scorers import CHOICE, SCORERS, Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question.
+
+    ``row`` has the form of training data, so that a model is asked as it was trained: ``prompt`` and ``completion``,
+    texts or message lists, or ``prompt`` and ``completions`` for choices; with ``tools`` and ``chat_template_kwargs``
+    for chats. The completion is the reference whose loss is taken.
+    """
+
+    name: str
+    """By which results are matched, and which messages tell: such as a file and a line."""
+    row: Mapping[str, Any]
+    reference: Any
+    """What the scorer compares an answer with; for choices the index of the right one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Items and how they are answered.
+
+    Raises:
+        InputError: there is no such scorer, or it does not fit an item.
+    """
+
+    name: str
+    items: Sequence[Item]
+    scorer: str
+    """``exact_match``, ``number``, ``sql``, ``token_f1``, ``function_call``, or ``choice`` by log-likelihood."""
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()
+    """Texts that end an answer; they are no part of it."""
+
+    def __post_init__(self) -> None:
+        known = sorted([*SCORERS, CHOICE])
+        if self.scorer not in known:
+            raise InputError(f"Task {self.name} has no known scorer {self.scorer!r}; take one of {', '.join(known)}.")
+        if not self.items:
+            raise InputError(f"Task {self.name} has no items; give at least one.")
+        for item in self.items:
+            self._check(item)
+
+    def _check(self, item: Item) -> None:
+        if not item.row.get("prompt"):
+            raise InputError(f"{item.name} has no prompt; give one, or leave the item out.")
+        choices = item.row.get("completions")
+        if (choices is not None) != (self.scorer == CHOICE):
+            wanted = "choices (completions)" if self.scorer == CHOICE else "one completion"
+            raise InputError(f"{item.name}: scorer {self.scorer!r} needs {wanted}; give the task another scorer.")
+        if item.reference is None:
+            raise InputError(f"{item.name} has no reference to score answers by; give one, or leave the item out.")
+        right = item.reference
+        if choices is not None and (type(right) is not int or not 0 <= right < len(choices)):
+            raise InputError(
+                f"{item.name}: the right choice is {right!r}; give its index, from 0 to {len(choices) - 1}."
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated; choices are compared by their likelihood alone."""
+        return self.scorer != CHOICE
+
+    def score(self, answer: str, item: Item) -> float:
+        """Of a generated answer, from 0 to 1."""
+        scorer: Scorer = SCORERS[self.scorer]
+        return scorer(answer, item.reference)

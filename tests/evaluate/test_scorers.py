@@ -1,0 +1,76 @@
+"""What counts as right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from icarus.evaluate.scorers import SCORERS
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "reference", "score"),
+    [
+        ("exact_match", " Paris\n", "Paris", 1),
+        ("exact_match", "paris", "Paris", 0),
+        ("number", "2 + 2 = 4\n#### 4", "#### 4", 1),
+        ("number", "#### 1,234.50 dollars", "so\n#### 1234.5", 1),
+        ("number", "#### $18", 18, 1),
+        ("number", "#### -3", "#### 3", 0),
+        ("number", "There are 3, no, 5 of them.", "#### 5", 1),
+        ("number", "#### none, but 5", "#### 5", 1),
+        ("number", "none", "#### 5", 0),
+        ("number", "5\n####", "#### 5", 0),
+        ("sql", "select  a from T where b='X y' ;", 'SELECT A FROM t WHERE B = "X y"', 1),
+        ("sql", "SELECT a FROM t WHERE b = 'x y'", "SELECT a FROM t WHERE b = 'X y'", 0),
+        ("sql", "SELECT a FROM t WHERE b <> 1", "SELECT a FROM t WHERE b != 1", 1),
+        ("sql", "```sql\nSELECT a FROM t\n```", "SELECT a FROM t", 1),
+        ("sql", "SELECT a, b FROM t", "SELECT a FROM t", 0),
+        ("sql", "SELECT ab FROM t", "SELECT a b FROM t", 0),
+        ("token_f1", "The cat sat.", "a cat sat", 1),
+        ("token_f1", "cat dog", "cat", 2 / 3),
+        ("token_f1", "", "cat", 0),
+        ("token_f1", "the", "a", 1),
+    ],
+)
+def test_scores(scorer: str, answer: str, reference: Any, score: float) -> None:
+    assert SCORERS[scorer](answer, reference) == pytest.approx(score)
+
+
+BFCL = [{"math.hypot": {"x": [4], "y": [5], "z": ["", 0]}}]
+NESTED = [{"find": {"where": [{"city": ["Bern", "Berne"], "tags": [["a", "b"]]}]}}]
+OPENAI = [{"name": "add", "arguments": {"a": 1, "b": "two"}}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("math.hypot(x=4, y=5)", BFCL, 1),
+        ("[math.hypot(x=4, y=5, z=0)]", BFCL, 1),
+        ("math.hypot(x=4, y=5, z=1)", BFCL, 0),
+        ("math.hypot(x=4)", BFCL, 0),
+        ("math.hypot(x=4, y=5, w=0)", BFCL, 0),
+        ("hypot(x=4, y=5)", BFCL, 0),
+        ("math.hypot(4, 5)", BFCL, 0),
+        ('{"name": "math.hypot", "arguments": {"y": 5.0, "x": 4}}', BFCL, 1),
+        ('<tool_call>\n{"name": "math.hypot", "arguments": {"y": 5, "x": 4}}\n</tool_call>', BFCL, 1),
+        ('```json\n[{"function": {"name": "math.hypot", "arguments": "{\\"x\\": 4, \\"y\\": 5}"}}]\n```', BFCL, 1),
+        ("find(where={'city': 'berne', 'tags': ['a', 'b']})", NESTED, 1),
+        ("find(where={'city': 'Rome', 'tags': ['a', 'b']})", NESTED, 0),
+        ('{"name": "add", "arguments": {"b": "Two", "a": 1}}', OPENAI, 1),
+        ('{"name": "add", "arguments": {"b": "two"}}', OPENAI, 0),
+        ('{"name": "add", "arguments": {"b": "two", "a": true}}', OPENAI, 0),
+        ("[add(a=1, b='two'), add(a=1, b='two')]", OPENAI, 0),
+        ("[g(), add(b='two', a=1)]", [*OPENAI, {"g": {}}], 1),
+        ("I cannot do that.", BFCL, 0),
+        ("add(a=x)", OPENAI, 0),
+        ("add(**{})", OPENAI, 0),
+        ('{"name": "add", "arguments": "{"}', OPENAI, 0),
+        ("(" * 10_000, OPENAI, 0),
+        ("[" * 100_000, OPENAI, 0),
+        ("", OPENAI, 0),
+    ],
+)
+def test_function_calls(answer: str, reference: Any, score: float) -> None:
+    assert SCORERS["function_call"](answer, reference) == score
