@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from icarus.bench.logs import last_lines
+from icarus.bench.agents.server import last_lines
 from icarus.errors import IcarusError
 
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("engine.py")))

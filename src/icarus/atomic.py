@@ -83,14 +83,19 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file in UTF-8; another process sees it as it was, or with all of ``text``.
+    """Write a file in UTF-8, as ``write_bytes`` does."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file; another process sees it as it was, or with all of ``content``.
 
     Raises:
         OSError: the file cannot be written.
     """
     work = file.with_name(f".{file.name}.{uuid4().hex[:8]}.tmp")
     try:
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(content)
         _sync(work)
         os.replace(work, file)
     finally:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from icarus import arguments
@@ -25,7 +25,7 @@ class Command:
     help: str
     module: str
     extra: str = ""
-    """The optional dependencies that the module imports."""
+    """The optional dependencies that it needs."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,22 @@ class _CommandParser(arguments.Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._command:
-            module = self._imported(self._command)
+            with self._naming_extra(self._command.extra):
+                module = import_module(self._command.module)
             module.add_arguments(self)
-            self.set_defaults(run=module.run)
+            self.set_defaults(run=self._naming_extra(self._command.extra)(module.run))
         return super().parse_known_args(args, namespace)
 
-    def _imported(self, command: Command) -> ModuleType:
+    @contextmanager
+    def _naming_extra(self, extra: str) -> Iterator[None]:
+        """What is missing may be imported with the command's module, or when it is used."""
         try:
-            return import_module(command.module)
-        except ImportError as error:
-            if not command.extra:
+            yield
+        except ModuleNotFoundError as error:
+            if not extra:
                 raise
             raise InputError(
-                f"{self.prog} needs more packages ({error.name}); run: pip install 'icarus-llm[{command.extra}]'."
+                f"{self.prog} needs more packages ({error.name}); run: pip install 'icarus-llm[{extra}]'."
             ) from error
 
 

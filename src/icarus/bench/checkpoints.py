@@ -10,8 +10,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from icarus import adapter
 from icarus.errors import InputError
@@ -19,33 +23,26 @@ from icarus.errors import InputError
 INITIAL_STD = 0.01
 """Of the second halves (B) of the adapters, which LoRA starts at zero: nothing may be skipped for being zero."""
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-
-def config(base: Path) -> dict[str, Any]:
-    """The base model's config.json.
+def text_config(base: Path) -> Any:
+    """Transformers' configuration of the language model, read from the base model's config.json.
 
     Raises:
-        InputError: there is none, or it is not JSON.
+        InputError: there is none, or it cannot be read.
     """
     try:
-        values: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        return AutoConfig.from_pretrained(base).get_text_config()
     except (OSError, ValueError) as error:
         raise InputError(f"{base} has no readable config.json ({error}); give --base the folder of a model.") from error
-    return values
-
-
-def vocabulary(base: Path) -> int:
-    """Number of token ids."""
-    return int(config(base)["vocab_size"])
 
 
 def kv_bytes_per_token(base: Path, dtype: str) -> int:
     """Bytes of K and V of one token in all layers."""
-    shapes = config(base)
-    heads = shapes["num_attention_heads"]
-    size = shapes.get("head_dim") or shapes["hidden_size"] // heads
-    return int(2 * shapes["num_hidden_layers"] * shapes.get("num_key_value_heads", heads) * size * _BYTES[dtype])
+    config = text_config(base)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+    return int(2 * config.num_hidden_layers * kv_heads * size * getattr(torch, dtype).itemsize)
 
 
 def adapter_name(number: int) -> str:
@@ -58,11 +55,13 @@ def make_adapters(base: Path, folder: Path, kinds: Iterable[str], count: int, ra
 
     Conventional ones target all linear projections, ICaRus ones all but those that feed K and V.
     """
-    import torch
-
-    fingerprint = adapter.fingerprint(base)
+    save_icarus = partial(adapter.save, base_fingerprint=adapter.fingerprint(base))
+    ways: dict[str, tuple[Any, Any]] = {
+        "icarus": (adapter.attach, save_icarus),
+        "conventional": (adapter.attach_conventional, adapter.save_conventional),
+    }
     for kind in kinds:
-        attach = adapter.attach if kind == "icarus" else adapter.attach_conventional
+        attach, save = ways[kind]
         model = attach(skeleton(base), rank=rank)
         for number in range(count):
             generator = torch.Generator().manual_seed(seed + number)
@@ -72,18 +71,11 @@ def make_adapters(base: Path, folder: Path, kinds: Iterable[str], count: int, ra
                 for name, tensor in model.state_dict().items()
                 if ".lora_" in name
             }
-            target = folder / kind / adapter_name(number)
-            if kind == "icarus":
-                adapter.save(model, target, base_fingerprint=fingerprint, dtype=torch.bfloat16, state_dict=state)
-            else:
-                adapter.save_conventional(model, target, dtype=torch.bfloat16, state_dict=state)
+            save(model, folder / kind / adapter_name(number), dtype=torch.bfloat16, state_dict=state)
 
 
 def skeleton(base: Path) -> Any:
     """The model's modules without memory for its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     models: Any = AutoModelForCausalLM  # untyped
     with torch.device("meta"):
         return models.from_config(AutoConfig.from_pretrained(base))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print a table, and return the report."""
+    """Measure, print tables, and return the report."""
     base, dtype, repeats = options.base, options.dtype, options.repeats
     torch.manual_seed(0)
     plain, _ = base_model.load(base, dtype=dtype)
@@ -37,27 +36,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     icarus = _random(adapter.attach(base_model.load(base, dtype=dtype)[0], rank=RANK))
     bandwidth = measure.read_bandwidth()
     weights = sum(p.numel() * p.element_size() for p in plain.parameters())
-    report: dict[str, Any] = {
+    title = f"One decode step, batch %d, context {CONTEXT}, rank {RANK}, {dtype}"
+    batches = {}
+    for batch in BATCHES:
+        batches[batch] = measure.compare(_sides(plain, conventional, icarus, batch), repeats, f"decode, batch {batch}")
+        measure.show_steps(title % batch, batches[batch])
+    milliseconds = 1e3 * weights / bandwidth
+    print(
+        f"Bound at batch 1: {weights / 1e6:.0f} MB of weights at {bandwidth / 1e9:.1f} GB/s take {milliseconds:.1f} ms "
+        "a pass."
+    )
+    return {
         "settings": measure.settings(base=base, dtype=dtype, context=CONTEXT, rank=RANK, repeats=repeats),
         "bound": {
             "what": "base weights read once per pass",
             "weight_bytes": weights,
             "read_bytes_per_s": round(bandwidth),
-            "ms": round(1e3 * weights / bandwidth, 2),
+            "ms": round(milliseconds, 2),
         },
-        "batches": {},
+        "batches": {
+            str(batch): {"steps": {n: asdict(s) for n, s in steps.items()}} for batch, steps in batches.items()
+        },
     }
-    for batch in BATCHES:
-        sides = _sides(plain, conventional, icarus, batch)
-        seconds = measure.alternate(sides, repeats, f"decode, batch {batch}")
-        report["batches"][str(batch)] = {
-            "steps": {name: measure.summary(values) for name, values in seconds.items()},
-            "parallel_over_conventional": measure.ratio(seconds["icarus"], seconds["conventional"]),
-            "parallel_over_base": measure.ratio(seconds["icarus"], seconds["base"]),
-            "sequential_over_parallel": measure.ratio(seconds["icarus, two passes"], seconds["icarus"]),
-        }
-    _show(report)
-    return report
 
 
 def _random(model: nn.Module) -> nn.Module:
@@ -100,19 +100,3 @@ def _sides(plain: Any, conventional: Any, icarus: nn.Module, batch: int) -> dict
 def _usual_step(model: Any, token: Tensor, kv: DynamicCache) -> None:
     model(input_ids=token, past_key_values=kv, use_cache=True)
     kv.crop(-1)
-
-
-def _show(report: dict[str, Any]) -> None:
-    console = Console()
-    table = Table(title=f"One decode step, context {CONTEXT}, rank {RANK}, {report['settings']['dtype']}")
-    for column in ("batch", "base", "conventional LoRA", "ICaRus", "ICaRus, two passes", "ICaRus / conventional"):
-        table.add_column(column, justify="right")
-    for batch, figures in report["batches"].items():
-        steps = [f"{values['median_ms']:.1f} ms" for values in figures["steps"].values()]
-        table.add_row(batch, *steps, f"{figures['parallel_over_conventional']:.2f}x")
-    console.print(table)
-    bound = report["bound"]
-    console.print(
-        f"Bound at batch 1: {bound['weight_bytes'] / 1e6:.0f} MB of weights at "
-        f"{bound['read_bytes_per_s'] / 1e9:.1f} GB/s take {bound['ms']:.1f} ms a pass."
-    )

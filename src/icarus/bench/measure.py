@@ -11,8 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,46 @@ def served_dtype() -> str:
     return "float32" if not has_accelerator() and processor.slow_in_bfloat16() else "bfloat16"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one side takes: milliseconds, and the peak of its memory above the model if that was measured."""
+
+    median_ms: float
+    p25_ms: float
+    p75_ms: float
+    peak_bytes: int | None
+
+
+def compare(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, label: str, *, memory: bool = False
+) -> dict[str, Step]:
+    """Measure all sides, alternating."""
+    seconds = alternate(sides, repeats, label)
+    peaks = {name: statistics.median(peak_memory(side) for _ in range(2)) for name, side in sides.items() if memory}
+    return {n: Step(**summary(s), peak_bytes=max(round(peaks[n]), 1) if memory else None) for n, s in seconds.items()}
+
+
+def show_steps(title: str, steps: Mapping[str, Step]) -> None:
+    """A table on the terminal with a row for each side, beside ``icarus``."""
+    ours, rows = steps["icarus"], []
+    for name, step in steps.items():
+        rows.append([name, f"{step.median_ms:,.1f} ms", f"{step.median_ms / ours.median_ms:.2f}x"])
+        if step.peak_bytes and ours.peak_bytes:
+            rows[-1] += [f"{step.peak_bytes / 1e6:,.0f} MB", f"{step.peak_bytes / ours.peak_bytes:.2f}x"]
+    names = ("step", "time / ICaRus", "peak memory above the model", "memory / ICaRus")[: len(rows[0]) - 1]
+    table = Table("side", *(Column(name, justify="right") for name in names), title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:
     """Seconds of each side, ``repeats`` times, one after another in turn, after one unmeasured round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in _shown(range(-1, repeats), label):
+    print(f"{label}: {repeats} rounds and one to warm up", file=sys.stderr, flush=True)
+    for round_ in track(
+        range(-1, repeats), transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()
+    ):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
@@ -59,49 +96,26 @@ def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, label: str) 
     return seconds
 
 
-def _shown(rounds: range, label: str) -> Iterable[int]:
-    """A progress bar on a terminal, plain lines elsewhere."""
-    if sys.stderr.isatty():
-        return track(rounds, description=label, transient=True, console=Console(stderr=True))
-    print(f"{label}: {len(rounds) - 1} rounds and one to warm up", file=sys.stderr, flush=True)
-    return rounds
-
-
-def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on the terminal."""
-    table = Table(*(Column(name, justify="right") for name in columns), title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles in milliseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     return {"median_ms": round(1e3 * middle, 2), "p25_ms": round(1e3 * low, 2), "p75_ms": round(1e3 * high, 2)}
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    """Median of ``above`` over median of ``below``."""
-    return round(statistics.median(above) / statistics.median(below), 3)
-
-
-@contextmanager
-def peak_memory(peaks: list[int]) -> Iterator[None]:
-    """Append the peak of memory inside the block, above what was in use at its start, in bytes."""
+def peak_memory(side: Callable[[], Any]) -> int:
+    """Run a side; the peak of memory in it, above what was in use at its start, in bytes."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        return
+        side()
+        return torch.cuda.max_memory_allocated() - before
     # Freed memory that the allocator keeps would hide a part of the peak, so it goes back to the system first; then
     # the kernel's high-water mark is set back (proc(5), clear_refs), which psutil cannot do.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss
-    yield
-    peaks.append(peak_bytes() - before)
+    side()
+    return peak_bytes() - int(before)
 
 
 def peak_bytes(pid: int | str = "self") -> int:

@@ -19,7 +19,7 @@ import agents_job
 import specimens
 from icarus import adapter, cli
 from icarus.bench import checkpoints
-from icarus.bench.agents import load
+from icarus.bench.agents import load, records
 from icarus.bench.agents.server import Server, ServerFailed, free_port
 from icarus.bench.agents.workloads import Call, Output, Workflow
 from icarus.errors import InputError
@@ -58,6 +58,10 @@ def fake(tmp_path: Path, *words: str) -> Server:
     port = free_port()
     command = [sys.executable, str(agents_job.FAKE), "--port", str(port), *words]
     return Server(command, {}, port, tmp_path / "server.log", start_seconds=30)
+
+
+def measured(output: Path) -> list[records.Run]:
+    return records.read(output / records.FILE)[1]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +158,7 @@ def test_the_whole_command_and_what_it_goes_on_with(
     assert "budget (tokens): tight" in printed
     assert "a cache for each of 2 models" in printed
     assert (output / "report.md").read_text().startswith("# Agent workflows")
-    assert len((output / "runs.jsonl").read_text().splitlines()) == 1 + 4
+    assert len(measured(output)) == 4
 
     assert bench(base, output, "--rates", "20", "40") == 0  # one rate more: only that is run
     printed = capsys.readouterr().out
@@ -170,12 +174,44 @@ def test_the_whole_command_and_what_it_goes_on_with(
     before = (output / "report.json").read_text()
     assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 0
     assert (output / "report.json").read_text() == before
-    (output / "report.json").write_text(before.replace('"window"', '"arriving"'))
-    assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 2
-    assert "runs had no window; draw it with that version" in " ".join(capsys.readouterr().err.split())
-    (output / "report.json").write_text('{"protocol": {}, "failures": []}')
-    assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 2
-    assert "holds no report to draw again" in " ".join(capsys.readouterr().err.split())
+    for report, said in (
+        (before.replace('"turns"', '"rounds"'), "was measured by another version of icarus; draw it with that version"),
+        (before.replace('"turns": 4,', ""), "was measured by another version of icarus; draw it with that version"),
+        ("{", "holds no report to draw again"),
+    ):
+        (output / "report.json").write_text(report)
+        assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_version_0_1_0_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    settings = {"base": "smollm2-135m-instruct", "sizes": {"turns": 16}, "serve_flags": []}  # among others
+    (tmp_path / "report.json").write_text(json.dumps({"protocol": {"settings": settings}, "failures": []}))
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"settings": settings}) + "\n")
+    assert cli.main(["bench", "agents", "--redraw", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"icarus: {tmp_path} was measured by another version of icarus; draw it with that version, or measure it again "
+        "with another --output.\n"
+    )
+
+
+def test_help_and_redraw_need_no_extra(base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    agents_job.install(monkeypatch.setattr)
+    assert bench(base, tmp_path, "--systems", "icarus", "--rates", "40") == 0
+    words = ["bench", "agents", "--redraw", "--output", str(tmp_path)]
+    blocked = f"""
+import sys
+sys.modules |= dict.fromkeys(["aiohttp", "prometheus_client", "matplotlib", "vllm"])
+from icarus import cli
+assert cli.main({words}) == 0
+assert cli.main({words[:2]}) == 2
+cli.main(["bench", "agents", "--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "No plots, as matplotlib is missing" in done.stdout
+    assert "--max-num-batched-tokens" in done.stdout
+    assert "needs more packages (aiohttp); run: pip install 'icarus-llm[bench]'." in done.stderr
 
 
 def test_a_server_that_dies_is_reported_and_the_others_are_measured(
@@ -212,8 +248,8 @@ def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what runs behind
     )
     try:
-        runs, log = tmp_path / "runs.jsonl", tmp_path / "logs"
-        wait_for(lambda: runs.exists() and len(runs.read_text().splitlines()) == 2, 90)
+        log = tmp_path / "logs"
+        wait_for(lambda: (tmp_path / records.FILE).exists() and len(measured(tmp_path)) == 1, 90)
         (child,) = children(next(log.iterdir()))
         assert alive(child)
         command.send_signal(number)
@@ -241,7 +277,6 @@ def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
         (["--max-model-len", "20"], "A context of react gets .* raise that"),
         (["--tight-tokens", "40"], "does not hold one context of --max-model-len 80"),
         (["--trajectories", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--quick", "--profile", "gpu"], "--quick"),
     ],
 )
 def test_bad_options_are_one_sentence(
@@ -300,7 +335,7 @@ def test_kv_bytes_of_a_known_model() -> None:
 
 def test_a_missing_base_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
-        checkpoints.config(tmp_path)
+        checkpoints.text_config(tmp_path)
 
 
 def test_the_shapes_are_those_of_the_model_they_are_named_after() -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from icarus.bench.agents import figures, plan, records, settings, systems, tables
-from icarus.bench.agents.load import CallRecord
-from icarus.bench.agents.metrics import Reading
+from icarus.bench.agents import load, plan, records, settings, systems, tables
 from icarus.bench.agents.plan import Unit
-from icarus.bench.agents.records import Records, Run
-from icarus.bench.agents.report import Report
+from icarus.bench.agents.records import CallRecord, Records, Run
+from icarus.bench.agents.report import Figures, Report, medians
 from icarus.errors import IcarusError, InputError
 
 CPU = settings.Settings()
@@ -62,7 +59,7 @@ def finished(
 
 
 def test_figures_of_one_run() -> None:
-    row = figures.Figures.of(finished()).as_json()
+    row = Figures.of(finished()).as_json()
     assert row["request_throughput"] == row["workflow_throughput"] == 1.0
     assert (row["total_input_tokens"], row["total_output_tokens"]) == (20, 6)
     assert (row["output_throughput"], row["total_token_throughput"]) == (3.0, 13.0)
@@ -74,10 +71,10 @@ def test_figures_of_one_run() -> None:
 
 
 def test_medians_are_of_each_figure_and_unknown_where_one_is_unknown() -> None:
-    runs = [figures.Figures.of(finished(seconds=seconds)) for seconds in (1.0, 9.0, 2.0)]
-    middle = figures.medians(runs)
+    runs = [Figures.of(finished(seconds=seconds)) for seconds in (1.0, 9.0, 2.0)]
+    middle = medians(runs)
     assert (middle.duration, middle.ttft.p50, middle.peak_memory_mb) == (4.0, 1500, 100)
-    unknown = figures.medians([runs[0], replace(runs[1], peak_memory_mb=None)])
+    unknown = medians([runs[0], replace(runs[1], peak_memory_mb=None)])
     assert unknown.peak_memory_mb is None
     assert "peak_memory_mb" not in unknown.as_json()
 
@@ -115,9 +112,15 @@ vllm:num_preemptions_total{engine="0",model_name="base"} 2.0
 vllm:num_preemptions_total{engine="1",model_name="base"} 1.0
 vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
 """
-    assert Reading.of(text) == Reading(prefilled=640, cached=1792, preemptions=3, kv_usage=0.25)
-    with pytest.raises(IcarusError, match="num_preemptions_total"):
-        Reading.of(text.replace("preemptions", "pauses"))
+    totals = load.totals(text)
+    assert {name: totals[key] for name, key in load.COUNTERS.items()} == {
+        "prompt_tokens_prefilled": 640,
+        "cached_tokens": 1792,
+        "preemptions": 3,
+    }
+    assert totals[load.KV_USAGE] == 0.25
+    with pytest.raises(IcarusError, match=r"has no vllm:num_preemptions_total; serve"):
+        load.totals(text.replace("preemptions", "pauses"))
 
 
 SETTINGS: dict[str, Any] = {"seed": 0, "rank": 16, "models": [1, 2], "repeats": 1}
@@ -147,21 +150,8 @@ def test_an_interrupted_file_of_records_resumes(tmp_path: Path, monkeypatch: pyt
 
 def test_a_run_comes_back_as_it_was(tmp_path: Path) -> None:
     Records(tmp_path / "runs.jsonl", SETTINGS).add(finished())
-    (again,) = records.read(tmp_path / "runs.jsonl")
+    _, (again,) = records.read(tmp_path / "runs.jsonl")
     assert replace(again, kv_usage=[tuple(sample) for sample in again.kv_usage]) == finished()
-
-
-def test_a_compressed_file_of_records_is_read_and_resumed(tmp_path: Path) -> None:
-    file = tmp_path / "runs.jsonl"
-    Records(file, SETTINGS).add(finished())
-    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
-    file.unlink()
-    assert [run.unit for run in records.read(file)] == [finished().unit]
-    again = Records(file, SETTINGS)
-    assert again.done(finished().unit)
-    again.add(finished(rate=0.5))
-    assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
-    assert len(Records(file, SETTINGS).runs) == 2
 
 
 def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:

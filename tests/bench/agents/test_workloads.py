@@ -39,7 +39,12 @@ def test_workflows_are_a_function_of_their_arguments(name: str, sizes: Settings,
             assert all(earlier < index for earlier in call.waits_for)
             ids = [token for piece in call.prompt if not isinstance(piece, Output) for token in piece]
             assert all(8 <= token < 56 for token in ids)  # an eighth of the vocabulary is left alone on either side
-            assert workflow.prompt_tokens(index) >= 1
+            assert len(workflow.context(index)) > call.output_tokens
+
+
+def prompts(workflow: Workflow) -> list[int]:
+    """The lengths of all prompts."""
+    return [len(workflow.context(index)) - call.output_tokens for index, call in enumerate(workflow.calls)]
 
 
 def test_react_grows_one_trajectory_and_changes_specialists() -> None:
@@ -47,7 +52,7 @@ def test_react_grows_one_trajectory_and_changes_specialists() -> None:
         "react", 1, Settings(system_tokens=2, task_tokens=3, turns=3, output_tokens=4, observation_tokens=5), 64, "0"
     )
     assert [call.role for call in workflow.calls] == [0, 1, 2]
-    assert [workflow.prompt_tokens(index) for index in range(3)] == [5, 14, 23]
+    assert prompts(workflow) == [5, 14, 23]
     assert workflow.calls[2].prompt[:3] == workflow.calls[1].prompt
     assert [sorted(call.waits_for) for call in workflow.calls] == [[], [0], [0, 1]]
     assert workflow.longest == 27
@@ -115,10 +120,10 @@ def words(text: str) -> tuple[int, ...]:
 def test_a_recorded_run_keeps_its_lengths(tmp_path: Path, name: str) -> None:
     text = json.dumps(RUN) + "\n\n" + json.dumps({**RUN, "question": "w " * 99}) + "\n"
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    (trajectory,) = trajectories.read(tmp_path / name, words, limit=9, longest=20)
+    (trajectory,) = trajectories.read(tmp_path / name, words, limit=9, longest=26, reflection=7)
     workflow = workloads.replay(trajectory, reflection=7)
     assert [(call.role, call.output_tokens) for call in workflow.calls] == [(0, 2), (1, 3), (3, 2), (4, 7)]
-    assert [workflow.prompt_tokens(index) for index in range(4)] == [3, 5, 10, 12]
+    assert prompts(workflow) == [3, 5, 10, 12]
     assert workloads.make("plan-act-reflect", 2, Settings(output_tokens=7), 64, "0", [trajectory]) == [workflow] * 2
 
 
@@ -127,7 +132,7 @@ def test_a_recorded_run_keeps_its_lengths(tmp_path: Path, name: str) -> None:
     [
         ("[1]\n", "line 1: no run"),
         ("{}\n", "line 1: no run.*steps"),
-        (json.dumps({**RUN, "steps": []}), "no run with steps of up to 20"),
+        (json.dumps({**RUN, "steps": []}), "no run with steps of up to 26"),
         ("{", "line 1"),
         (None, "cannot be read"),
     ],
@@ -137,5 +142,5 @@ def test_a_bad_file_of_trajectories_is_named(tmp_path: Path, text: str | None, m
     if text is not None:
         file.write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        trajectories.read(file, words, limit=9, longest=20)
+        trajectories.read(file, words, limit=9, longest=26, reflection=7)
     assert "runs.jsonl" in str(error.value)

@@ -20,14 +20,15 @@ from icarus.bench.agents import records, settings, tables
 from icarus.bench.agents.records import Run
 from icarus.bench.agents.report import Protocol, Report
 from icarus.bench.agents.settings import PROFILES, Settings
-from icarus.bench.agents.sweep import RUNS, Sweep
 from icarus.errors import IcarusError, InputError
 
 
 def add_arguments(parser: arguments.Parser) -> None:
     """The command's own flags; those of the settings are left to their own parser, which ``--help`` has below."""
     parser.add_argument("--profile", choices=PROFILES, default="cpu", help="settings to start from (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="the most telling runs alone")
+    parser.add_argument(
+        "--quick", action="store_const", dest="profile", const="quick", help="--profile quick: the most telling runs"
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON of settings in place of the profile's; flags win"
     )
@@ -51,7 +52,7 @@ def _settings_parser(**options: Any) -> Any:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, or make the report of an earlier command again; returns the report."""
-    kind = "-quick" if options.quick else "" if options.profile == "cpu" else f"-{options.profile}"
+    kind = "" if options.profile == "cpu" else f"-{options.profile}"
     output = Path(options.output or f"bench-agents{kind}")  # a folder for each profile, as runs of two do not mix
     chosen = settings_of(options)
     report = redraw(output) if options.redraw else compare(chosen, output)
@@ -64,14 +65,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
     Raises:
         InputError: a value is wrong, or two do not go together.
     """
-    if options.quick and options.profile != "cpu":
-        raise InputError(
-            "--quick is a part of the CPU profile; for another one give --models, --workloads and --rates."
-        )
     parser = _settings_parser()
-    if options.profile == "cpu":
+    if options.profile != "gpu":
         parser.set_defaults(dtype=measure.served_dtype())
-    parser.set_defaults(**settings.profile("quick" if options.quick else options.profile))
+    parser.set_defaults(**settings.profile(options.profile))
     if options.config:
         parser.set_defaults(**settings.read(Path(options.config)))
     chosen: Settings = parser.parse_args_into_dataclasses(options.rest, look_for_args_file=False)[0]
@@ -85,6 +82,8 @@ def compare(chosen: Settings, output: Path) -> Report:
         InputError: the settings cannot run.
         IcarusError: a server failed; the report is written.
     """
+    from icarus.bench.agents.sweep import Sweep  # the extra "bench"; help and --redraw do without
+
     started, interrupt = time.monotonic(), signal.default_int_handler  # SIGTERM does what Ctrl-C does
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, interrupt))
@@ -117,14 +116,16 @@ def redraw(output: Path) -> Report:
     try:
         before = json.loads((output / "report.json").read_text(encoding="utf-8"))
         protocol, failures = before["protocol"], before["failures"]
-        missing = Settings().as_dict().keys() - protocol["settings"].keys()
-        runs = records.read(output / RUNS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = Settings(**protocol["settings"]).as_dict() == protocol["settings"]
+        runs = records.read(output / records.FILE)[1] if known else []
+    except (OSError, ValueError) as error:
         raise InputError(f"{output} holds no report to draw again ({error}); name the --output of a run.") from error
-    if missing:
+    except (KeyError, TypeError, InputError):
+        known = False
+    if not known:
         raise InputError(
-            f"{output} was measured by another version of icarus, whose runs had no {', '.join(sorted(missing))}; "
-            "draw it with that version, or measure it again."
+            f"{output} was measured by another version of icarus; draw it with that version, or measure it again with "
+            "another --output."
         )
     return write(output, protocol, runs, failures)
 

@@ -11,13 +11,13 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
-from icarus.bench.agents.metrics import Reading
-from icarus.bench.agents.workloads import Output, Workflow
+from icarus.bench.agents.records import CallRecord, Traffic
+from icarus.bench.agents.workloads import Workflow
 from icarus.errors import IcarusError
 
 SAMPLE_SECONDS = 1.0
@@ -27,38 +27,19 @@ SILENCE_SECONDS = 900.0
 """How long a stream may be silent: longer than any queue that a run makes."""
 
 
+COUNTERS = {
+    "prompt_tokens_prefilled": ("vllm:prompt_tokens_by_source_total", "local_compute"),
+    "cached_tokens": ("vllm:prompt_tokens_by_source_total", "local_cache_hit"),
+    "preemptions": ("vllm:num_preemptions_total", ""),
+}
+"""Name and source of what vLLM has counted since its start."""
+
+KV_USAGE = ("vllm:kv_cache_usage_perc", "")
+"""Share of KV blocks in use, 0 to 1; blocks that only wait to be found again count as free."""
+
+
 class CallFailed(IcarusError):
     """The server did not answer a call as it should."""
-
-
-@dataclass
-class CallRecord:
-    """One call as the client saw it. Times in seconds; ``start`` counts from the start of the run."""
-
-    workflow: int
-    call: int
-    model: str
-    start: float
-    prompt_tokens: int
-    ttft: float = 0.0  # until the first generated token
-    latency: float = 0.0  # until the last
-    itls: list[float] = field(default_factory=list)  # between the chunks of the stream
-    output_tokens: int = 0
-    cached_tokens: int = 0  # as the server counts them in ``usage``
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """What a run gave; times in seconds since its start, latencies of workflows since their arrival."""
-
-    duration: float  # from the first arrival to the end of the last call
-    arrivals: Sequence[float]  # as they happened
-    workflows: Sequence[float]  # from arrival to the end of the last call
-    calls: Sequence[CallRecord]
-    prompt_tokens_prefilled: int
-    cached_tokens: int
-    preemptions: int
-    kv_usage: Sequence[tuple[float, float]]  # (seconds, share of blocks in use)
 
 
 _NO_ANSWER = (aiohttp.ClientError, OSError, TimeoutError)
@@ -107,17 +88,15 @@ class _Load:
                 sampler.cancel()
             await self._read_metrics()
         arrived, took = zip(*(task.result() for task in tasks), strict=True)
-        readings = [(at, Reading.of(text)) for at, text in self._metrics]
+        readings = [(at, totals(text)) for at, text in self._metrics]
         (_, before), (_, after) = readings[0], readings[-1]
         return Traffic(
             duration=duration,
             arrivals=arrived,
             workflows=took,
             calls=sorted(self._records, key=lambda record: (record.workflow, record.call)),
-            prompt_tokens_prefilled=after.prefilled - before.prefilled,
-            cached_tokens=after.cached - before.cached,
-            preemptions=after.preemptions - before.preemptions,
-            kv_usage=[(round(at, 2), round(reading.kv_usage, 4)) for at, reading in readings],
+            kv_usage=[(round(at, 2), round(reading[KV_USAGE], 4)) for at, reading in readings],
+            **{name: int(after[key] - before[key]) for name, key in COUNTERS.items()},
         )
 
     def _now(self) -> float:
@@ -140,11 +119,7 @@ class _Load:
         call = workflow.calls[index]
         for earlier in sorted(call.waits_for):
             await outputs[earlier]
-        prompt = [
-            token
-            for piece in call.prompt
-            for token in (outputs[piece.call].result() if isinstance(piece, Output) else piece)
-        ]
+        prompt = workflow.prompt(index, lambda earlier: outputs[earlier].result())
         record = CallRecord(number, index, self._models[call.role % len(self._models)], self._now(), len(prompt))
         try:
             generated = await self._ask(record, prompt, call.output_tokens)
@@ -210,3 +185,21 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
                 return
             if data:
                 yield json.loads(data)
+
+
+def totals(metrics: str) -> dict[tuple[str, str], float]:
+    """Of the text of ``/metrics``, engines together: values by name and source.
+
+    Raises:
+        CallFailed: what we read is not in it.
+    """
+    values: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            key = sample.name, sample.labels.get("source", "")
+            values[key] = values.get(key, 0.0) + sample.value
+    if missing := {*COUNTERS.values(), KV_USAGE} - values.keys():
+        raise CallFailed(
+            f"The server's /metrics has no {' '.join(min(missing)).strip()}; serve with vLLM 0.31 or 0.32."
+        )
+    return values

@@ -1,25 +1,57 @@
-"""Raw results in a file of JSON lines: the settings first, then one line for each finished run.
+"""Raw results in a gzipped file of JSON lines: the settings first, then one line for each finished run.
 
-An interrupted command resumes. Settings that give a finished run another meaning are refused. A file that has been
-compressed (``runs.jsonl.gz``) is read as well, and unpacked with the next run.
+An interrupted command resumes. Settings that give a finished run another meaning are refused.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from icarus import atomic
-from icarus.bench.agents.load import CallRecord, Traffic
 from icarus.bench.agents.plan import Unit
 from icarus.errors import InputError
 
+FILE = "runs.jsonl.gz"
+"""In the folder that a command writes to."""
+
 GRID = {"systems", "models", "workloads", "rates", "repeats", "start_seconds"}
 """Settings that only say how many runs there are; they may change between commands that write into one file."""
+
+
+@dataclass
+class CallRecord:
+    """One call as the client saw it. Times in seconds; ``start`` counts from the start of the run."""
+
+    workflow: int
+    call: int
+    model: str
+    start: float
+    prompt_tokens: int
+    ttft: float = 0.0  # until the first generated token
+    latency: float = 0.0  # until the last
+    itls: list[float] = field(default_factory=list)  # between the chunks of the stream
+    output_tokens: int = 0
+    cached_tokens: int = 0  # as the server counts them in ``usage``
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a run gave; times in seconds since its start, latencies of workflows since their arrival."""
+
+    duration: float  # from the first arrival to the end of the last call
+    arrivals: Sequence[float]  # as they happened
+    workflows: Sequence[float]  # from arrival to the end of the last call
+    calls: Sequence[CallRecord]
+    prompt_tokens_prefilled: int
+    cached_tokens: int
+    preemptions: int
+    kv_usage: Sequence[tuple[float, float]]  # (seconds, share of blocks in use)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +65,11 @@ class Run(Traffic):
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """From a line of the file. Raises TypeError and KeyError for one of another shape."""
+        """From a line of the file.
+
+        Raises:
+            KeyError, TypeError: it has another shape.
+        """
         calls = [CallRecord(**call) for call in record["calls"]]
         return cls(**{**record, "unit": Unit(**record["unit"]), "calls": calls})
 
@@ -51,7 +87,7 @@ class Records:
         self.runs: list[Run] = []
         self._settings = {key: value for key, value in settings.items() if key not in GRID}
         try:
-            before, self.runs = _parsed(file)
+            before, self.runs = read(file)
         except (FileNotFoundError, NotADirectoryError):
             self._start()
             return
@@ -81,29 +117,21 @@ class Records:
 
     def _write(self) -> None:
         lines: list[dict[str, Any]] = [{"settings": self._settings}, *map(asdict, self.runs)]
-        atomic.write_text(self.file, "".join(f"{json.dumps(line)}\n" for line in lines))
-        _packed(self.file).unlink(missing_ok=True)
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        atomic.write_bytes(self.file, gzip.compress(text.encode(), mtime=0))
 
 
-def read(file: Path) -> list[Run]:
-    """The runs of a file, or of ``FILE.gz`` in its place.
+def read(file: Path) -> tuple[dict[str, Any], list[Run]]:
+    """The settings and the runs of a file.
 
     Raises:
-        OSError: there is neither.
+        OSError: there is none.
         ValueError, KeyError, TypeError: it holds something else.
     """
-    return _parsed(file)[1]
-
-
-def _parsed(file: Path) -> tuple[dict[str, Any], list[Run]]:
-    if _packed(file).exists() and not file.exists():
-        text = gzip.decompress(_packed(file).read_bytes()).decode()
-    else:
-        text = file.read_text(encoding="utf-8")
-    head, *lines = [json.loads(line) for line in text.splitlines()]
+    content = file.read_bytes()
+    try:
+        head, *lines = [json.loads(line) for line in gzip.decompress(content).splitlines()]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from error
     settings: dict[str, Any] = head["settings"]
     return settings, [Run.from_json(line) for line in lines]
-
-
-def _packed(file: Path) -> Path:
-    return file.with_name(file.name + ".gz")

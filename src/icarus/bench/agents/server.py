@@ -19,7 +19,6 @@ from typing import Self
 
 import psutil
 
-from icarus.bench.logs import last_lines
 from icarus.bench.measure import peak_bytes
 from icarus.errors import IcarusError
 
@@ -68,15 +67,15 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def check(self, patience: float = 0.0) -> None:
-        """Wait for its end for as long, in seconds.
+    def check(self, timeout_s: float = 0.0) -> None:
+        """Wait for its end for that long.
 
         Raises:
             ServerFailed: it has ended.
         """
         with suppress(subprocess.TimeoutExpired):
             if self._process:
-                status = self._process.wait(patience)
+                status = self._process.wait(timeout_s)
                 raise ServerFailed(f"The server ended by itself with status {status}. {last_lines(self.log)}")
 
     def peak_bytes(self) -> int:
@@ -103,6 +102,12 @@ class Server:
                 return
             time.sleep(0.25)
         raise ServerFailed(f"The server was not healthy after {self.start_seconds:.0f} s. {last_lines(self.log)}")
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The last lines of a log, as a part of a message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+    return "\n  ".join([f"The last lines of {log}:", *lines])
 
 
 def _group(pid: int) -> int | None:

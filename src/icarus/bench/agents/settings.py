@@ -22,8 +22,8 @@ BUDGETS = (TIGHT, ROOMY)
 _LEAST = {"seed": -math.inf, "system_tokens": 0}  # of integers; else 1
 
 
-PROFILES = ("cpu", "gpu")
-"""Settings to start from: the defaults, or a file of ``profiles/``."""
+PROFILES = ("cpu", "quick", "gpu")
+"""Settings to start from: the defaults, or a file of ``profiles/``. ``quick`` is a part of ``cpu``."""
 
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -36,7 +36,11 @@ def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> An
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that a run depends on. Raises InputError for a value that its field does not take."""
+    """All that a run depends on.
+
+    Raises:
+        InputError: a field does not take its value.
+    """
 
     _argument_group_name: ClassVar[str] = "settings"  # where --help has them
     base: str = setting("smollm2-135m-instruct", "hub id, folder or packaged model")
@@ -114,7 +118,7 @@ def _check(flag: str, value: Any, kind: type, choices: Sequence[str] | None, lea
 
 
 def profile(name: str) -> dict[str, Any]:
-    """The settings of a profile that are not the defaults; ``quick`` is a part of ``cpu``."""
+    """The settings of a profile that are not the defaults."""
     return {} if name == "cpu" else read(Path(__file__).with_name("profiles") / f"{name}.yaml")
 
 

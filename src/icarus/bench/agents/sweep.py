@@ -18,16 +18,12 @@ from icarus import base_model
 from icarus.bench import checkpoints, measure
 from icarus.bench.agents import load, plan, systems, trajectories, workloads
 from icarus.bench.agents.plan import Requests, Unit
-from icarus.bench.agents.records import Records, Run
-from icarus.bench.agents.server import Server, ServerFailed
+from icarus.bench.agents.records import FILE, Records, Run
+from icarus.bench.agents.server import Server, ServerFailed, last_lines
 from icarus.bench.agents.settings import Settings
-from icarus.bench.agents.systems import ServerKind
+from icarus.bench.agents.systems import ADAPTERS, ServerKind
 from icarus.bench.agents.workloads import Trajectory
-from icarus.bench.logs import last_lines
 from icarus.errors import IcarusError, InputError
-
-RUNS = "runs.jsonl"
-"""In the folder that a command writes to."""
 
 
 class Sweep:
@@ -41,14 +37,16 @@ class Sweep:
         """
         self.settings, self.output, self.scratch = settings, output, scratch
         self.base = _base(settings, scratch)
-        self.requests = Requests(settings, checkpoints.vocabulary(self.base), _trajectories(settings, self.base))
+        self.requests = Requests(
+            settings, checkpoints.text_config(self.base).vocab_size, _trajectories(settings, self.base)
+        )
         self._check_lengths()
         self.kv_tokens = plan.budgets(self.requests)
         self.protocol = self._protocol()
         machine = {key: self.protocol["machine"][key] for key in ("cpu", "cores", "vllm", "environment")}
         recorded = settings.trajectories and hashlib.sha256(Path(settings.trajectories).read_bytes()).hexdigest()
         meaning = {**settings.as_dict(), "kv_tokens": self.kv_tokens, "trajectories_sha256": recorded, **machine}
-        self.records = Records(output / RUNS, meaning)
+        self.records = Records(output / FILE, meaning)
 
     def measure(self) -> list[str]:
         """Take all runs that are not finished; returns a message for each server that failed."""
@@ -57,7 +55,8 @@ class Sweep:
         print(f"{len(units)} runs, {len(units) - len(todo)} of them measured before", flush=True)
         if not todo:
             return []
-        s, kinds = self.settings, systems.needed_adapters(self.settings.systems)
+        s = self.settings
+        kinds = sorted({ADAPTERS[name] for name in s.systems if name in ADAPTERS})
         print(f"making adapters: {', '.join(kinds)}", flush=True)
         checkpoints.make_adapters(self.base, self.scratch / "adapters", kinds, s.most_models, s.rank, s.seed)
         failures = []
@@ -81,7 +80,7 @@ class Sweep:
                 for unit in units:
                     self._take(server, kind, unit)
             except load.CallFailed as error:
-                server.check(patience=5.0)  # if it ended, that is what to say
+                server.check(timeout_s=5.0)  # if it ended, that is what to say
                 raise load.CallFailed(f"{error} {last_lines(server.log)}") from error
 
     def _warm_up(self, server: Server, kind: ServerKind) -> None:
@@ -157,7 +156,8 @@ def _trajectories(settings: Settings, base: Path) -> list[Trajectory]:
         Path(settings.trajectories),
         lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
         limit=max(settings.workflows, *map(settings.arriving, settings.rates)) * settings.repeats,
-        longest=settings.max_model_len - settings.output_tokens,
+        longest=settings.max_model_len,
+        reflection=settings.output_tokens,
     )
 
 

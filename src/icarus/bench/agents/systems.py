@@ -14,7 +14,6 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +91,3 @@ def start(kind: ServerKind, settings: Settings, base: Path, adapters: Path, log:
     kv_bytes = kind.kv_tokens * checkpoints.kv_bytes_per_token(base, settings.dtype)
     words = command(kind, settings, base, adapters, port)
     return Server(words, environment(kind, kv_bytes), port, log, settings.start_seconds)
-
-
-def needed_adapters(systems: Sequence[str]) -> list[str]:
-    """The kinds of adapters that these systems serve."""
-    return sorted({ADAPTERS[system] for system in systems if system in ADAPTERS})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from icarus.bench import measure
 from icarus.bench.agents.plan import Place
 from icarus.bench.agents.report import PAPER, Gain, Protocol, Report, Row, Speedup
 from icarus.bench.agents.settings import TIGHT
@@ -18,15 +17,8 @@ _PLACE = ("workload", "KV budget", "models", "workflows/s arriving")
 
 
 def show(report: Report) -> None:
-    """Every gain over conventional on the terminal, and the headline."""
-    peers = sorted((gain for gain in report.gains if gain.over == "conventional"), key=_order)
-    if peers:
-        rows = [(*_place(gain), _times(gain.throughput), _times(gain.p95)) for gain in peers]
-        measure.show("ICaRus over conventional models", (*_PLACE, "throughput", "P95 latency"), rows)
-    for speedup in report.by_models:
-        at = f", P95 {_times(speedup.p95)} lower at {speedup.p95_at_rate:g} workflows/s" if speedup.p95 else ""
-        throughput = f"{_times(speedup.throughput)} the throughput all at once"
-        print(f"N={speedup.models}, {speedup.budget}: {throughput}{at}")
+    """The gains over conventional on the terminal."""
+    print("\n".join(["ICaRus over conventional models.", _EXPLAINED, *_speedups(report.by_models)]))
 
 
 def markdown(report: Report, pictures: Sequence[str]) -> str:

@@ -10,31 +10,27 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from icarus.bench.agents.workloads import Step, Tokens, Trajectory
+from icarus.bench.agents.workloads import Tokens, Trajectory, replay
 from icarus.errors import InputError
 
 Encode = Callable[[str], Tokens]
 
 
-def read(file: Path, encode: Encode, limit: int, longest: int) -> list[Trajectory]:
-    """The first ``limit`` runs of up to ``longest`` tokens with at least one step.
+def read(file: Path, encode: Encode, limit: int, longest: int, reflection: int) -> list[Trajectory]:
+    """The first ``limit`` runs with at least one step and, a reflection included, up to ``longest`` tokens.
 
     Raises:
         InputError: the file cannot be read, a line has another shape, or no run fits.
     """
-    fitting: list[Trajectory] = []
-    for number, line in _lines(file):
-        trajectory = _trajectory(line, encode, f"{file}, line {number}")
-        if trajectory.steps and _length(trajectory) <= longest:
-            fitting.append(trajectory)
-        if len(fitting) == limit:
-            break
-    if not fitting:
+    read = (_trajectory(line, encode, f"{file}, line {number}") for number, line in _lines(file))
+    fitting = (run for run in read if run.steps and replay(run, reflection).longest <= longest)
+    if not (runs := [*islice(fitting, limit)]):
         raise InputError(f"{file} has no run with steps of up to {longest} tokens; give another --trajectories.")
-    return fitting
+    return runs
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -47,24 +43,15 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _trajectory(line: str, encode: Encode, place: str) -> Trajectory:
+    def text(step: dict[str, Any], *fields: str) -> Tokens:
+        words = " ".join(str(step[field]) for field in fields if step.get(field))
+        return encode(words + "\n") if words else ()
+
     try:
         run = json.loads(line)
-        steps = tuple(_step(step, encode) for step in run["steps"])
+        steps = [(text(s, "thought"), text(s, "action", "argument"), text(s, "observation")) for s in run["steps"]]
         parts = [run.get("system"), *(run.get("reflections") or ()), run["question"]]
         prompt = "\n".join(part for part in parts if part)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: no run with 'question' and 'steps' ({type(error).__name__}: {error}).") from error
     return Trajectory(encode(prompt + "\n"), steps)
-
-
-def _step(step: dict[str, Any], encode: Encode) -> Step:
-    def text(*fields: str) -> Tokens:
-        words = " ".join(str(step[field]) for field in fields if step.get(field))
-        return encode(words + "\n") if words else ()
-
-    return Step(text("thought"), text("action", "argument"), text("observation"))
-
-
-def _length(trajectory: Trajectory) -> int:
-    steps = sum(len(step.thought) + len(step.action) + len(step.observation) for step in trajectory.steps)
-    return len(trajectory.prompt) + steps

@@ -3,14 +3,6 @@
 A call waits for the calls whose output its prompt holds (and for those in ``after``), so a workflow is a closed loop;
 the load generator decides when a workflow starts. Outputs have fixed lengths. Texts are random token ids: what
 a system does with a prompt depends on its length and on the prefixes that it shares, not on what it says.
-
-    react               specialists take turns on one growing trajectory: thought and action, then an observation
-    reflexion           attempt, evaluate, reflect, and again with the reflections as memory
-    plan-act-reflect    each step is planned by one role and worded by another; the last reflects (``--trajectories``
-                        gives recorded texts and lengths)
-    fan-out             specialists answer one document, all at once
-    control             a chain of calls that share no text: no cache can help
-    writing             short prompts and long outputs, nothing shared: where a second row per token can only cost
 """
 
 from __future__ import annotations
@@ -18,10 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from icarus.bench.agents.settings import Settings
 
 Tokens = tuple[int, ...]
+Token = TypeVar("Token")
 
 
 @dataclass(frozen=True)
@@ -55,34 +49,33 @@ class Workflow:
 
     calls: tuple[Call, ...]
 
-    def prompt_tokens(self, index: int) -> int:
-        """Length of a call's prompt."""
-        return sum(
-            self.calls[piece.call].output_tokens if isinstance(piece, Output) else len(piece)
-            for piece in self.calls[index].prompt
-        )
+    def prompt(self, index: int, generated: Callable[[int], Sequence[Token]]) -> list[int | Token]:
+        """The tokens of a call's prompt; ``generated`` gives those of an earlier call's output."""
+        prompt: list[int | Token] = []
+        for piece in self.calls[index].prompt:
+            prompt += generated(piece.call) if isinstance(piece, Output) else piece
+        return prompt
+
+    def context(self, index: int) -> list[object]:
+        """The tokens of a call's prompt and output; what models generate is told apart, but not known."""
+
+        def generated(call: int) -> list[object]:
+            return [(id(self), call, place) for place in range(self.calls[call].output_tokens)]
+
+        return self.prompt(index, generated) + generated(index)
 
     @property
     def longest(self) -> int:
         """The most tokens that a call has in its context, its output among them."""
-        return max(self.prompt_tokens(index) + call.output_tokens for index, call in enumerate(self.calls))
-
-
-@dataclass(frozen=True)
-class Step:
-    """One recorded step of a trajectory: what was thought, what was done, what came back."""
-
-    thought: Tokens
-    action: Tokens
-    observation: Tokens
+        return max(len(self.context(index)) for index in range(len(self.calls)))
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A recorded run: its question behind the instructions, and its steps."""
+    """A recorded run: its question behind the instructions, and its steps: thought, action and observation."""
 
     prompt: Tokens
-    steps: tuple[Step, ...]
+    steps: Sequence[tuple[Tokens, Tokens, Tokens]]
 
 
 class Text:
@@ -127,8 +120,8 @@ def reflexion(text: Text, system: Tokens, sizes: Settings) -> Workflow:
 
 def plan_act_reflect(text: Text, system: Tokens, sizes: Settings) -> Workflow:
     """Pairs of calls (plan, act) and an observation behind each; the last call reflects."""
-    lengths = sizes.output_tokens, sizes.output_tokens, sizes.observation_tokens
-    steps = tuple(Step(*map(text, lengths)) for _ in range((sizes.turns - 1) // 2))
+    output, observation = sizes.output_tokens, sizes.observation_tokens
+    steps = [(text(output), text(output), text(observation)) for _ in range((sizes.turns - 1) // 2)]
     return replay(Trajectory(system + text(sizes.task_tokens), steps), sizes.output_tokens)
 
 
@@ -139,12 +132,12 @@ def replay(trajectory: Trajectory, reflection: int) -> Workflow:
     """
     prompt: tuple[Piece, ...] = (trajectory.prompt,)
     calls: list[Call] = []
-    for number, step in enumerate(trajectory.steps):
-        for place, recorded in enumerate((step.thought, step.action)):
+    for number, (thought, action, observation) in enumerate(trajectory.steps):
+        for place, recorded in enumerate((thought, action)):
             if recorded:
                 calls.append(Call(2 * number + place, prompt, len(recorded)))
                 prompt = (*prompt, Output(len(calls) - 1))
-        prompt = (*prompt, step.observation) if step.observation else prompt
+        prompt = (*prompt, observation)
     calls.append(Call(2 * len(trajectory.steps), prompt, reflection))
     return Workflow(tuple(calls))
 
@@ -216,22 +209,11 @@ def working_set(workflows: Iterable[Workflow], models: int, block: int, *, share
     to their end, as vLLM's prefix cache does.
     """
     blocks = set()
-    for number, workflow in enumerate(workflows):
+    for workflow in workflows:
         for index, call in enumerate(workflow.calls):
             owner = None if shared else call.role % models
-            key: int = hash(owner)
-            tokens = [*_symbols(number, workflow, call.prompt), *_generated(number, workflow, index)]
+            key, tokens = hash(owner), workflow.context(index)
             for start in range(0, len(tokens), block):
-                key = hash((key, tuple(tokens[start : start + block])))
-                blocks.add((owner, key))
+                key = hash((key, *tokens[start : start + block]))
+                blocks.add(key)
     return len(blocks) * block
-
-
-def _symbols(number: int, workflow: Workflow, prompt: Iterable[Piece]) -> Iterable[object]:
-    for piece in prompt:
-        yield from _generated(number, workflow, piece.call) if isinstance(piece, Output) else piece
-
-
-def _generated(number: int, workflow: Workflow, call: int) -> Iterable[object]:
-    """Stands for tokens that are known only when a model has generated them."""
-    return ((number, call, place) for place in range(workflow.calls[call].output_tokens))
