@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,7 @@ OF_OTHERS = {"lora/ops/torch_ops/lora_ops.py", "vllm/config/vllm.py", "vllm/lora
 OF_OTHERS |= {"vllm/v1/worker/gpu_model_runner.py"}  # all of vLLM
 
 _FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:^ {4}.*\n?)+", re.MULTILINE)
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
@@ -134,10 +140,38 @@ def test_the_picture_shows_what_is_there() -> None:
 # ------------------------------------------------------------------------------------------- commands
 
 
+def code(text: str) -> str:
+    """All code of a page: fenced, indented and within a line; a line that goes on behind a backslash is one."""
+    blocks = _FENCED.findall(text) + _INDENTED.findall(_FENCED.sub("", text)) + quoted(text)
+    return re.sub(r"\\\n\s*", " ", "\n".join(blocks))
+
+
 def commands(text: str, program: str) -> set[str]:
     """The words behind a program's name, in code."""
-    code = "\n".join(_FENCED.findall(text) + quoted(text))
-    return set(re.findall(rf"(?<!from )(?<![\w.-]){program} ([a-z][a-z-]*)(?![\w=.])", code, re.MULTILINE))
+    return set(re.findall(rf"(?<!from )(?<![\w.-]){program} ([a-z][a-z-]*)(?![\w=.])", code(text), re.MULTILINE))
+
+
+def flags(text: str) -> dict[str, set[str]]:
+    """The flags that stand behind ``icarus COMMAND``, in code, by command."""
+    by_command: dict[str, set[str]] = {}
+    for command, words in re.findall(r"(?<![\w.-])icarus ((?:bench )?[a-z][a-z-]*)(.*)", code(text)):
+        own = re.split(r" # |[|;&]", words)[0]
+        by_command.setdefault(command, set()).update(re.findall(r"(?<!\S)--[a-z][\w-]*", own))
+    return {command: names for command, names in by_command.items() if names}
+
+
+@cache
+def help_of(command: str) -> str:
+    """What ``icarus COMMAND --help`` prints."""
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        assert cli.main([*command.split(), "--help"]) == 0
+    return printed.getvalue()
+
+
+def unknown_flags(text: str) -> list[str]:
+    """Flags that a page gives to a command that has none of that name."""
+    named = [(command, flag) for command, names in flags(text).items() for flag in sorted(names)]
+    return [f"{command} {flag}" for command, flag in named if not re.search(rf"{flag}(?![\w-])", help_of(command))]
 
 
 @pytest.mark.parametrize("page", LIVING, ids=[str(page.relative_to(ROOT)) for page in LIVING])
@@ -151,12 +185,38 @@ def test_commands_on_a_page_are_there(page: Path) -> None:
     assert commands(text, "make") <= {*targets}
 
 
+@pytest.mark.parametrize("page", LIVING, ids=[str(page.relative_to(ROOT)) for page in LIVING])
+def test_flags_of_commands_on_a_page_are_there(page: Path) -> None:
+    assert unknown_flags(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_flag_is_seen() -> None:
+    page = "Text:\n\n    icarus bench agents --quick \\\n        --quack=1 # --comment\n\n"
+    page += "`icarus verify DIR --bas`, --prose\n"
+    page += "```\nicarus verify DIR --base BASE | grep --count x\n```\n"
+    assert flags(page) == {"bench agents": {"--quick", "--quack"}, "verify": {"--bas", "--base"}}
+    assert unknown_flags(page) == ["verify --bas", "bench agents --quack"]
+
+
 def test_a_command_is_seen() -> None:
     page = "```\nicarus serve BASE\nbin/icarus bench agents --quick\nmake test-fast\n```\n"
-    page += "`icarus verify DIR`, icarus flies\n```python\nfrom icarus import adapter\nimport icarus\n```\n"
-    assert commands(page, "icarus") == {"serve", "bench", "verify"}
+    page += "`icarus verify DIR`, icarus flies\n\n    icarus train --base BASE\n\n"
+    page += "```python\nfrom icarus import adapter\nimport icarus\n```\n"
+    assert commands(page, "icarus") == {"serve", "bench", "verify", "train"}
     assert commands(page, "icarus bench") == {"agents"}
     assert commands(page, "make") == {"test-fast"}
+
+
+# ------------------------------------------------------------------------------------------- programs
+
+
+def test_the_front_pages_python_prints_what_it_says() -> None:
+    """On the packaged model, which takes a minute to unpack where no command has done so."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (place,) = (place for place, (language, _) in enumerate(blocks) if language == "python")
+    program, printed = blocks[place][1], blocks[place + 1][1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
 
 
 # ------------------------------------------------------------------------------------------- decisions

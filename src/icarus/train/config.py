@@ -99,7 +99,8 @@ def _parser() -> Any:
     return parser(
         (TrainConfig, IcarusSFTConfig),
         prog="icarus train",
-        epilog="--json FILE writes the figures as JSON (- prints them as the last line); --debug shows tracebacks.",
+        epilog="--config FILE has settings as YAML; flags win; --json FILE writes the figures as JSON (- prints "
+        "them as the last line); --debug shows tracebacks.",
     )
 
 
