@@ -129,9 +129,9 @@ def marker(**fields: Any) -> Damage:
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
     def damage(directory: Path) -> None:
         file = directory / "adapter_model.safetensors"
-        found = load_file(file)
-        change(found)
-        save_file(found, file)
+        stored = load_file(file)
+        change(stored)
+        save_file(stored, file)
 
     return damage
 
@@ -140,19 +140,19 @@ def both(*damages: Damage) -> Damage:
     return lambda directory: [damage(directory) for damage in damages]
 
 
-def kv_tensors(found: dict[str, Tensor]) -> None:
-    found[O_PROJ.replace("o_proj", "k_proj") + ".lora_A.weight"] = torch.zeros(4, 32)
-    found[O_PROJ.replace("o_proj", "k_proj") + ".lora_B.weight"] = torch.zeros(16, 4)
+def kv_tensors(stored: dict[str, Tensor]) -> None:
+    stored[O_PROJ.replace("o_proj", "k_proj") + ".lora_A.weight"] = torch.zeros(4, 32)
+    stored[O_PROJ.replace("o_proj", "k_proj") + ".lora_B.weight"] = torch.zeros(16, 4)
 
 
-def rank_of_o_proj(found: dict[str, Tensor]) -> None:
-    found[f"{O_PROJ}.lora_A.weight"] = torch.zeros(3, 32)
-    found[f"{O_PROJ}.lora_B.weight"] = torch.zeros(32, 3)
+def rank_of_o_proj(stored: dict[str, Tensor]) -> None:
+    stored[f"{O_PROJ}.lora_A.weight"] = torch.zeros(3, 32)
+    stored[f"{O_PROJ}.lora_B.weight"] = torch.zeros(32, 3)
 
 
 def poison(value: float) -> Callable[[dict[str, Tensor]], None]:
-    def change(found: dict[str, Tensor]) -> None:
-        found[f"{O_PROJ}.lora_A.weight"][1, 2] = value
+    def change(stored: dict[str, Tensor]) -> None:
+        stored[f"{O_PROJ}.lora_A.weight"][1, 2] = value
 
     return change
 
@@ -192,8 +192,8 @@ def huge_rank(directory: Path) -> None:
     setting(r=rank, target_modules=["layers.0.self_attn.o_proj"])(directory)
 
 
-def two_lines(found: dict[str, Tensor]) -> None:
-    found["x\nicarus: all is well"] = torch.ones(2)
+def two_lines(stored: dict[str, Tensor]) -> None:
+    stored["x\nicarus: all is well"] = torch.ones(2)
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -284,35 +284,35 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-def rename(found: dict[str, Tensor], old: str, new: str) -> None:
-    renamed = {name.replace(old, new): tensor for name, tensor in found.items()}
-    found.clear()
-    found.update(renamed)
+def rename(stored: dict[str, Tensor], old: str, new: str) -> None:
+    renamed = {name.replace(old, new): tensor for name, tensor in stored.items()}
+    stored.clear()
+    stored.update(renamed)
 
 
-def resize(found: dict[str, Tensor]) -> None:
-    found[f"{O_PROJ}.lora_A.weight"] = torch.zeros(4, 16)
+def resize(stored: dict[str, Tensor]) -> None:
+    stored[f"{O_PROJ}.lora_A.weight"] = torch.zeros(4, 16)
 
 
-def drop_module(found: dict[str, Tensor]) -> None:
-    del found[f"{O_PROJ}.lora_A.weight"], found[f"{O_PROJ}.lora_B.weight"]
+def drop_module(stored: dict[str, Tensor]) -> None:
+    del stored[f"{O_PROJ}.lora_A.weight"], stored[f"{O_PROJ}.lora_B.weight"]
 
 
-def add_layer(found: dict[str, Tensor]) -> None:
+def add_layer(stored: dict[str, Tensor]) -> None:
     for half in "AB":
-        found[O_PROJ.replace("0", "7") + f".lora_{half}.weight"] = found[f"{O_PROJ}.lora_{half}.weight"].clone()
+        stored[O_PROJ.replace("0", "7") + f".lora_{half}.weight"] = stored[f"{O_PROJ}.lora_{half}.weight"].clone()
 
 
 # What a server is offered as a conventional adapter, and what it says.
 CONVENTIONAL_DAMAGES: dict[str, tuple[Damage, str]] = {
-    "nan": (tensors(lambda found: next(iter(found.values())).fill_(float("nan"))), "holds NaN or infinity"),
+    "nan": (tensors(lambda stored: next(iter(stored.values())).fill_(float("nan"))), "holds NaN or infinity"),
     "dora": (setting(use_dora=True), "use_dora is set"),
     "saved modules": (setting(modules_to_save=["lm_head"]), "modules_to_save is"),
     "no alpha": (edit(lambda config: config.pop("lora_alpha")), "lora_alpha is None"),
     "empty file": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "is truncated"),
     "rank above r": (setting(r=2), r"has rank \d and the config says 2"),
     "another prefix": (
-        tensors(lambda found: rename(found, "base_model.model.", "base_model.model.language_model.")),
+        tensors(lambda stored: rename(stored, "base_model.model.", "base_model.model.language_model.")),
         "which the base model lacks",
     ),
 }

@@ -14,10 +14,10 @@ from icarus.errors import InputError
 
 
 def parser(**options: Any) -> arguments.Parser:
-    made = arguments.Parser(prog="icarus run", **options)
-    made.add_argument("--rank", type=arguments.positive_int)
-    made.add_argument("--adapters", nargs="+", action=arguments.NamedPaths, default={})
-    return made
+    result = arguments.Parser(prog="icarus run", **options)
+    result.add_argument("--rank", type=arguments.positive_int)
+    result.add_argument("--adapters", nargs="+", action=arguments.NamedPaths, default={})
+    return result
 
 
 @pytest.mark.parametrize("word", ["0", "-1", "1.5", "two", "", "²"])

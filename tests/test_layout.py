@@ -69,33 +69,33 @@ def is_module(path: str) -> bool:
 
 
 def violations(root: Path) -> list[str]:
-    found = []
+    broken = []
     for path in sorted(root.rglob("*.py")):
         module = module_of(path, root)
         part = module.split(".")[0]
         if VAGUE & set(module.split(".")):
-            found.append(f"{module}: a vague name")
+            broken.append(f"{module}: a vague name")
         if part not in HEIGHT:
-            found.append(f"{module}: in no level of this test")
+            broken.append(f"{module}: in no level of this test")
             continue
         for name in imported(path, root):
             top, _, rest = name.partition(".")
             target = rest.split(".")[0]
             if top in ONLY_IN and part not in ONLY_IN[top]:
-                found.append(f"{module} imports {top}")
+                broken.append(f"{module} imports {top}")
             if top == "icarus" and target in DOORS and target != part and is_module(rest.replace(".", "/")):
-                found.append(f"{module} imports {name}, and not its door")
+                broken.append(f"{module} imports {name}, and not its door")
             if top == "icarus" and target == "vllm" and part != "vllm":  # cli names its module and imports it late
-                found.append(f"{module} imports {name}")
+                broken.append(f"{module} imports {name}")
             if (
                 name.endswith(("huggingface_hub.snapshot_download", "huggingface_hub.hf_hub_download"))
                 and part != "hub"
             ):
-                found.append(f"{module} imports {name}, and hub.py is what downloads")
+                broken.append(f"{module} imports {name}, and hub.py is what downloads")
             above = target != part and HEIGHT.get(target, HEIGHT[""]) >= HEIGHT[part]
             if top == "icarus" and (above or (part == "vllm" and room(rest) > room(module))):
-                found.append(f"{module} imports {name}")
-    return found
+                broken.append(f"{module} imports {name}")
+    return broken
 
 
 def test_imports_go_one_way() -> None:
@@ -105,7 +105,7 @@ def test_imports_go_one_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "found"),
+    ("file", "line", "message"),
     [
         ("errors.py", "from icarus import streams", "errors imports icarus.streams"),
         ("adapter/checks.py", "from icarus import lora", "adapter.checks imports icarus.lora"),
@@ -147,11 +147,11 @@ def test_imports_go_one_way() -> None:
         ("new.py", "", "new: in no level of this test"),
     ],
 )
-def test_a_planted_violation_is_found(file: str, line: str, found: str, tmp_path: Path) -> None:
+def test_a_planted_violation_is_found(file: str, line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(line)
-    assert found in violations(tmp_path)
+    assert message in violations(tmp_path)
 
 
 def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:

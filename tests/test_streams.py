@@ -130,18 +130,18 @@ def test_without_adapter_both_streams_are_the_base_model(family: str, attention:
 
 def _assert_kv_is_the_bases(streams: TwoStreams, base: Any, parallel: bool) -> None:
     """Two adapters take turns; the base model replays their tokens in passes of the same shapes."""
-    ids, cache, past, made = tokens(1, 20), EncoderCache(), DynamicCache(), []
+    ids, cache, past, predicted = tokens(1, 20), EncoderCache(), DynamicCache(), []
     with torch.no_grad():
         streams.encode(ids, cache)
         token = ids[:, -1:]
         for speaker in ("one", "one", "two", "one", "two"):
             logits, _ = streams.step(token, cache, speaker, parallel=parallel)
-            made.append(token)
+            predicted.append(token)
             token = logits.argmax(-1, keepdim=True)
         base(ids, past_key_values=past)
         if parallel:
             past.batch_repeat_interleave(2)
-        for token in made:
+        for token in predicted:
             base(token.expand(1 + parallel, 1), past_key_values=past)
     want = [t[:1] for layer in past.layers for t in (layer.keys, layer.values)]
     if parallel and base.config.model_type == "qwen3_moe":
@@ -753,7 +753,7 @@ def _training_rows(draw: Any) -> Batch:
 
 def _naive(batch: Batch, row: int) -> list[tuple[int, int]]:
     """(predicting position, token) by walking each document by hand."""
-    found, parent_of_branch, last_of_trunk = [], -1, -1
+    labels, parent_of_branch, last_of_trunk = [], -1, -1
     previous = 0
     for at in range(batch.input_ids.shape[1]):
         if batch.document_ids[row, at] < 0:
@@ -765,8 +765,8 @@ def _naive(batch: Batch, row: int) -> list[tuple[int, int]]:
             parent = parent_of_branch if branch == previous else last_of_trunk
         parent_of_branch, previous = at, branch
         if parent >= 0 and batch.labels[row, at] != IGNORED:
-            found.append((parent, int(batch.labels[row, at])))
-    return found
+            labels.append((parent, int(batch.labels[row, at])))
+    return labels
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

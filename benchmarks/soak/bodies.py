@@ -173,7 +173,7 @@ def _status(server: Server, request: Sent) -> int:
 def _alive(server: Server) -> bool:
     """Whether a server answers yet, a little after something went wrong."""
     try:
-        server.check(patience=2)
+        server.check(timeout_s=2)
         return httpx.get(f"{server.url}/health", timeout=SLOW_SECONDS).status_code == 200
     except (ServerFailed, httpx.HTTPError):
         return False

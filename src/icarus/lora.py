@@ -62,7 +62,11 @@ class LoraLayers:
             peft.set_adapter(adapter)
 
     def check_attached(self, adapter: str) -> None:
-        """Raises InputError if the model has no adapter of that name."""
+        """Check that the model has an adapter of that name.
+
+        Raises:
+            InputError: it has none.
+        """
         if adapter not in getattr(unwrapped(self.model), "peft_config", ()):
             raise InputError(f"No adapter named {adapter!r} is attached to the model; load it first.")
 

@@ -95,10 +95,10 @@ def test_damage_is_named(damage: str, good: Path) -> None:
 
 def test_all_problems_are_listed(good: Path) -> None:
     both(setting(use_dora=True), marker(version=7), tensors(poison(float("nan"))), tensors(kv_tensors))(good)
-    found = checks.problems(good)
-    assert len(found) == 4
+    reasons = checks.problems(good)
+    assert len(reasons) == 4
     for word in ("version 7", "use_dora", "NaN", "k_proj"):
-        assert len([problem for problem in found if word in problem]) == 1
+        assert len([problem for problem in reasons if word in problem]) == 1
     with pytest.raises(AdapterError, match=r"version 7.*3 more problems"):
         checks.verify(good)
 

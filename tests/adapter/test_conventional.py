@@ -147,12 +147,12 @@ def test_what_vllm_would_leave_out_or_apply_elsewhere(
 
 @pytest.mark.parametrize("suffix", ["bin", "pt"])
 def test_pickles_are_read_as_vllm_reads_them(suffix: str, good: Path, base_folder: Path) -> None:
-    found = load_file(good / "adapter_model.safetensors")
-    torch.save(found, good / f"adapter_model.{suffix}")
+    stored = load_file(good / "adapter_model.safetensors")
+    torch.save(stored, good / f"adapter_model.{suffix}")
     (good / "adapter_model.safetensors").unlink()
     assert adapter.conventional_problems(good, base_folder) == []
-    found[f"{O_PROJ}.lora_A.weight"][0, 0] = float("inf")
-    torch.save(found, good / f"adapter_model.{suffix}")
+    stored[f"{O_PROJ}.lora_A.weight"][0, 0] = float("inf")
+    torch.save(stored, good / f"adapter_model.{suffix}")
     assert "infinity" in adapter.conventional_problems(good, base_folder)[0]
 
 
@@ -205,9 +205,9 @@ def test_embeddings_and_head(tmp_path: Path, base_folder: Path) -> None:
     tensors(lambda t: t.update(copies))(directory)
     assert adapter.conventional_problems(directory, base_folder) == [], "vLLM skips copies of base weights"
     llama(vocab_size=80).save_pretrained(tmp_path / "larger")
-    found = adapter.conventional_problems(directory, tmp_path / "larger")
-    assert any(r"model.embed_tokens is (64, 32) here and (80, 32) in the base" in problem for problem in found)
-    assert any(r"lm_head is (64, 32) here" in problem for problem in found)
+    reasons = adapter.conventional_problems(directory, tmp_path / "larger")
+    assert any(r"model.embed_tokens is (64, 32) here and (80, 32) in the base" in problem for problem in reasons)
+    assert any(r"lm_head is (64, 32) here" in problem for problem in reasons)
     tensors(lambda t: rename(t, "lora_embedding_A", "lora_A.weight"))(directory)
     assert any("embed_tokens is an embedding" in problem for problem in adapter.conventional_problems(directory))
 
@@ -233,10 +233,10 @@ def test_other_models(build: Callable[[], Any], tmp_path: Path) -> None:
     assert "are missing" in adapter.conventional_problems(directory, tmp_path / "base")[0]
 
 
-def drop_one(found: dict[str, Tensor]) -> None:
-    module = next(iter(found)).rpartition(".lora_")[0]
+def drop_one(stored: dict[str, Tensor]) -> None:
+    module = next(iter(stored)).rpartition(".lora_")[0]
     for half in "AB":
-        del found[f"{module}.lora_{half}.weight"]
+        del stored[f"{module}.lora_{half}.weight"]
 
 
 def test_fused_experts(tmp_path: Path) -> None:

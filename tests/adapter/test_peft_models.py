@@ -265,8 +265,8 @@ def test_patterns_of_ranks_and_alphas(tmp_path: Path) -> None:
             weight.data.normal_()
     directory = adapter.save(peft_model, tmp_path / "adapter")
     stored = load_file(directory / "adapter_model.safetensors")
-    found = {name: len(t) for name, t in stored.items() if "lora_A" in name and ("o_proj" in name or "q_proj" in name)}
-    assert sorted(found.values()) == [2, 3, 4, 6]
+    ranks = {name: len(t) for name, t in stored.items() if "lora_A" in name and ("o_proj" in name or "q_proj" in name)}
+    assert sorted(ranks.values()) == [2, 3, 4, 6]
     info = adapter.verify(directory, llama())
     assert (info.rank, info.patterns) == (6, ("rank_pattern", "alpha_pattern"))
     loaded = adapter.load(llama(), directory)

@@ -32,8 +32,8 @@ def test_targets_match_as_in_peft(targets: Any, exclude: Any, layers: Any, patte
         layers = pattern = None
     fields = {"target_modules": targets, "exclude_modules": exclude}
     fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
-    found = check_target_module_exists(LoraConfig(**fields), module)
-    assert settings.targeted(fields, module) == (bool(found) and not isinstance(found, _ExcludedModule))
+    match = check_target_module_exists(LoraConfig(**fields), module)
+    assert settings.targeted(fields, module) == (bool(match) and not isinstance(match, _ExcludedModule))
 
 
 KEYS = [

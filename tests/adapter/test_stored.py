@@ -24,13 +24,13 @@ TENSORS = {
 
 def test_tensors_are_those_of_the_package(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(save(TENSORS, metadata={"format": "pt"}))
-    found = stored.of_file(tmp_path / "file")
-    assert found.keys() == TENSORS.keys()
+    read = stored.of_file(tmp_path / "file")
+    assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert found[name].shape == tuple(tensor.shape)
-        assert found[name].bytes == tensor.nbytes
-        assert found[name].floating is tensor.is_floating_point()
-        whole = torch.cat([torch.empty(0), *found[name].pieces()])
+        assert read[name].shape == tuple(tensor.shape)
+        assert read[name].bytes == tensor.nbytes
+        assert read[name].floating is tensor.is_floating_point()
+        whole = torch.cat([torch.empty(0), *read[name].pieces()])
         raw = tensor.flatten() if tensor.is_floating_point() else tensor.flatten().view(torch.uint8)
         assert torch.equal(whole, raw.to(whole.dtype))
 
@@ -111,10 +111,10 @@ def test_headers_in_another_encoding_or_too_deep(tmp_path: Path) -> None:
 
 def test_a_file_that_gets_shorter_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(WHOLE)
-    found = stored.of_file(tmp_path / "file")
+    read = stored.of_file(tmp_path / "file")
     (tmp_path / "file").write_bytes(WHOLE[: 8 + LENGTH + 1])
     with pytest.raises(ValueError, match="got shorter"):
-        list(found["a"].pieces())
+        list(read["a"].pieces())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -18,7 +18,11 @@ from icarus.errors import AdapterError, InputError
 from icarus.vllm import abilities
 
 BaseFolder = Callable[[], Path | None]
-"""Gives the folder of the base model's weights, or None where it is unknown yet. Raises InputError."""
+"""Gives the folder of the base model's weights, or None where it is unknown yet.
+
+Raises:
+    InputError: the model is missing or cannot be downloaded.
+"""
 
 
 @dataclass(frozen=True)

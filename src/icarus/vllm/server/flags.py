@@ -46,10 +46,10 @@ def value(words: Sequence[str], name: str, default: str, *short: str) -> str:
 
 
 def number(words: Sequence[str], name: str, default: int, *short: str) -> int:
-    """The same for a whole number.
+    """The same for an integer.
 
     Raises:
-        InputError: it is none.
+        InputError: it is something else.
     """
     text = value(words, name, str(default), *short)
     try:

@@ -92,7 +92,11 @@ def _check(models: Any, request: Any) -> None:
 
 
 def _exists(folder: Path) -> bool:
-    """Raises InputError for what cannot be a folder."""
+    """Whether there is such a folder.
+
+    Raises:
+        InputError: it is a file, or its path cannot be one.
+    """
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file and an adapter is a folder; name the folder that it is in.")

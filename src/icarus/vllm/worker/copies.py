@@ -44,7 +44,11 @@ def digest(folder: Path) -> str:
 
 
 def _opened(file: Path) -> BinaryIO:
-    """A regular file: to open a pipe is to wait for whoever writes to it. Raises OSError."""
+    """A regular file: to open a pipe is to wait for whoever writes to it.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
     handle = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
