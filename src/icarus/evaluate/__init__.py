@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icarus.evaluate.run import Outcome, evaluate
     from icarus.evaluate.sides import Answer, Scored, Side, Sides, TokenRow
+    from icarus.evaluate.task_files import read as read_task
     from icarus.evaluate.tasks import Item, Task
 
 _HOMES = {
@@ -24,12 +25,14 @@ _HOMES = {
     "Task": "tasks",
     "TokenRow": "sides",
     "evaluate": "run",
+    "read_task": "task_files",
 }
 
-__all__ = ["Answer", "Item", "Outcome", "Scored", "Side", "Sides", "Task", "TokenRow", "evaluate"]
+__all__ = ["Answer", "Item", "Outcome", "Scored", "Side", "Sides", "Task", "TokenRow", "evaluate", "read_task"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'icarus.evaluate' has no attribute {name!r}")
-    return getattr(import_module(f"icarus.evaluate.{_HOMES[name]}"), name)
+    module = import_module(f"icarus.evaluate.{_HOMES[name]}")
+    return module.read if name == "read_task" else getattr(module, name)

@@ -78,6 +78,16 @@ CHOICE = "choice"
 """The scorer of items with choices: 1 if the right one is the most likely of them."""
 
 
+def misfit(scorer: str, reference: Any) -> str | None:
+    """What the reference would have to be for this scorer; None if it is."""
+    if scorer == "number":
+        return None if _number(str(reference)) is not None else "a text with a number"
+    if scorer == "function_call":
+        calls = reference if isinstance(reference, list) else [reference]
+        return None if calls and all(isinstance(call, dict) and call for call in calls) else "a list of calls"
+    return None if isinstance(reference, str | int | float) and str(reference).strip() else "a text"
+
+
 # ------------------------------------------------------------------------------------------- what they read
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icarus.errors import InputError
-from icarus.evaluate.scorers import CHOICE, SCORERS, Scorer
+from icarus.evaluate.scorers import CHOICE, SCORERS, Scorer, misfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,13 @@ class Task:
             raise InputError(f"{item.name} has no prompt; give one, or leave the item out.")
         choices = item.row.get("completions")
         if (choices is not None) != (self.scorer == CHOICE):
-            wanted = "choices (completions)" if self.scorer == CHOICE else "one completion"
-            raise InputError(f"{item.name}: scorer {self.scorer!r} needs {wanted}; give the task another scorer.")
+            needed = "choices (completions)" if self.scorer == CHOICE else "one completion"
+            raise InputError(f"{item.name}: scorer {self.scorer!r} needs {needed}; give the task another scorer.")
         if item.reference is None:
             raise InputError(f"{item.name} has no reference to score answers by; give one, or leave the item out.")
         right = item.reference
+        if choices is None and (wanted := misfit(self.scorer, right)):
+            raise InputError(f"{item.name}: scorer {self.scorer!r} needs {wanted} as reference, not {right!r:.80}.")
         if choices is not None and (type(right) is not int or not 0 <= right < len(choices)):
             raise InputError(
                 f"{item.name}: the right choice is {right!r}; give its index, from 0 to {len(choices) - 1}."

@@ -17,9 +17,11 @@ in an Arrow table each message, tool and argument would get the keys of all othe
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,12 +53,21 @@ def read(source: str) -> list[dict[str, Any]]:
     Raises:
         DataError: naming file, line and field.
     """
-    path = Path(source).expanduser()
-    local = path.suffix in {".jsonl", ".json"} or path.exists()
-    rows = list(_checked(_lines(path) if local else _hub_rows(source), source))
+    rows = list(_checked(objects(source), source))
     if not rows:
         raise DataError(f"{source} has no rows; give at least one example.")
     return rows
+
+
+def objects(source: str) -> Iterator[dict[str, Any]]:
+    """The rows as they are, each with its ``LINE``; a file may be packed with gzip.
+
+    Raises:
+        DataError: there is no such file or data set, or a line is no JSON object.
+    """
+    path = Path(source).expanduser()
+    local = path.suffix in {".jsonl", ".json", ".gz"} or path.exists()
+    return _lines(path) if local else _hub_rows(source)
 
 
 def rows_of(dataset: Dataset, source: str = "the data set") -> Iterator[dict[str, Any]]:
@@ -82,7 +93,7 @@ def _checked(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, 
         if not form:
             form = _form(row, source)
             texts = isinstance(row[form[0]], str)
-        _check(row, form, f"{source}:{row[LINE]}")
+        check(row, form, f"{source}:{row[LINE]}")
         if isinstance(row[form[0]], str) != texts:
             raise DataError(
                 f"{source}:{row[LINE]}: field {form[0]!r} must be a text or a list of messages, in every row alike."
@@ -91,21 +102,28 @@ def _checked(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, 
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in _numbered(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number} is not UTF-8 ({error.reason} at byte {error.start + 1}).") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number} is a {type(row).__name__}; each line must be a JSON object.")
+        yield {**row, LINE: number}
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise DataError(f"No data file {path}; give a .jsonl file or a Hub data set as owner/name.")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number} is not UTF-8 ({error.reason} at byte {error.start + 1}).") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}).") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number} is a {type(row).__name__}; each line must be a JSON object.")
-            yield {**row, LINE: number}
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield from enumerate(file, 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({first_line(error)}); copy it again.") from error
 
 
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
@@ -131,7 +149,12 @@ def _form(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
     )
 
 
-def _check(row: Mapping[str, Any], form: Sequence[str], where: str) -> None:
+def check(row: Mapping[str, Any], form: Sequence[str], where: str) -> None:
+    """Refuse a row that lacks one of the fields of ``form``, or has something else there.
+
+    Raises:
+        DataError: naming ``where`` and the field.
+    """
     for name in form:
         if name not in row:
             raise DataError(f"{where}: field {name!r} is missing; every row must have the form of the first.")

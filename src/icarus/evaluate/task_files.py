@@ -1,0 +1,260 @@
+"""Tasks as YAML files: where the rows are, and templates that make items of them.
+
+    data: test.jsonl                    # beside this file, or a Hub data set; gzip is read too
+    prompt:                             # messages, or a text
+      - role: user
+        content: "{{question}}"
+    completion: "{{answer}}"            # what is right; its loss is taken
+    scorer: number
+
+Templates are Jinja's, as in lm-evaluation-harness, with a row's fields as variables. One that is a single
+``{{expression}}`` gives what that is and need not be text: a list of choices, tool descriptions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from icarus.errors import DataError, IcarusError, InputError, first_line
+from icarus.evaluate.scorers import CHOICE
+from icarus.evaluate.tasks import Item, Task
+from icarus.train import data
+
+Row = dict[str, Any]
+
+_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_ALONE = re.compile(r"\s*\{\{((?:(?!\}\}).)*)\}\}\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot:
+    """Solved rows that stand before every question."""
+
+    count: int
+    data: str | None = None
+    """Where they are (default: the first rows of the task's own data, which are then not asked)."""
+    separator: str = "\n\n"
+    """Between texts; messages follow one another as the chat template has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFile:
+    """The keys of a task's file; all but those with a default must be there."""
+
+    data: str
+    prompt: Any
+    """A text, messages, or an expression that gives either."""
+    scorer: str
+    name: str | None = None
+    """Default: the file's name."""
+    completion: Any = None
+    """What follows the prompt if the answer is right."""
+    reference: Any = None
+    """What answers are compared with (default: the completion)."""
+    choices: Any = None
+    """For ``scorer: choice``: texts, or an expression that gives a list of them."""
+    answer: Any = None
+    """The right choice: its index or its text."""
+    tools: Any = None
+    """For the chat template: an expression that gives a list."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    few_shot: FewShot | None = None
+    stop: list[str] = field(default_factory=list)
+    max_new_tokens: int = 256
+
+
+def read(source: str | Path, *, limit: int | None = None) -> Task:
+    """The task of a YAML file, with its first ``limit`` items.
+
+    Raises:
+        InputError: there is no such file, or a key in it is unknown, missing or of the wrong kind.
+        DataError: there are no rows, or an item cannot be made of one; the message names it.
+    """
+    path = Path(source).expanduser()
+    return _task(_parsed(path), path, limit)
+
+
+def _parsed(path: Path) -> TaskFile:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"There is no task file {path} ({error.strerror}); give the YAML file of a task.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no task; give one as key: value on each line.")
+    if isinstance(shots := values.get("few_shot"), dict):
+        values["few_shot"] = _filled(FewShot, shots, f"{path}, few_shot")
+    file: TaskFile = _filled(TaskFile, values, str(path))
+    _check(file, path)
+    return file
+
+
+def _filled(kind: Any, values: Mapping[Any, Any], where: str) -> Any:
+    known = {entry.name: entry for entry in fields(kind)}
+    if unknown := values.keys() - known:
+        raise InputError(
+            f"{where} has an unknown key {min(unknown, key=str)!r}; the known keys are {', '.join(known)}."
+        )
+    needed = [name for name, entry in known.items() if entry.default is entry.default_factory is MISSING]
+    if missing := [name for name in needed if values.get(name) in (None, "")]:
+        raise InputError(f"{where} has no {missing[0]!r}; every task needs {', '.join(needed)}.")
+    return kind(**values)
+
+
+def _check(file: TaskFile, path: Path) -> None:
+    def wanted(key: str, fits: bool, what: str) -> None:
+        if not fits:
+            raise InputError(f"{path}: {key} must be {what}, not {getattr(file, key)!r}.")
+
+    wanted("data", isinstance(file.data, str), "a file or a Hub data set")
+    wanted("prompt", isinstance(file.prompt, str | list), "a text or a list of messages")
+    stops = isinstance(file.stop, list) and all(isinstance(stop, str) and stop for stop in file.stop)
+    wanted("stop", stops, "a list of texts")
+    wanted("max_new_tokens", type(file.max_new_tokens) is int and file.max_new_tokens > 0, "a positive integer")
+    wanted("chat_template_kwargs", isinstance(file.chat_template_kwargs, dict), "an object")
+    shots = file.few_shot
+    wanted("few_shot", shots is None or (isinstance(shots, FewShot) and type(shots.count) is int), "count: NUMBER")
+    parts = ("choices", "answer") if file.scorer == CHOICE else ("completion",)
+    if missing := [part for part in parts if getattr(file, part) is None]:
+        raise InputError(f"{path} has no {missing[0]!r}, which scorer {file.scorer!r} needs; give a template for it.")
+
+
+def _task(file: TaskFile, path: Path, limit: int | None) -> Task:
+    source = _beside(path, file.data)
+    rows = data.objects(source)
+    shots = _shots(file, path, rows)
+    items = [_item(file, row, source, shots) for row in islice(rows, limit)]
+    if not items:
+        raise DataError(f"{source} has no rows to ask; give a file with at least one.")
+    return Task(
+        name=file.name or path.stem,
+        items=items,
+        scorer=file.scorer,
+        stop=tuple(file.stop),
+        max_new_tokens=file.max_new_tokens,
+    )
+
+
+def _beside(path: Path, source: str) -> str:
+    local = path.parent / Path(source).expanduser()
+    return str(local) if local.exists() or Path(source).suffix in (".jsonl", ".json", ".gz") else source
+
+
+# ------------------------------------------------------------------------------------------------ items
+
+
+def _item(file: TaskFile, row: Row, source: str, shots: Sequence[Row]) -> Item:
+    name = f"{Path(source).name}:{row[data.LINE]}"
+    try:
+        asked = _row(file, row)
+        asked["prompt"] = _behind(shots, asked["prompt"], file)
+        data.check(asked, ("prompt", "completions" if file.scorer == CHOICE else "completion"), name)
+        return Item(name=name, row=asked, reference=_reference(file, row, asked))
+    except IcarusError:
+        raise
+    except Exception as error:  # templates are programs of their own and raise what they like
+        raise DataError(f"{name}: a template of the task fails ({first_line(error)}); mend it, or the row.") from error
+
+
+def _row(file: TaskFile, row: Row) -> Row:
+    """A row of training data, without examples."""
+    made: Row = {"prompt": _prompt(file.prompt, row), "chat_template_kwargs": file.chat_template_kwargs}
+    if file.tools is not None:
+        made["tools"] = _value(file.tools, row)
+    if file.scorer == CHOICE:
+        choices = _value(file.choices, row)
+        made["completions"] = [_completion(choice, made["prompt"]) for choice in choices]
+    else:
+        made["completion"] = _completion(_value(file.completion, row), made["prompt"])
+    return made
+
+
+def _completion(value: Any, prompt: Any) -> Any:
+    """What the assistant says, if the prompt is a chat."""
+    if isinstance(prompt, str) or isinstance(value, list):
+        return value if isinstance(value, list) else str(value)
+    return [{"role": "assistant", "content": str(value)}]
+
+
+def _reference(file: TaskFile, row: Row, asked: Row) -> Any:
+    if file.scorer == CHOICE:
+        answer = _value(file.answer, row)
+        texts = [_text(choice) for choice in asked["completions"]]
+        if isinstance(answer, str):
+            return texts.index(answer) if answer in texts else int(answer) if answer.isdecimal() else answer
+        return answer
+    return _text(asked["completion"]) if file.reference is None else _value(file.reference, row)
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
+
+
+def _shots(file: TaskFile, path: Path, rows: Iterator[Row]) -> list[Row]:
+    """The solved rows; those of the task's own data are taken off it."""
+    if file.few_shot is None:
+        return []
+    source = None if file.few_shot.data is None else _beside(path, file.few_shot.data)
+    solved = list(islice(rows if source is None else data.objects(source), file.few_shot.count))
+    if len(solved) < file.few_shot.count:
+        raise DataError(f"{source or file.data} has {len(solved)} rows for few_shot; lower its count.")
+    made = []
+    for row in solved:
+        one = _row(file, row)
+        right = one["completions"][_reference(file, row, one)] if file.scorer == CHOICE else one["completion"]
+        made.append({"prompt": one["prompt"], "completion": right})
+    return made
+
+
+def _behind(shots: Sequence[Row], prompt: Any, file: TaskFile) -> Any:
+    """The prompt behind solved ones, whose system messages are left out."""
+    if not shots or file.few_shot is None:
+        return prompt
+    if isinstance(prompt, str):
+        return "".join(f"{shot['prompt']}{shot['completion']}{file.few_shot.separator}" for shot in shots) + prompt
+    solved = [message for shot in shots for message in (*_chat(shot["prompt"]), *shot["completion"])]
+    return [*(message for message in prompt if message["role"] == "system"), *solved, *_chat(prompt)]
+
+
+def _chat(messages: list[Row]) -> list[Row]:
+    return [message for message in messages if message["role"] != "system"]
+
+
+# -------------------------------------------------------------------------------------------- templates
+
+
+def _value(template: Any, row: Row) -> Any:
+    """What a template gives: text, or what its single expression is; lists and objects part by part."""
+    if isinstance(template, list):
+        return [_value(part, row) for part in template]
+    if isinstance(template, dict):
+        return {key: _value(part, row) for key, part in template.items()}
+    alone = _ALONE.fullmatch(template) if isinstance(template, str) else None
+    if not alone:
+        return _filled_in(template, row)
+    value = _JINJA.compile_expression(alone[1], undefined_to_none=False)(**row)
+    if isinstance(value, StrictUndefined):
+        str(value)  # raises, and says what is missing
+    return value
+
+
+def _filled_in(template: Any, row: Row) -> Any:
+    return _JINJA.from_string(template).render(**row) if isinstance(template, str) else template
+
+
+def _prompt(template: Any, row: Row) -> Any:
+    """A text or messages."""
+    if isinstance(template, list):
+        return [{key: _filled_in(part, row) for key, part in dict(message).items()} for message in template]
+    value = _value(template, row)
+    return value if isinstance(value, list) else str(value)

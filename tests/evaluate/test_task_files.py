@@ -1,0 +1,147 @@
+"""Tasks as YAML: what becomes of rows, and what is said of files that are wrong."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from icarus.errors import DataError, InputError
+from icarus.evaluate import Task, read_task
+from saved import save_rows
+
+ROWS = [
+    {"question": "2 + 2?", "answer": "It is 4.\n#### 4", "wrong": ["5", "6"], "right": "4", "call": {"f": {"x": [1]}}},
+    {"question": "3 + 3?", "answer": "It is 6.\n#### 6", "wrong": ["5", "7"], "right": "6", "call": {"f": {"x": [2]}}},
+    {"question": "4 + 4?", "answer": "It is 8.\n#### 8", "wrong": ["5", "9"], "right": "8", "call": {"f": {"x": [3]}}},
+]
+PLAIN = {"data": "rows.jsonl", "prompt": "Q: {{question}}\nA: ", "completion": "{{answer}}", "scorer": "number"}
+CHAT = {**PLAIN, "prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "{{question}}"}]}
+CHOICE = {
+    **{key: PLAIN[key] for key in ("data", "prompt")},
+    "choices": "{{wrong + [right]}}",
+    "answer": "{{right}}",
+    "scorer": "choice",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_rows(tmp_path / "rows.jsonl", *ROWS)
+    return tmp_path
+
+
+def task(folder: Path, values: Any, **options: Any) -> Task:
+    (folder / "sums.yaml").write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return read_task(folder / "sums.yaml", **options)
+
+
+def test_texts(folder: Path) -> None:
+    made = task(folder, PLAIN | {"stop": ["\nQ:"], "max_new_tokens": 9})
+    assert (made.name, made.scorer, made.stop, made.max_new_tokens) == ("sums", "number", ("\nQ:",), 9)
+    assert [item.name for item in made.items] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+    first = made.items[0]
+    assert (first.row["prompt"], first.row["completion"]) == ("Q: 2 + 2?\nA: ", ROWS[0]["answer"])
+    assert first.reference == ROWS[0]["answer"]
+    assert len(task(folder, PLAIN, limit=2).items) == 2
+
+
+def test_chats(folder: Path) -> None:
+    first = task(folder, CHAT | {"name": "chat"}).items[0]
+    assert first.row["prompt"] == [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 2?"}]
+    assert first.row["completion"] == [{"role": "assistant", "content": ROWS[0]["answer"]}]
+    assert first.reference == ROWS[0]["answer"]
+
+
+def test_an_expression_alone_keeps_its_kind(folder: Path) -> None:
+    made = task(
+        folder, PLAIN | {"scorer": "function_call", "reference": "{{ [call] }}", "tools": "{{[{'name': 'f'}]}}"}
+    )
+    assert made.items[1].reference == [{"f": {"x": [2]}}]
+    assert made.items[1].row["tools"] == [{"name": "f"}]
+    messages = [{"role": "user", "content": "hi"}]
+    save_rows(folder / "rows.jsonl", {"messages": messages, "answer": 5})
+    first = task(folder, PLAIN | {"prompt": "{{messages}}"}).items[0]
+    assert (first.row["prompt"], first.reference) == (messages, "5")
+
+
+@pytest.mark.parametrize("answer", ["{{right}}", "{{wrong | length}}", "2"])
+def test_choices(folder: Path, answer: str) -> None:
+    first, second, _ = task(folder, CHOICE | {"answer": answer}).items
+    assert (first.row["completions"], first.reference) == (["5", "6", "4"], 2)
+    assert second.row["completions"][second.reference] == "6"
+    chat = task(folder, CHOICE | {"prompt": CHAT["prompt"], "answer": answer}).items[0]
+    assert chat.row["completions"][chat.reference] == [{"role": "assistant", "content": "4"}]
+
+
+def test_examples_stand_before_the_question_and_are_not_asked(folder: Path) -> None:
+    made = task(folder, PLAIN | {"few_shot": {"count": 2}})
+    assert [item.name for item in made.items] == ["rows.jsonl:3"]
+    solved = "".join(f"Q: {row['question']}\nA: {row['answer']}\n\n" for row in ROWS[:2])
+    assert made.items[0].row["prompt"] == f"{solved}Q: 4 + 4?\nA: "
+    save_rows(folder / "train.jsonl", ROWS[2])
+    chat = task(folder, CHAT | {"few_shot": {"count": 1, "data": "train.jsonl"}}).items[0]
+    assert [m["role"] for m in chat.row["prompt"]] == ["system", "user", "assistant", "user"]
+    assert [m["content"] for m in chat.row["prompt"][1:]] == ["4 + 4?", ROWS[2]["answer"], "2 + 2?"]
+    choice = task(folder, CHOICE | {"few_shot": {"count": 1, "separator": "|"}}).items[0]
+    assert choice.row["prompt"] == "Q: 2 + 2?\nA: 4|Q: 3 + 3?\nA: "
+
+
+def test_packed_data(folder: Path) -> None:
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
+    assert len(task(folder, PLAIN | {"data": "rows.jsonl.gz"}).items) == 3
+    (folder / "rows.jsonl.gz").write_bytes((folder / "rows.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"rows.jsonl.gz cannot be read"):
+        task(folder, PLAIN | {"data": "rows.jsonl.gz"})
+
+
+WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("a: [", "sums.yaml is not YAML"),
+        ("[]", "sums.yaml holds no task"),
+        (PLAIN | {"promt": "x"}, "unknown key 'promt'; the known keys are data, prompt"),
+        ({"prompt": "x", "scorer": "number"}, "no 'data'; every task needs data, prompt, scorer"),
+        (WITHOUT, "no 'completion', which scorer 'number' needs"),
+        (CHOICE | {"answer": None}, "no 'answer', which scorer 'choice' needs"),
+        (PLAIN | {"scorer": "bleu"}, "Task sums has no known scorer 'bleu'; take one of choice"),
+        (PLAIN | {"stop": "x"}, "stop must be a list of texts, not 'x'"),
+        (PLAIN | {"prompt": 5}, "prompt must be a text or a list of messages, not 5"),
+        (PLAIN | {"max_new_tokens": 0}, "max_new_tokens must be a positive integer, not 0"),
+        (PLAIN | {"few_shot": 3}, "few_shot must be count: NUMBER, not 3"),
+        (PLAIN | {"few_shot": {"cuont": 3}}, "few_shot has an unknown key 'cuont'"),
+        (PLAIN | {"few_shot": {"count": 5}}, "has 3 rows for few_shot"),
+        (PLAIN | {"few_shot": {"count": 3}}, "rows.jsonl has no rows to ask"),
+        (PLAIN | {"data": "gone.jsonl"}, "No data file .*gone.jsonl"),
+        (PLAIN | {"prompt": "{{qestion}}"}, "rows.jsonl:1: a template of the task fails .*qestion"),
+        (PLAIN | {"prompt": "{{question"}, "rows.jsonl:1: a template of the task fails"),
+        (PLAIN | {"completion": "{{1 / 0}}"}, "rows.jsonl:1: a template of the task fails .*zero"),
+        (PLAIN | {"prompt": "{{''}}"}, "rows.jsonl:1: field 'prompt' is empty"),
+        (PLAIN | {"prompt": [{"content": "x"}]}, "rows.jsonl:1: field 'prompt' has a message without a 'role'"),
+        (PLAIN | {"prompt": ["x"]}, "rows.jsonl:1: a template of the task fails"),
+        (PLAIN | {"reference": "none"}, "rows.jsonl:1: scorer 'number' needs a text with a number as reference"),
+        (PLAIN | {"scorer": "sql", "reference": "{{wrong}}"}, "scorer 'sql' needs a text as reference"),
+        (PLAIN | {"scorer": "function_call"}, "scorer 'function_call' needs a list of calls as reference"),
+        (PLAIN | {"reference": "{{none}}"}, "rows.jsonl:1 has no reference"),
+        (CHOICE | {"answer": "seven"}, "rows.jsonl:1: the right choice is 'seven'; give its index, from 0 to 2"),
+        (CHOICE | {"choices": "{{[]}}"}, "field 'completions' must be a list"),
+        (PLAIN | {"prompt": "{{''.__class__.__mro__}}"}, "rows.jsonl:1: a template of the task fails"),
+    ],
+)
+def test_what_is_wrong_is_said(folder: Path, values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        task(folder, values)
+
+
+def test_an_unknown_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"There is no task file gsm8k \(No such file"):
+        read_task("gsm8k")
+    save_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows.jsonl has no rows to ask"):
+        task(tmp_path, PLAIN)
