@@ -121,6 +121,20 @@ def _llama_3() -> Any:
     return _bpe(False, None, pre_tokenizers.Sequence([split, bytes_]), decoders.ByteLevel())
 
 
+def _qwen() -> Any:
+    """As Qwen 2's and 3's: text is brought into NFC first."""
+    split = pre_tokenizers.Split(Regex(_LLAMA_3), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Sequence([split, bytes_])
+    return _bpe(False, normalizers.NFC(), words, decoders.ByteLevel(), begin=False)
+
+
+def _gemma() -> Any:
+    """As Gemma's tokenizer.json: spaces are letters, and none is put before a text."""
+    words = pre_tokenizers.Split(" ", "merged_with_previous")
+    return _bpe(True, normalizers.Replace(" ", "▁"), words, _spaces(strip=False))
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "SentencePiece BPE": lambda: _sentencepiece("bpe", "LlamaTokenizer"),
     "SentencePiece unigram": lambda: _sentencepiece("unigram", "LlamaTokenizer"),
@@ -130,6 +144,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "byte-level BPE": lambda: _byte_level(prefix=False),
     "byte-level BPE, space first": lambda: _byte_level(prefix=True),
     "byte-level BPE, words and numbers": _llama_3,
+    "byte-level BPE, NFC": _qwen,
+    "byte fallback, no space first": _gemma,
 }
 
 
