@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def main() -> int:
         part.add_argument("--folder", type=Path, help="for logs and failures (default: a temporary one)")
         part.add_argument("--json", type=Path, help="file for the report; an interrupted run goes on from it")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers end with us
     folder = options.folder or Path(tempfile.mkdtemp(prefix="icarus-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
     runs = {"load": _load, "real": _real, "adapters": _adapters, "bodies": _bodies, "kills": _kills, "replay": _replay}
@@ -57,16 +60,11 @@ def _load(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak.load import Soak
     from benchmarks.soak.reference import Reference
 
-    settings, before = _settings(options), _earlier(options)
-
-    def keep(report: dict[str, Any]) -> None:
-        if options.json:
-            arguments.write_json({**settings, **report}, str(options.json))
-
+    before = _earlier(options).get("rounds", ())
     with tempfile.TemporaryDirectory() as stock:
         tiny = shop.tiny(Path(stock))
         soak = Soak(shop=tiny, right=Reference(tiny), folder=folder)
-        return soak.run(options.seed, options.requests, options.swaps, before.get("rounds", ()), keep)
+        return soak.run(options.seed, options.requests, options.swaps, before, _keeper(options))
 
 
 def _earlier(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +75,17 @@ def _earlier(options: argparse.Namespace) -> dict[str, Any]:
     if (seed := earlier["settings"]["seed"]) != options.seed:
         raise SystemExit(f"{options.json} is of seed {seed}; name another file, or that seed.")
     return earlier
+
+
+def _keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """Writes what there is of a report, in case that the run is interrupted."""
+    settings = _settings(options)
+
+    def keep(report: dict[str, Any]) -> None:
+        if options.json:
+            arguments.write_json({**settings, **report}, str(options.json))
+
+    return keep
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def _adapters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cases = [case for case in malformed.cases(options.seed) if re.search(options.only, case.name)]
     cases = [case for case in cases if case.name not in tried][: options.most]
     with tempfile.TemporaryDirectory() as stock:
-        report = adapters.run(shop.tiny(Path(stock)), cases, folder, before)
+        report = adapters.run(shop.tiny(Path(stock)), cases, folder, before, _keeper(options))
     for trial in report["trials"]:
         for fault in trial["faults"]:
             print(f"{trial['case']} ({trial['expected']}): {fault}")
@@ -125,7 +134,8 @@ def _kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak import kills, shop
 
     with tempfile.TemporaryDirectory() as stock:
-        return kills.run(shop.tiny(Path(stock)), folder, _earlier(options).get("accidents", ()), options.most)
+        before = _earlier(options).get("accidents", ())
+        return kills.run(shop.tiny(Path(stock)), folder, before, options.most, _keeper(options))
 
 
 def _replay(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -52,40 +53,61 @@ class Trial:
         self.faults += [said for said in (fault(self.case, seen, way), f"{way}: {more}" if more else "") if said]
 
 
+@dataclass
+class Servers:
+    """One server at a time; the next one is started when one is not well any more."""
+
+    start: Callable[[], AbstractContextManager[Running]]
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _running: Running | None = None
+
+    def well(self) -> Running:
+        """The server that runs."""
+        self._running = self._running or self._stack.enter_context(self.start())
+        return self._running
+
+    def stop(self) -> None:
+        """End it."""
+        self._stack.close()
+        self._running = None
+
+
 def run(
     shop: Shop,
     cases: Sequence[Case],
     folder: Path,
     before: Mapping[str, Any] = MappingProxyType({"trials": (), "seconds": 0}),
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
     say: Say = print,
 ) -> dict[str, Any]:
-    """All cases by all ways in; the report, which goes on from that of other cases."""
+    """All cases by all ways in, a handful at a time; the report, which goes on from that of other cases.
+
+    ``keep`` gets the report behind each handful.
+    """
     started = time.monotonic()
-    spoiled = folder / "spoiled"
-    trials = [Trial(case=case, folder=spoiled / _name(i, case), seen={}, faults=[]) for i, case in enumerate(cases)]
-    for trial in trials:
-        trial.case.make(_sound(shop, trial.case), trial.folder)
-        for way, ask in (("verify", surfaces.verify), ("start", surfaces.plan)):
-            trial.note(way, ask(trial.folder, shop.base))
-    say(f"{len(trials)} cases by commands: {_faulty(trials)} with faults, {time.monotonic() - started:.0f} s")
-    for trial in trials:
-        if trial.case.name in STARTED:
-            trial.note("real start", _real_start(shop, trial.folder))
     watched = folder / "watched"
     watched.mkdir()
+    trials = [
+        Trial(case=case, folder=folder / "spoiled" / _name(i, case), seen={}, faults=[]) for i, case in enumerate(cases)
+    ]
     adapters = [f"{name}={folders[0]}" for name, folders in {**shop.specialists, **shop.conventional}.items()]
-    pending = list(trials)
-    while pending:  # a server that died or hangs is started anew
-        with running(shop.base, adapters, folder, "--adapter-dir", str(watched)) as server:
-            pending = _over_http(server, pending)
-    say(f"over HTTP: {_faulty(trials)} with faults, {time.monotonic() - started:.0f} s")
-    pending = [trial for trial in trials if trial.case.whole]
-    while pending:
-        with running(shop.base, adapters, folder, "--adapter-dir", str(watched)) as server:
-            pending = _by_watcher(server, watched, pending)
-    say(f"by the watcher: {_faulty(trials)} with faults, {time.monotonic() - started:.0f} s")
-    seconds = before["seconds"] + round(time.monotonic() - started)
-    return _report([*before["trials"], *map(_as_json, trials)], seconds)
+    servers = Servers(lambda: running(shop.base, adapters, folder, "--adapter-dir", str(watched)))
+    rows = list(before["trials"])
+    report = _report(rows, before["seconds"])
+    try:
+        for first in range(0, len(trials), AT_ONCE):
+            some = trials[first : first + AT_ONCE]
+            _by_commands(shop, some)
+            _over_http(servers, some)
+            _by_watcher(servers, watched, [trial for trial in some if trial.case.whole])
+            rows += map(_as_json, some)
+            seconds = round(time.monotonic() - started)
+            say(f"{len(rows)} cases: {sum(bool(row['faults']) for row in rows)} with faults, {seconds} s")
+            report = _report(rows, before["seconds"] + seconds)
+            keep(report)
+    finally:
+        servers.stop()
+    return report
 
 
 def _name(number: int, case: Case) -> str:
@@ -96,8 +118,13 @@ def _sound(shop: Shop, case: Case) -> Path:
     return shop.specialists["sql"][0] if case.kind == ICARUS else shop.conventional["plain"][0]
 
 
-def _faulty(trials: Sequence[Trial]) -> int:
-    return sum(bool(trial.faults) for trial in trials)
+def _by_commands(shop: Shop, trials: Sequence[Trial]) -> None:
+    for trial in trials:
+        trial.case.make(_sound(shop, trial.case), trial.folder)
+        for way, ask in (("verify", surfaces.verify), ("start", surfaces.plan)):
+            trial.note(way, ask(trial.folder, shop.base))
+        if trial.case.name in STARTED:
+            trial.note("real start", _real_start(shop, trial.folder))
 
 
 def _real_start(shop: Shop, folder: Path) -> Seen:
@@ -113,33 +140,36 @@ def _real_start(shop: Shop, folder: Path) -> Seen:
     return Seen(REFUSED, done.stderr, time.monotonic() - started)
 
 
-def _over_http(server: Running, trials: list[Trial]) -> list[Trial]:
-    """The cases that are left when the server is not well any more."""
-    for index, trial in enumerate(trials):
-        seen = server.load(f"x{index}", trial.folder)
+def _over_http(servers: Servers, trials: Sequence[Trial]) -> None:
+    for trial in trials:
+        server = servers.well()
+        seen = server.load(f"x{trial.folder.name}", trial.folder)
         problem = server.disturbed()
         trial.note("http", seen, problem)
         if problem:
-            return trials[index + 1 :]
-    return []
+            servers.stop()
 
 
-def _by_watcher(server: Running, watched: Path, trials: list[Trial]) -> list[Trial]:
-    """A handful at a time; the cases that are left when the server is not well any more."""
-    for start in range(0, len(trials), AT_ONCE):
-        some = trials[start : start + AT_ONCE]
-        folders = [trial.folder.rename(watched / trial.folder.name) for trial in some]
-        seen = server.watched(folders, WATCH_SECONDS)
-        problem = server.disturbed()
-        for trial, folder in zip(some, folders, strict=True):
-            trial.note("watcher", seen.get(folder.name, Seen(BROKEN, "nothing was heard of it", WATCH_SECONDS)))
-            shutil.rmtree(folder)
-        if problem:
-            if len(some) > 1:
-                problem = f"one of {len(some)} from here on: {problem}"
-            some[0].faults.append(f"watcher: {problem}")
-            return trials[start + AT_ONCE :]
-    return []
+def _by_watcher(servers: Servers, watched: Path, trials: Sequence[Trial]) -> None:
+    """All of them at once."""
+    if not trials:
+        return
+    server = servers.well()
+    folders = [trial.folder.rename(watched / trial.folder.name) for trial in trials]
+    seen = server.watched(folders, WATCH_SECONDS)
+    problem = server.disturbed()
+    for trial, folder in zip(trials, folders, strict=True):
+        trial.note("watcher", seen.get(folder.name, Seen(BROKEN, "nothing was heard of it", WATCH_SECONDS)))
+        shutil.rmtree(folder)
+    if problem:
+        trials[0].faults.append(f"watcher: one of {len(trials)} from here on: {problem}")
+        servers.stop()
+
+
+def _sentence(trial: Trial) -> str:
+    """What a client is told, or a user at the start."""
+    said = next((trial.seen[way].said for way in ("http", "start") if trial.seen[way].outcome == REFUSED), "")
+    return said.replace(str(trial.folder), "<path>").strip()[:200]
 
 
 def _as_json(trial: Trial) -> dict[str, Any]:
@@ -147,7 +177,7 @@ def _as_json(trial: Trial) -> dict[str, Any]:
         "case": trial.case.name,
         "expected": trial.case.expected.value,
         "seen": {way: seen.outcome for way, seen in trial.seen.items()},
-        "said": next((seen.said.strip()[:200] for seen in trial.seen.values() if seen.outcome == REFUSED), ""),
+        "said": _sentence(trial),
         "faults": trial.faults,
     }
 

@@ -26,8 +26,6 @@ from benchmarks.soak.surfaces import Running, running
 WATCHED_SECONDS = 60.0
 """How long a server is watched after something happened to it."""
 
-Say = Callable[[str], None]
-
 
 @dataclass(kw_only=True)
 class Seen:
@@ -49,9 +47,16 @@ class Seen:
 
 
 def run(
-    shop: Shop, folder: Path, before: Sequence[dict[str, Any]] = (), most: int | None = None, say: Say = print
+    shop: Shop,
+    folder: Path,
+    before: Sequence[dict[str, Any]] = (),
+    most: int | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """At most so many accidents, each on a server of its own, of those that ``before`` has not; the report of all."""
+    """At most so many accidents, each on a server of its own, of those that ``before`` has not; the report of all.
+
+    ``keep`` gets the report behind each of them.
+    """
     accidents: dict[str, Callable[[Shop, Path], Seen]] = {
         "worker": lambda s, f: _killed(s, f, "VLLM::Worker"),
         "engine": lambda s, f: _killed(s, f, "VLLM::EngineCore"),
@@ -67,8 +72,13 @@ def run(
         here = folder / name
         here.mkdir(parents=True, exist_ok=True)
         rows.append({"name": name, **vars(accidents[name](shop, here))})
-        say(json.dumps(rows[-1]))
-    return {"faults": sum(len(row["faults"]) for row in rows), "accidents": rows}
+        print(json.dumps(rows[-1]))
+        keep(_report(rows))
+    return _report(rows)
+
+
+def _report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"faults": sum(len(row["faults"]) for row in rows), "accidents": list(rows)}
 
 
 # ---------------------------------------------------------------------------------------------- killed processes
