@@ -21,7 +21,6 @@ from tiny_models import tiny_tokenizer
 
 CONTEXT, SLOTS, QUEUE = 384, 8, 20
 LETTERS = list(range(4, 128))  # tokens that are text
-UNLOAD_GRACE_S = 5.0  # icarus.vllm.server.loading's, which imports vLLM
 
 
 class Server:
@@ -67,10 +66,15 @@ class Server:
         raise AssertionError(self.log.read_text()[-5000:])
 
     def stop(self) -> int:
-        for client in (self.http, self.openai):
-            client.close()
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(60)
+
+    def close(self) -> None:
+        """Nothing of it stays, however the test ended."""
+        for client in (self.http, self.openai):
+            client.close()
+        self.process.kill()
+        self.process.wait(60)
 
     def ask(self, model: str, prompt: list[int], **options: Any) -> tuple[list[int], int]:
         """Generated tokens and cached tokens of one greedy request."""
@@ -134,4 +138,4 @@ def serving(folder: Path, *more: str, **variables: str) -> Iterator[Server]:
         assert server.stop() == 0, server.log.read_text()[-5000:]
         assert not list(server.temporary.glob("icarus-adapter-*")), "a server takes its copies with it"
     finally:
-        server.process.kill()
+        server.close()

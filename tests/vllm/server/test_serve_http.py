@@ -18,7 +18,7 @@ import pytest
 from benchmarks.soak import malformed, surfaces
 from benchmarks.soak.surfaces import BROKEN, MUTE, REFUSED, SERVED, Seen
 from engines import BLOCK, SHAPE
-from http_server import CONTEXT, LETTERS, QUEUE, UNLOAD_GRACE_S, Server, body, eventually, serving
+from http_server import CONTEXT, LETTERS, QUEUE, Server, body, eventually, serving
 from icarus import adapter
 from specimens import CONVENTIONAL_DAMAGES
 from strict_skips import needs_vllm
@@ -396,6 +396,8 @@ def test_load_and_unload(server: Server) -> None:
 
 
 def test_an_unloaded_adapter_leaves_the_engine_with_its_last_request(server: Server) -> None:
+    from icarus.vllm.server.loading import UNLOAD_GRACE_S  # imports vLLM
+
     time.sleep(UNLOAD_GRACE_S + 2)  # what other tests have unloaded leaves first
     assert server.load("leaving", server.shop.folder / "sql").status_code == 200
     copies = server.copies()
