@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", action=NamedPaths, default={}, metavar="NAME=PATH", help="a specialist; repeatable"
     )
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: %(default)s)")
 
 
 def load(options: argparse.Namespace) -> Specialists:
