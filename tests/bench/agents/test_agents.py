@@ -174,6 +174,10 @@ def test_the_whole_command_and_what_it_goes_on_with(
     before = (output / "report.json").read_text()
     assert cli.main(["bench", "agents", "--redraw", "--output", str(output)]) == 0
     assert (output / "report.json").read_text() == before
+    (tmp_path / "settings.yaml").write_text("models: [2]\n")
+    for words in (["--models", "2"], ["--config", str(tmp_path / "settings.yaml")]):
+        assert cli.main(["bench", "agents", "--redraw", "--output", str(output), *words]) == 2
+        assert f"where {words[0]} has no effect" in capsys.readouterr().err
     for report, said in (
         (before.replace('"turns"', '"rounds"'), "was measured by another version of icarus; draw it with that version"),
         (before.replace('"turns": 4,', ""), "was measured by another version of icarus; draw it with that version"),
@@ -276,7 +280,7 @@ def test_an_interrupt_leaves_nothing_running_and_keeps_what_was_measured(
         (["--systems", "best"], "best"),
         (["--max-model-len", "20"], "A context of react gets .* raise that"),
         (["--tight-tokens", "40"], "does not hold one context of --max-model-len 80"),
-        (["--trajectories", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--trajectories", "nowhere.jsonl", "--workloads", "plan-act-reflect"], "nowhere.jsonl cannot be read"),
     ],
 )
 def test_bad_options_are_one_sentence(

@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     kind = "" if options.profile == "cpu" else f"-{options.profile}"
     output = Path(options.output or f"bench-agents{kind}")  # a folder for each profile, as runs of two do not mix
     chosen = settings_of(options)
+    if options.redraw and (useless := options.rest[:1] or ["--config"] * bool(options.config)):
+        raise InputError(f"--redraw draws what was measured, where {useless[0]} has no effect; take one of them out.")
     report = redraw(output) if options.redraw else compare(chosen, output)
     return report.as_json()
 

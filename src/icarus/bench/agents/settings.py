@@ -86,6 +86,17 @@ class Settings:
                     _check(flag, one, kind, entry.metadata["choices"], _LEAST.get(entry.name, 1))
             if several and not 0 < len(value) == len(set(value)):
                 raise InputError(f"{flag} is empty or names one twice; give one or more, and each once.")
+        self._check_use()
+
+    def _check_use(self) -> None:
+        for name, used_by, among in (
+            ("trajectories", "plan-act-reflect", "workloads"),
+            ("tight_tokens", TIGHT, "budgets"),
+            ("roomy_tokens", ROOMY, "budgets"),
+        ):
+            if getattr(self, name) is not None and used_by not in getattr(self, among):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} has no effect without {used_by} among --{among}; take it out, or add that.")
 
     @property
     def most_models(self) -> int:
