@@ -24,6 +24,7 @@ class Runner:
     """The parts of vLLM's model runner that are looked at, with two layers and blocks of four slots."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, *, requests: dict[int, str]) -> None:
         self.caches = [torch.ones(BLOCKS, 2, SIZE) for _ in range(2)]
@@ -51,7 +52,7 @@ class Runner:
         self.input_batch.request_lora_mapping = np.array([lora_id for lora_id, _, _ in rows])
         values = torch.tensor([value for _, _, come_to in rows for value in come_to])
         hidden = torch.cat([values[:, None].expand(-1, 3), torch.full((5, 3), NAN)])  # what is behind is padding
-        not_finite.note(self, hidden, decoders)
+        not_finite.note(self, hidden.to(self.dtype), decoders)
 
     def hand_out(self, *blocks: int) -> set[int]:
         """Blocks that are clean after a step has got these."""
@@ -92,6 +93,16 @@ def test_blocks_of_spoiled_rows_are_cleaned_when_they_are_handed_out(runner: Run
 def test_a_step_without_any_remembers_nothing(runner: Runner) -> None:
     runner.step((1, [8, 9], [1.0, -2.0]))
     assert not_finite._WATCH.get(runner) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
+def test_states_of_any_type(dtype: torch.dtype, value: float, runner: Runner, said: list[str]) -> None:
+    runner.dtype = dtype
+    runner.step((1, [4, 8], [6e4, 6e4]))  # together more than float16 holds
+    assert (runner.hand_out(1, 2), said) == (set(), [])
+    runner.step((1, [4, 8, 12], [6e4, value, -value]))
+    assert (runner.hand_out(1, 2, 3), said) == ({2, 3}, ["Adapter 'broken'"])
 
 
 def test_blocks_from_the_prefix_cache_are_left(runner: Runner) -> None:
