@@ -12,8 +12,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# make installs neither the harness nor vLLM's build for GPUs.
-ASKED = [*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["cpu"], *EXTRAS["bench"]]
+# make does not install vLLM's build for GPUs.
+ASKED = [*PROJECT["dependencies"], *(asked for extra in ("train", "cpu", "eval", "bench") for asked in EXTRAS[extra])]
 
 
 def locked() -> dict[str, Requirement]:

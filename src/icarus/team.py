@@ -9,13 +9,11 @@ from icarus.arguments import NamedPaths
 from icarus.context import Specialists
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, adapter: str = "a specialist; repeatable") -> None:
     """``--base``, ``--adapter`` and ``--dtype``."""
     packaged = base_model.PACKAGED
     parser.add_argument("--base", default=packaged, help=f"hub id, folder, or {packaged} (default)")
-    parser.add_argument(
-        "--adapter", action=NamedPaths, default={}, metavar="NAME=PATH", help="a specialist; repeatable"
-    )
+    parser.add_argument("--adapter", action=NamedPaths, default={}, metavar="NAME=PATH", help=adapter)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: %(default)s)")
 

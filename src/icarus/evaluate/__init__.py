@@ -1,9 +1,10 @@
 """Evaluation: the base model, conventional adapters and ICaRus adapters answer the same items.
 
-sides      who answers, and how each kind of adapter is run
-tasks      what is asked, and what is right
-scorers    from an answer to a score
-run        each side over each item
+* ``sides``: who answers, and how each kind of adapter is run
+* ``tasks``, ``task_files``: what is asked and what is right; the same as YAML
+* ``scorers``: from an answer to a score
+* ``run``: each side over each item
+* ``command``: ``icarus eval``, with ``records`` and ``report``
 """
 
 from importlib import import_module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,15 @@ def evaluate(
                     batch = left[start : start + batch_size]
                     yield from _outcomes(name, side, task, batch, batch_size)
                     bar.update(len(batch))
+
+
+def digest(task: Task, codec: Codec) -> str:
+    """A hash of all that results of a task depend on, besides the model: token ids, labels, references, settings."""
+    whole = hashlib.sha256(repr((task.scorer, task.max_new_tokens, tuple(task.stop))).encode())
+    for item in task.items:
+        rows = [(list(row.input_ids), list(row.labels)) for row in _asked(item, codec).rows]
+        whole.update(repr((item.name, item.reference, rows)).encode())
+    return whole.hexdigest()
 
 
 def _asked(item: Item, codec: Codec) -> _Asked:

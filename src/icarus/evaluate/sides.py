@@ -6,6 +6,7 @@ adapter's config says of which kind it is, so none is run as the other.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ class Side(ABC):
                 do_sample=False, max_new_tokens=max(limits), pad_token_id=self._padding
             ),
             stopping_criteria=StoppingCriteriaList([answers]),
-            **self._generation(mask),
+            **self.generation(mask),
         )
         return answers.finished()
 
@@ -112,7 +113,7 @@ class Side(ABC):
     def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, R, V) for the targets (B, R) of a batch; -100 pads."""
 
-    def _generation(self, mask: Tensor) -> dict[str, Any]:
+    def generation(self, mask: Tensor) -> dict[str, Any]:
         """What Transformers' ``generate`` needs to run this side; the mask (B, T) tells tokens from padding."""
         return {}
 
@@ -178,7 +179,7 @@ class TwoStream(Side):
         _, logits, targets = self.streams.loss(batch)
         return logits, targets
 
-    def _generation(self, mask: Tensor) -> dict[str, Any]:
+    def generation(self, mask: Tensor) -> dict[str, Any]:
         def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
             cache = EncoderCache(padding=(mask == 0).sum(1))
             if input_ids.shape[1] > 1:
@@ -277,6 +278,13 @@ class Sides:
         """Load a base model (Hub id, folder, or the packaged one), and see to the adapters."""
         return cls(*base_model.load(base, dtype=dtype, device=device), sources)
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """A hash of each side's weights and settings."""
+        return {BASE: self._fingerprint or adapters.fingerprint(self.model)} | {
+            name: _digest(folder) for name, folder in self._folders.items()
+        }
+
     @contextmanager
     def side(self, name: str) -> Iterator[Side]:
         """One side, whose adapter is attached inside the block.
@@ -297,3 +305,10 @@ class Sides:
             yield TwoStream(adapted, self.codec, name) if icarus else Plain(adapted, self.codec, "conventional")
         finally:
             adapted.unload()
+
+
+def _digest(folder: Path) -> str:
+    whole = hashlib.sha256()
+    for file in (adapters.CONFIG_NAME, adapters.WEIGHTS_NAME):
+        whole.update((folder / file).read_bytes())
+    return whole.hexdigest()

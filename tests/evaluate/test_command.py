@@ -1,0 +1,127 @@
+"""``icarus eval``: what it prints, what it writes, and that an interrupted one loses nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from home import BASE, TEAM, Capture
+from icarus import cli
+from icarus.evaluate import Outcome, Side
+from icarus.evaluate.report import summary
+from saved import save_rows
+
+TASK = {"data": "rows.jsonl", "prompt": "{{q}}", "completion": "{{a}}", "scorer": "token_f1", "max_new_tokens": 3}
+CHOICE = {"data": "rows.jsonl", "prompt": "{{q}}", "choices": ["a", "bc"], "answer": "{{right}}", "scorer": "choice"}
+
+
+@pytest.fixture
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder, for a command that writes."""
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    save_rows(Path("rows.jsonl"), *({"q": "why " * n, "a": f"as {n}", "right": n % 2} for n in (1, 2, 3, 4)))
+    Path("words.yaml").write_text(yaml.safe_dump(TASK))
+    Path("pick.yaml").write_text(yaml.safe_dump(CHOICE))
+    return tmp_path / "home"
+
+
+EVAL = ["eval", *TEAM, "--task", "words.yaml", "pick.yaml", "--json", "report.json", "--batch-size", "2"]
+
+
+def test_all_sides_over_all_tasks(folder: Path, capsys: Capture) -> None:
+    assert cli.main([*EVAL, "--limit", "3", "--against", "one"]) == 0
+    out = capsys.readouterr().out
+    assert "words: 3 items" in out
+    assert "over one" in out
+    report = json.loads(Path("report.json").read_text())
+    assert report["settings"]["dtype"] == "float32"
+    assert report["settings"]["sides"].keys() == {"base", "one", "two"}
+    assert len(report["items"]) == 2 * 3 * 3
+    for task, sides in report["tasks"].items():
+        assert [figures["kind"] for figures in sides.values()] == ["base", "icarus", "icarus"]
+        for side, figures in sides.items():
+            items = [i for i in report["items"] if (i["task"], i["side"]) == (task, side)]
+            assert figures["score"] == pytest.approx(np.mean([i["score"] for i in items]))
+            tokens = sum(i["tokens"] for i in items)
+            assert figures["loss"] == pytest.approx(sum(i["loss"] * i["tokens"] for i in items) / tokens)
+            assert ("difference" in figures) == (side != "one")
+    assert not Path("report.json.partial").exists()
+
+
+def test_an_interrupted_evaluation_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    score, passes = Side.score, []
+
+    def interrupted(side: Side, rows: Any) -> Any:
+        passes.append(len(rows))
+        if len(passes) == 5:
+            raise KeyboardInterrupt
+        return score(side, rows)
+
+    monkeypatch.setattr(Side, "score", interrupted)
+    assert cli.main(EVAL) == 130
+    partial = Path("report.json.partial")
+    assert len(partial.read_text().splitlines()) == 1 + 8
+    partial.write_text(partial.read_text()[:-9])  # killed while it wrote
+    assert not Path("report.json").exists()
+
+    assert cli.main([*EVAL, "--limit", "2"]) == 2
+    assert "report.json.partial holds results of an evaluation with another base" in capsys.readouterr().err
+
+    passes[:] = [0] * 5
+    assert cli.main(EVAL) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert len({(i["task"], i["side"], i["item"]) for i in report["items"]}) == len(report["items"]) == 24
+    assert sum(passes) == (12 - 7) + 2 * 12  # what was finished is not computed again
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", *BASE], "--task"),
+        (["eval", *BASE, "--task", "gsm8k"], "There is no task file gsm8k"),
+        (["eval", *BASE, "--task", "words.yaml", "words.yaml"], "Two tasks are named 'words'"),
+        (["eval", *BASE, "--task", "words.yaml", "--against", "one"], "--against one is no side; there are base"),
+        (["eval", *BASE, "--task", "words.yaml", "--limit", "0"], "--limit.*'0'"),
+        (["eval", *BASE, "--task", "words.yaml", "--adapter", "a=nowhere"], "nowhere: there is no such directory"),
+        (["eval", *BASE, "--task", "words.yaml", "--json", "none/report.json"], "none/report.json"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder: Path, words: list[str], message: str, capsys: Capture) -> None:
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("icarus: ")
+    assert re.search(message, line)
+
+
+def outcome(side: str, item: int, score: float, loss: float, tokens: int = 1) -> Outcome:
+    values = {"task": "t", "text": "", "generated_tokens": 0}
+    return Outcome(**values, side=side, item=str(item), score=score, loss=loss, tokens=tokens)
+
+
+def test_differences_are_paired() -> None:
+    """Two sides that differ by the same on every item, however much the items differ."""
+    rows = [outcome("a", n, n / 20, n, tokens=n + 1) for n in range(20)]
+    rows += [outcome("b", n, n / 20 + 0.25, n - 0.5, tokens=n + 1) for n in reversed(range(20))]
+    difference = summary(rows, {"a": "base", "b": "icarus"}, "a")["t"]["b"]["difference"]
+    assert difference["score"] == {"value": pytest.approx(0.25), "interval": pytest.approx([0.25, 0.25])}
+    assert difference["loss"] == {"value": pytest.approx(-0.5), "interval": pytest.approx([-0.5, -0.5])}
+
+
+def test_an_interval_is_that_of_the_mean() -> None:
+    draws = np.random.default_rng(3).normal(0.2, 1, 400)
+    rows = [outcome(side, n, value * (side == "b"), 1.0) for side in "ab" for n, value in enumerate(draws)]
+    difference = summary(rows, {"a": "base", "b": "icarus"}, "a")["t"]["b"]["difference"]["score"]
+    half = 1.96 * draws.std() / 20
+    assert difference["interval"] == pytest.approx([draws.mean() - half, draws.mean() + half], abs=0.02)
+    one = summary(rows[::400], {"a": "base", "b": "icarus"}, "a")["t"]["b"]["difference"]["score"]
+    assert one["interval"] is None
