@@ -293,6 +293,34 @@ def specialists() -> Table:
     return rows
 
 
+def soak() -> Table:
+    """What was asked under random load, summed over the runs, and what was wrong with the answers."""
+    kinds = {"tiny model, in engines": "load", "packaged model, `icarus serve`": "real"}
+    runs = {
+        title: [result(f"soak/{file.stem}") for file in sorted((ROOT / "results" / "soak").glob(f"{kind}-*.json"))]
+        for title, kind in kinds.items()
+    }
+    runs = {title: each for title, each in runs.items() if each}
+    rows = [["", *runs]]
+
+    def add(what: str, part: str, *names: str) -> None:
+        sums = [[sum(run[part].get(name, 0) for run in each) for name in names] for each in runs.values()]
+        rows.append([what, *(" / ".join(f"{count:,}" for count in counts) for counts in sums)])
+
+    add("requests", "counts", "requests")
+    add("of the base model / specialists / conventional adapters", "counts", "base", "icarus", "conventional")
+    add("streamed / with scores of the prompt / behind another's answer", "counts", "streamed", "scored", "following")
+    add("cancelled", "counts", "cancelled")
+    add("preemptions", "counts", "preemptions")
+    add("swaps / loads of the same weights / unloads", "counts", "swaps", "reloads", "renewals")
+    add("requests whose adapter was replaced while they were open", "counts", "swapped_while_open")
+    add("tokens / scores compared", "judged", "tokens", "scores")
+    add("tokens that differ where the two best logits lie within 1e-4", "judged", "ties")
+    wrong = (sum(run["faults"] for run in each) for each in runs.values())
+    rows.append(["**wrong tokens, wrong scores, lost requests**", *(f"**{count}**" for count in wrong)])
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "headline": headline,
     "in process": in_process,
@@ -300,6 +328,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent workflows": agent_workflows,
     "agent gains": agent_gains,
     "specialists": specialists,
+    "soak": soak,
 }
 
 

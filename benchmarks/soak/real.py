@@ -108,6 +108,10 @@ class Clients:
                 await actions[action](given)
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    def kind(self, model: str) -> str:
+        """Of a model: the base model, an ICaRus adapter or a conventional one."""
+        return BASE if model == BASE else "conventional" if model in self._shop.conventional else "icarus"
+
     async def _ask(self, request: Request) -> None:
         await self._room.acquire()
         before = self.records.get(request.follows) if request.follows is not None else None
@@ -205,11 +209,15 @@ def report(clients: Clients, judge: Judge, preemptions: int, seed: int, seconds:
     counts |= Counter(renewals=clients.renewals, reloads=clients.reloads)
     for record in clients.records.values():
         request = record.request
-        counts.update(["requests", request.model])
-        counts.update(name for name in ("streamed", "scored") if getattr(request, name))
-        counts.update(
-            name for name, holds in (("cancelled", record.cancelled), ("crossed", len(record.versions) > 1)) if holds
-        )
+        counts.update(["requests", clients.kind(request.model)])
+        known = {
+            "streamed": request.streamed,
+            "scored": request.scored,
+            "following": request.follows is not None,
+            "cancelled": record.cancelled,
+            "swapped_while_open": len(record.versions) > 1,
+        }
+        counts.update(name for name, holds in known.items() if holds)
         if what := judge.fault(record.as_json()):
             faults.append(f"request {request.number}: {what}")
     return {
