@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -23,6 +24,7 @@ from specimens import CONVENTIONAL_DAMAGES, tensors
 from tiny_models import tiny, tiny_tokenizer, tokens
 
 JOB = Path(__file__).parent / "vllm" / "engine_job.py"
+INTERPRETED = Path(__file__).parent / "interpreted"
 
 NEW = 12
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
@@ -133,9 +135,15 @@ class Shop:
 class Launcher:
     """A process that has imported vLLM, of which engines are forked: importing takes longer than to start one."""
 
-    def __init__(self) -> None:
+    def __init__(self, **variables: str) -> None:
+        environment = {**os.environ, **variables}
         self._process = subprocess.Popen(
-            [sys.executable, JOB], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, JOB],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=environment,
         )
 
     def run(self, folder: Path, job: dict[str, Any], environment: dict[str, str]) -> Any:
@@ -168,6 +176,27 @@ def launcher() -> Iterator[Launcher]:
     launcher = Launcher()
     yield launcher
     launcher.close()
+
+
+@pytest.fixture(scope="session")
+def launcher_v2() -> Iterator[Launcher]:
+    """For model runner V2, which needs Triton; on CPUs its interpreter takes the place of a compiler."""
+    paths = [str(INTERPRETED), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    variables["TORCHDYNAMO_DISABLE"] = "1"  # its compiler for CPUs takes Triton for one that is there
+    launcher = Launcher(**variables)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session", params=["V1", "V2"])
+def either(shop: Shop, request: pytest.FixtureRequest) -> Shop:
+    """The shop, with engines that have one model runner or the other."""
+    if request.param == "V1":
+        return shop
+    other = copy(shop)
+    other.launcher = request.getfixturevalue("launcher_v2")
+    return other
 
 
 @pytest.fixture(scope="session")

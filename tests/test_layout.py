@@ -118,16 +118,20 @@ def test_imports_go_one_way() -> None:
         ("train/run.py", "from ..bench import measure", "train.run imports icarus.bench.measure"),
         ("bench/run.py", "from vllm import LLM", "bench.run imports vllm"),
         (
-            "vllm/worker/runner.py",
+            "vllm/worker/runner_v1.py",
             "from icarus.vllm.server import serve",
-            "vllm.worker.runner imports icarus.vllm.server.serve",
+            "vllm.worker.runner_v1 imports icarus.vllm.server.serve",
         ),
         (
             "vllm/marks.py",
             "from icarus.vllm.engine.policy import Policy",
             "vllm.marks imports icarus.vllm.engine.policy.Policy",
         ),
-        ("vllm/cpu/lora.py", "import icarus.vllm.worker.runner", "vllm.cpu.lora imports icarus.vllm.worker.runner"),
+        (
+            "vllm/cpu/lora.py",
+            "import icarus.vllm.worker.runner_v1",
+            "vllm.cpu.lora imports icarus.vllm.worker.runner_v1",
+        ),
         ("demo.py", "from icarus.vllm import marks", "demo imports icarus.vllm.marks"),
         (
             "base_model.py",

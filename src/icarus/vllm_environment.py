@@ -12,7 +12,7 @@ _FEW_CORES = 2  # measured; the scheduler busy-waits, so of more cores it would 
 
 def variables(current: Mapping[str, str]) -> dict[str, str]:
     """What to set. Values in ``current`` stay as they are."""
-    wanted = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # decoder rows are in V1
+    wanted = {}
     if not has_accelerator():
         # On CPUs, vLLM 0.32.0 saves the compiled model, cannot load it ("'function' object has no attribute
         # 'finalize_loading'"), and compiles again at every start. With 0, torch's own cache is used.

@@ -64,8 +64,8 @@ def check(shop: Shop, stock: dict[str, Any], replies: list[Reply]) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(shop: Shop) -> dict[str, Any]:
-    """vLLM with the plugin."""
+def served(either: Shop) -> dict[str, Any]:
+    """vLLM with the plugin, on either model runner."""
     once = {"prompt": tokens(97, seed=800).tolist(), "sampling": {"max_tokens": 1}}
     steps = {
         "alone": [ask(asked) for asked in ALONE],
@@ -82,19 +82,19 @@ def served(shop: Shop) -> dict[str, Any]:
         "poisoned": [ask(("poisoned", SHARED)), {"load": {"name": "poisoned"}}, ask(("base", SHARED))],
         "patterns": [ask(("uneven", SHARED), ("base", SHARED)), ask(("odd", SHARED), ("base", SHARED))],
         "reload": [
-            {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
+            {"load": {"name": "sql", "lora_path": str(either.folder / "chat"), "load_inplace": True}},
             ask(("sql", SHARED)),
-            {"load": {"name": "sql", "lora_path": str(shop.folder / "plain"), "load_inplace": True}},
+            {"load": {"name": "sql", "lora_path": str(either.folder / "plain"), "load_inplace": True}},
             ask(("sql", SHARED)),
         ],
     }
-    return shop.serve_parts(steps)
+    return either.serve_parts(steps)
 
 
 @pytest.fixture(scope="module")
-def ranks(shop: Shop) -> dict[str, Any]:
+def ranks(either: Shop) -> dict[str, Any]:
     """vLLM with the plugin on two tensor-parallel ranks, of which some cannot copy an adapter for a while."""
-    reload = {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}}
+    reload = {"load": {"name": "sql", "lora_path": str(either.folder / "chat"), "load_inplace": True}}
     asked, files = ask(("sql", SHARED)), {"files": None}
     steps = {
         "mixed": [ask(*MIXED)],
@@ -103,7 +103,7 @@ def ranks(shop: Shop) -> dict[str, Any]:
         "after": [{"spoil": []}, reload, asked, files],
     }
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    return shop.serve_parts(steps, variables={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **options)
+    return either.serve_parts(steps, variables={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **options)
 
 
 def test_alone(shop: Shop, served: Any) -> None:
@@ -193,12 +193,12 @@ def test_a_reload_keeps_the_cache_and_takes_the_new_weights(shop: Shop, served: 
     assert "another name" in refused["error"]
 
 
-def test_with_chunked_prefill_and_preemption(shop: Shop, stock: Any) -> None:
+def test_with_chunked_prefill_and_preemption(either: Shop, stock: Any) -> None:
     """A budget of 24 rows cuts every longer prompt, and 14 blocks hold only a few requests at a time."""
     options = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 14, "enable_prefix_caching": False}
     steps = [ask(*MIXED), {"counted": "vllm:num_preemptions"}]
-    replies, preempted = shop.serve(steps, disable_log_stats=False, **options)
-    check(shop, stock, replies)
+    replies, preempted = either.serve(steps, disable_log_stats=False, **options)
+    check(either, stock, replies)
     assert preempted > 0
 
 
@@ -217,16 +217,16 @@ def test_compiled(shop: Shop, stock: Any) -> None:
     assert wide["tokens"] == stock["wide"][0][0]["tokens"]
 
 
-def test_with_ngram_speculation(shop: Shop, stock: Any) -> None:
+def test_with_ngram_speculation(either: Shop, stock: Any) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    check(shop, stock, shop.serve([ask(*MIXED)], speculative_config=drafts)[0])
+    check(either, stock, either.serve([ask(*MIXED)], speculative_config=drafts)[0])
 
 
-def test_everybody_writes_the_same_cache(shop: Shop) -> None:
+def test_everybody_writes_the_same_cache(either: Shop) -> None:
     """Blocks of a prompt and of 40 generated tokens, forced to be the same for all, each written by another model."""
     forced = {"max_tokens": 41, "allowed_token_ids": [7]}
     requests = [{"model": m, "prompt": SHARED[:64], "sampling": forced} for m in ("base", "sql", "chat", "plain")]
-    [base, sql, chat, plain] = shop.serve([{"written": requests}], enable_prefix_caching=False)[0]
+    [base, sql, chat, plain] = either.serve([{"written": requests}], enable_prefix_caching=False)[0]
     assert {tuple(reply["tokens"]) for reply in (base, sql, chat, plain)} == {(7,) * 41}
     assert len(base["content"]) == 3 * tiny(**SHAPE).config.num_hidden_layers
     assert base["content"] == sql["content"] == chat["content"]
@@ -241,7 +241,7 @@ def test_sharing_means_the_same_blocks(served: Any) -> None:
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_a_request_that_turns_nan_leaves_none_for_others(shop: Shop, caching: bool) -> None:
+def test_a_request_that_turns_nan_leaves_none_for_others(either: Shop, caching: bool) -> None:
     """Few blocks, so that others get them: of a request that has ended, of one that was taken back in the middle of its
     prompt, and while one runs."""
     long = tokens(200, seed=900).tolist()
@@ -254,12 +254,12 @@ def test_a_request_that_turns_nan_leaves_none_for_others(shop: Shop, caching: bo
         *(ask(("exploding", long[:40]), *asked_of(step)) for step in others[6:]),
     ]
     options = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 64, "enable_prefix_caching": caching}
-    results = shop.serve(steps, **options)
+    results = either.serve(steps, **options)
     assert results[4] == 0, "it was taken back before it sampled"
-    fresh = shop.serve(others, **options)
+    fresh = either.serve(others, **options)
     for got, wanted in zip([*results[1:4], *results[5:8], *(result[1:] for result in results[8:])], fresh, strict=True):
         assert of(got) == of(wanted)
-    assert [of(reply)[0] for reply in fresh] == [shop.reference("base", prompt) for prompt in prompts(910)]
+    assert [of(reply)[0] for reply in fresh] == [either.reference("base", prompt) for prompt in prompts(910)]
 
 
 def asked_of(step: Step) -> list[Asked]:
@@ -285,13 +285,13 @@ def test_ranks_replace_an_adapter_together_or_not_at_all(shop: Shop, ranks: Any)
     assert kept == opened
 
 
-def test_embeddings_as_prompts(shop: Shop) -> None:
+def test_embeddings_as_prompts(either: Shop) -> None:
     step = ask(*((model, prompt) for prompt in prompts(0)[2:5] for model in ("base", "sql", "chat")))
     for request in step["ask"][::2]:  # beside prompts of tokens
         request["embedded"] = True
-    replies = shop.serve([step], enable_prompt_embeds=True)[0]
+    replies = either.serve([step], enable_prompt_embeds=True)[0]
     for request, got in zip(step["ask"], of(replies), strict=True):
-        assert got == shop.reference(request["model"], request["prompt"]), request["model"]
+        assert got == either.reference(request["model"], request["prompt"]), request["model"]
 
 
 def test_kv_events_name_no_adapter_where_the_cache_is_shared(shop: Shop) -> None:
@@ -306,18 +306,18 @@ def test_kv_events_name_no_adapter_where_the_cache_is_shared(shop: Shop) -> None
     assert all(named == [3, "plain"] for named in plain["adapters"])
 
 
-def test_a_connector_brings_one_specialist_what_another_one_stored(shop: Shop) -> None:
+def test_a_connector_brings_one_specialist_what_another_one_stored(either: Shop) -> None:
     """By way of vLLM's example connector, from one engine to the next; its keys are tokens alone."""
-    store = shop.folder / "store"
+    store = either.folder / "store"
     store.mkdir()
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     connector["kv_connector_extra_config"] = {"shared_storage_path": str(store)}
     options = {"kv_transfer_config": connector, "disable_log_stats": False}
     prompt, count = tokens(100, seed=700).tolist(), {"counted": "vllm:external_prefix_cache_hits"}
-    [first], none = shop.serve([ask(("sql", prompt)), count], **options)
-    [other], brought = shop.serve([ask(("chat", prompt)), count], **options)
-    assert first["tokens"] == shop.reference("sql", prompt)
-    assert other["tokens"] == shop.reference("chat", prompt)
+    [first], none = either.serve([ask(("sql", prompt)), count], **options)
+    [other], brought = either.serve([ask(("chat", prompt)), count], **options)
+    assert first["tokens"] == either.reference("sql", prompt)
+    assert other["tokens"] == either.reference("chat", prompt)
     assert (none, brought) == (0, 96)
 
 
@@ -333,9 +333,9 @@ def test_a_scored_prompt_has_nobodys_head(shop: Shop, served: Any) -> None:
     assert scored["scored"] == pytest.approx(shop.scores("base", SHARED[:3]), abs=1e-3)
 
 
-def test_more_adapters_than_slots(shop: Shop, stock: Any) -> None:
+def test_more_adapters_than_slots(either: Shop, stock: Any) -> None:
     """Two slots for three adapters: weights come and go between steps."""
-    check(shop, stock, shop.serve([ask(*MIXED)], max_loras=2, max_cpu_loras=3)[0])
+    check(either, stock, either.serve([ask(*MIXED)], max_loras=2, max_cpu_loras=3)[0])
 
 
 def test_a_conventional_adapter_is_replaced_by_its_next_version(shop: Shop) -> None:

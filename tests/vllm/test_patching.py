@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from icarus.vllm.patching import Patch, PatchError, apply
+from icarus.vllm.patching import Hook, Patch, PatchError, apply
 
 TESTED = ("0.1.0", "0.2.0")
 VERSION = TESTED[-1]
@@ -33,7 +33,7 @@ def engine() -> Iterator[Any]:
 
 
 def record(target: str, parameters: str) -> Patch:
-    return Patch(target, parameters, "our_side:louder", "what", "why", "file:1", "never")
+    return Patch(Hook("never", "why"), target, parameters, "our_side:louder", "what", "why", "file:1")
 
 
 METHOD, FUNCTION = record("an_engine:Runner.run", "self step"), record("an_engine:key", "request")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import ismethod, signature
+from operator import attrgetter
 from typing import Any
 
 from icarus.errors import IcarusError
@@ -27,17 +28,32 @@ class PatchError(IcarusError):
 
 
 @dataclass(frozen=True)
+class Hook:
+    """Something that vLLM does not offer."""
+
+    until: str  # what vLLM offers when the changes that stand in for it can go
+    why: str
+    issue: str = ""  # of vLLM
+
+
+@dataclass(frozen=True)
 class Patch:
     """One change: a function of vLLM, and the wrapper that replaces it."""
 
+    hook: Hook
     target: str  # module:function or module:Class.method
     parameters: str  # names of the original's parameters, in order
     by: str  # module:function that takes the original and returns its replacement
     what: str
     why: str
     upstream: str  # file:line of the original in the newest tested version
-    until: str  # when the change can go
     before: str = ""  # the original's parameters in an older tested version, where they differ
+    runner: str = ""  # V1 or V2, for a change that goes with a model runner
+
+
+@dataclass(frozen=True)
+class Override(Patch):
+    """One method that a subclass of ours overrides. Nothing is set, but its parameters are checked like any other."""
 
 
 def apply(ledger: Iterable[Patch], version: str, tested: Sequence[str]) -> int:
@@ -64,6 +80,9 @@ def apply(ledger: Iterable[Patch], version: str, tested: Sequence[str]) -> int:
         )
     pending = [(patch, place) for patch in ledger if (place := _locate(patch, version, tested[-1]))]
     for patch, place in pending:
+        if isinstance(patch, Override):
+            setattr(_resolve(patch.by), _MARK, patch.target)
+            continue
         replacement = _resolve(patch.by)(place.original)
         setattr(replacement, _MARK, patch.target)
         # A class method comes bound to its class, and so does what wraps it.
@@ -107,7 +126,7 @@ def _locate(patch: Patch, version: str, newest: str) -> _Place | None:
 
 
 def _resolve(name: str) -> Callable[[Original], Original]:
-    """The function that ``module:function`` names."""
-    module, _, function = name.partition(":")
-    wrapper: Callable[[Original], Original] = getattr(import_module(module), function)
+    """The function that ``module:function`` or ``module:Class.method`` names."""
+    module, _, path = name.partition(":")
+    wrapper: Callable[[Original], Original] = attrgetter(path)(import_module(module))
     return wrapper

@@ -11,7 +11,7 @@ def register() -> None:
     """
     import vllm
 
-    from icarus.vllm.ledger import LEDGER, TESTED
+    from icarus.vllm.ledger import TESTED, changes
     from icarus.vllm.patching import apply
 
-    apply(LEDGER, vllm.__version__, TESTED)
+    apply(changes(), vllm.__version__, TESTED)

@@ -62,7 +62,7 @@ def config(**changes: Any) -> SimpleNamespace:
             "architectures": ["LlamaForCausalLM"],
         },
     }
-    top: dict[str, Any] = {"use_v2_model_runner": False, "speculative_config": None}
+    top: dict[str, Any] = {"speculative_config": None}
     for name, value in changes.items():
         holder = next((part for part in parts.values() if name in part), top)
         assert name in holder
@@ -78,7 +78,6 @@ def test_an_ordinary_engine_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
         ({"use_ubatching": True}, "--enable-dbo"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 1"),
@@ -112,7 +111,7 @@ def test_stock_operators_on_a_cpu_would_write_adapters_into_the_cache(monkeypatc
 
 
 def test_buffers_without_room_are_refused() -> None:
-    assert "VLLM_USE_V2_MODEL_RUNNER=0" in limits.room_refusal(scheduler(8, 64))
+    assert "start it again" in limits.room_refusal(scheduler(8, 64))
     assert limits.room_refusal(scheduler(8, 64, active=8)) == ""
 
 

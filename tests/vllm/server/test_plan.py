@@ -106,13 +106,12 @@ def test_environment(home: Path) -> None:
     base, adapters = str(home / "base"), ["--adapters", f"sql={home}/team/sql"]
     planned = plan_of(base, *adapters, "--allow-adapters-from", str(home / "plain"))
     assert planned.environment[folders.ALLOWED_VARIABLE].split(os.pathsep) == [str(home / "team"), str(home / "plain")]
-    assert planned.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in planned.environment, "vLLM chooses the runner"
     assert planned.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert "VLLM_PLUGINS" not in planned.environment, "vLLM loads all plugins then"
     assert plan_of(base, VLLM_PLUGINS="a").environment["VLLM_PLUGINS"] == "a,icarus"
     assert plan_of(base, VLLM_PLUGINS="").environment["VLLM_PLUGINS"] == "icarus"
     assert "VLLM_PLUGINS" not in plan_of(base, VLLM_PLUGINS="icarus,a").environment
-    assert plan_of(base, VLLM_USE_V2_MODEL_RUNNER="1").environment["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
 def test_data_parallel_engines_have_one_front_end_unless_asked_for_more(home: Path) -> None:

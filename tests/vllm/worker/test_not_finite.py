@@ -14,7 +14,7 @@ from strict_skips import WITHOUT_VLLM
 pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from icarus.vllm.step_layout import DecoderRows
-from icarus.vllm.worker import not_finite
+from icarus.vllm.worker import not_finite, runner_v1
 
 BLOCKS, SIZE = 10, 4
 NAN = float("nan")
@@ -52,7 +52,7 @@ class Runner:
         self.input_batch.request_lora_mapping = np.array([lora_id for lora_id, _, _ in rows])
         values = torch.tensor([value for _, _, come_to in rows for value in come_to])
         hidden = torch.cat([values[:, None].expand(-1, 3), torch.full((5, 3), NAN)])  # what is behind is padding
-        not_finite.note(self, hidden.to(self.dtype), decoders)
+        not_finite.note(self, hidden.to(self.dtype), runner_v1._Step(self, decoders))
 
     def hand_out(self, *blocks: int) -> set[int]:
         """Blocks that are clean after a step has got these."""
@@ -132,11 +132,15 @@ def test_the_base_model_is_reported_by_its_name(runner: Runner, said: list[str])
 def test_other_ranks_of_a_pipeline_and_draft_models_return_several_tensors(runner: Runner) -> None:
     runner.step((1, [8], [1.0]))
     sound, spoiled = torch.ones(1, 3), torch.full((1, 3), NAN)
-    not_finite.note(runner, SimpleNamespace(tensors={"hidden_states": sound, "residual": sound}), None)
+    not_finite.note(
+        runner, SimpleNamespace(tensors={"hidden_states": sound, "residual": sound}), runner_v1._Step(runner, None)
+    )
     assert not_finite._WATCH.get(runner) is None
-    not_finite.note(runner, (sound, [spoiled]), None)
+    not_finite.note(runner, (sound, [spoiled]), runner_v1._Step(runner, None))
     assert not_finite._WATCH.get(runner) is None, "auxiliary states are of layers before the last one"
-    not_finite.note(runner, SimpleNamespace(tensors={"hidden_states": sound, "residual": spoiled}), None)
+    not_finite.note(
+        runner, SimpleNamespace(tensors={"hidden_states": sound, "residual": spoiled}), runner_v1._Step(runner, None)
+    )
     assert runner.hand_out(2) == {2}
 
 

@@ -60,6 +60,11 @@ def step(rows: DecoderRows | None) -> Iterator[None]:
         _step.reset(token)
 
 
+def begin(rows: DecoderRows | None) -> None:
+    """The same until the next call, where building metadata is not in one block."""
+    _step.set(rows)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Those decodes of a step that have a decoder row. A group is the query heads of one KV head in one row."""

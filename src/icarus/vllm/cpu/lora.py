@@ -121,17 +121,30 @@ def wrap_get_punica_wrapper(original: Original) -> Original:
 
 
 def wrap_get_prompt_logprobs_dict(original: Original) -> Original:
-    """``_get_prompt_logprobs_dict``: notes that the logits it computes are not those of sampled rows."""
+    """``_get_prompt_logprobs_dict`` of model runner V1: the logits that it computes are not those of sampled rows."""
+    return _scoring(original)
 
+
+def wrap_compute_prompt_logprobs(original: Original) -> Original:
+    """``compute_prompt_logprobs`` of model runner V2: the same."""
+    return _scoring(original)
+
+
+def wrap_compute_prompt_token_id_logprobs(original: Original) -> Original:
+    """``compute_prompt_token_id_logprobs`` of model runner V2: the same."""
+    return _scoring(original)
+
+
+def _scoring(original: Original) -> Original:
     @wraps(original)
-    def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def scoring(*args: Any, **kwargs: Any) -> Any:
         token = _scoring_prompt.set(True)
         try:
-            return original(self, *args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             _scoring_prompt.reset(token)
 
-    return _get_prompt_logprobs_dict
+    return scoring
 
 
 def wrap_activate_adapter(original: Original) -> Original:

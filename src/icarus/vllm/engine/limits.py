@@ -28,10 +28,6 @@ Limit = tuple[Callable[[Any], Any], str]
 
 _LIMITS: tuple[Limit, ...] = (
     (
-        lambda c: c.use_v2_model_runner,
-        "decoder rows are built for model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0",
-    ),
-    (
         # torch_ops/lora_ops.py indexes the slots with -1 for rows without an adapter.
         lambda c: c.device_config.device_type == "cpu" and not lora_rows.wanted(),
         "vLLM's own CPU operators give rows without an adapter the weights of the last slot, and these rows write the "
@@ -131,7 +127,9 @@ def refusal(config: Any) -> str:
 def room_refusal(scheduler: Any) -> str:
     """Why decoder rows do not fit with this ``SchedulerConfig``; empty after ``reserve_room``."""
     if scheduler.max_num_active_seqs is None:
-        return "this engine's buffers have no room for decoder rows: set VLLM_USE_V2_MODEL_RUNNER=0 and start it again"
+        return (
+            "this engine's buffers have no room for decoder rows: start it again with the plugin and with --enable-lora"
+        )
     return ""
 
 

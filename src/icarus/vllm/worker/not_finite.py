@@ -14,16 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 
 from icarus.vllm.marks import decoded_ids
 from icarus.vllm.state import Attached
-from icarus.vllm.step_layout import DecoderRows, Ints
+from icarus.vllm.step_layout import Ints
 
 logger = init_logger("vllm.icarus.not_finite")
 
@@ -66,7 +67,28 @@ def clean(runner: Any, scheduler_output: Any) -> None:
         watch.blocks.difference_update(spoiled)
 
 
-def note(runner: Any, hidden: Any, rows: DecoderRows | None) -> None:
+class Step(Protocol):
+    """What has to be known of a step, by either model runner; asked for only where it is needed."""
+
+    @property
+    def count(self) -> int:
+        """Rows, decoder rows included."""
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether clients may send embeddings, or media that become embeddings."""
+
+    def requests(self) -> dict[int, LoRARequest]:
+        """LoRA requests of the step, or of more, by LoRA id."""
+
+    def lora_ids(self) -> Ints:
+        """Of each row."""
+
+    def slots(self) -> Iterable[tuple[Tensor, int]]:
+        """For each group of layers the slots of the step's rows, or of more, and the size of a block."""
+
+
+def note(runner: Any, hidden: Any, step: Step) -> None:
     """After a forward pass: note the blocks of rows that are not finite.
 
     On CPUs a step pays for one sum. Elsewhere nothing waits for the device, and steps are looked at that have a
@@ -75,42 +97,34 @@ def note(runner: Any, hidden: Any, rows: DecoderRows | None) -> None:
     Args:
         runner: vLLM's model runner.
         hidden: what the pass returned.
-        rows: the step's decoder rows; None if it has none.
+        step: which it was.
     """
-    count = len(rows.lora_ids) if rows else int(runner.query_start_loc.np[runner.input_batch.num_reqs])
+    count = step.count
     states = [state[:count] for state in _states(hidden)]
     on_host = states[0].device.type == "cpu"
     if on_host:
         # In float32 bfloat16 takes eight times as long. A sum of float16 may overflow, and rows tell.
         if all(math.isfinite(state.sum().item()) for state in states):
             return
-    elif not _can_spoil(runner):
+    elif not _can_spoil(step):
         return
     spoiled = torch.stack([~state.sum(-1, dtype=torch.float32).isfinite() for state in states]).any(0)
     watch = _WATCH.get_or_make(runner, _Watch)
-    requests = runner.input_batch.lora_id_to_lora_request.items()
-    names = {lora_id: f"Adapter {request.lora_name!r}" for lora_id, request in requests}
-    slots = [(_on_host(slots[:count]), size) for slots, size in _slots(runner)]
+    names = {lora_id: f"Adapter {request.lora_name!r}" for lora_id, request in step.requests().items()}
+    slots = [(_on_host(slots[:count]), size) for slots, size in step.slots()]
     done = None if on_host else torch.Event(spoiled.device)
-    watch.pending.append(_Rows(_on_host(spoiled), slots, rows.lora_ids if rows else _lora_ids(runner), names, done))
+    watch.pending.append(_Rows(_on_host(spoiled), slots, step.lora_ids(), names, done))
     if done is not None:
         done.record()
     else:
         _settle(watch, wait=True)
 
 
-def _can_spoil(runner: Any) -> bool:
+def _can_spoil(step: Step) -> bool:
     """Whether a step has rows that others than the base weights can turn NaN before they write."""
-    requests = runner.input_batch.lora_id_to_lora_request
+    requests = step.requests()
     conventional = len(requests) > len(decoded_ids(requests))
-    return conventional or runner.enable_prompt_embeds or runner.supports_mm_inputs
-
-
-def _lora_ids(runner: Any) -> Ints:
-    """Of all rows of a step without decoder rows."""
-    count = runner.input_batch.num_reqs
-    lengths = np.diff(runner.query_start_loc.np[: count + 1])
-    return np.repeat(runner.input_batch.request_lora_mapping[:count], lengths)
+    return conventional or step.takes_embeddings
 
 
 def _states(hidden: Any) -> Iterator[Tensor]:
@@ -126,14 +140,6 @@ def _states(hidden: Any) -> Iterator[Tensor]:
 def _on_host(values: Tensor) -> Tensor:
     """There when the device has done its work; a copy in any case, since buffers of the step are written again."""
     return values.clone() if values.device.type == "cpu" else values.to("cpu", non_blocking=True)
-
-
-def _slots(runner: Any) -> Iterator[tuple[Tensor, int]]:
-    """For each group of layers the slots of the step's rows, and the size of a block."""
-    for group, table in zip(
-        runner.kv_cache_config.kv_cache_groups, runner.input_batch.block_table.block_tables, strict=False
-    ):
-        yield table.slot_mapping.gpu, group.kv_cache_spec.block_size
 
 
 def _settle(watch: _Watch, *, wait: bool) -> None:
@@ -184,9 +190,9 @@ def _behind(groups: Iterable[list[int]], sizes: list[int], tokens: int) -> Itera
 
 def _zero(runner: Any, blocks: list[int]) -> None:
     if runner.device.type != "cpu":
-        if not hasattr(runner, "_kv_block_zeroer"):  # vLLM makes it for models with recurrent layers alone
+        if _zeroer(runner) is None:  # vLLM makes it for models with recurrent layers alone
             runner._init_kv_zero_meta()
-        runner._zero_block_ids(blocks)
+        _zeroer(runner).zero_block_ids(blocks)
         return
     # As in vLLM's CPUModelRunner._zero_block_ids, which leaves sliding windows out.
     index = torch.tensor(blocks)
@@ -194,3 +200,8 @@ def _zero(runner: Any, blocks: list[int]) -> None:
     caches = [cache for layer in layers if isinstance(cache := getattr(layer, "kv_cache", None), Tensor)]
     for cache in {cache.data_ptr(): cache for cache in caches if cache.numel()}.values():
         cache.index_fill_(0, index, 0)
+
+
+def _zeroer(runner: Any) -> Any:
+    """What sets blocks to zero; None until it has been made."""
+    return getattr(runner, "kv_block_zeroer", None) or getattr(runner, "_kv_block_zeroer", None)  # V2, V1

@@ -13,12 +13,15 @@ Each ``wrap_`` function takes a method of vLLM and returns its replacement; see 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from icarus.vllm import step_layout
@@ -182,7 +185,7 @@ def wrap_model_forward(original: Original) -> Original:
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        not_finite.note(self, hidden, _ROWS.get(self))
+        not_finite.note(self, hidden, _Step(self, _ROWS.get(self)))
         if (rows := _ROWS.get(self)) and self.num_prompt_logprobs:
             decoded = hidden[
                 rows.scheduled : rows.scheduled + len(rows)
@@ -191,6 +194,40 @@ def wrap_model_forward(original: Original) -> Original:
         return hidden
 
     return _model_forward
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step as ``not_finite.Step`` describes it."""
+
+    runner: Any
+    rows: DecoderRows | None
+
+    @property
+    def count(self) -> int:
+        if self.rows:
+            return len(self.rows.lora_ids)
+        return int(self.runner.query_start_loc.np[self.runner.input_batch.num_reqs])
+
+    @property
+    def takes_embeddings(self) -> bool:
+        return bool(self.runner.enable_prompt_embeds or self.runner.supports_mm_inputs)
+
+    def requests(self) -> dict[int, LoRARequest]:
+        requests: dict[int, LoRARequest] = self.runner.input_batch.lora_id_to_lora_request
+        return requests
+
+    def lora_ids(self) -> Ints:
+        if self.rows:
+            return self.rows.lora_ids
+        count = self.runner.input_batch.num_reqs
+        lengths = np.diff(self.runner.query_start_loc.np[: count + 1])
+        return np.repeat(self.runner.input_batch.request_lora_mapping[:count], lengths)
+
+    def slots(self) -> Iterator[tuple[Tensor, int]]:
+        groups = self.runner.kv_cache_config.kv_cache_groups
+        for group, table in zip(groups, self.runner.input_batch.block_table.block_tables, strict=False):
+            yield table.slot_mapping.gpu, group.kv_cache_spec.block_size
 
 
 def _on_device(runner: Any, values: Ints) -> Tensor:

@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.utils import CpuGpuBuffer
 
 from icarus.vllm.marks import SharedLoRARequest
-from icarus.vllm.worker import runner
+from icarus.vllm.worker import runner_v1 as runner
 
 TOKENS, REQUESTS, BLOCKS = 24, 10, 4
 CPU = torch.device("cpu")

@@ -1,0 +1,34 @@
+"""Which model runner a worker makes, and the changes that go with it.
+
+vLLM chooses by the configuration: V2 wherever Triton works and all features are there, else V1. So these changes are
+applied by the worker, and not when vLLM loads its plugins.
+
+Each ``wrap_`` function takes a method of vLLM and returns its replacement; see ledger.py.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import vllm
+from vllm.logger import init_logger
+
+from icarus.vllm.patching import Original, apply
+
+logger = init_logger("vllm.icarus")
+
+
+def wrap_init(original: Original) -> Original:
+    """``Worker.__init__``: applies the changes in the runner that this worker is about to make."""
+
+    @wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # its name in vLLM
+        original(self, vllm_config, *args, **kwargs)
+        from icarus.vllm.ledger import TESTED, changes  # which names this function
+
+        runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+        apply(changes(runner), vllm.__version__, TESTED)
+        logger.info_once("Decoder rows are in model runner %s.", runner)
+
+    return __init__

@@ -1,0 +1,320 @@
+"""One step through the methods of model runner V2 that are extended, on plain objects: vLLM's batch, no engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from strict_skips import WITHOUT_VLLM
+
+pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
+
+from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+from icarus.vllm.marks import SharedLoRARequest
+from icarus.vllm.worker import runner_v2
+from icarus.vllm.worker.runner_v2 import DecoderRowsRunner
+
+TOKENS, REQUESTS = 24, 5
+CPU = torch.device("cpu")
+# As in test_runner_v1.py: a long prompt in pieces, base, two that share, conventional. Here each has another state.
+SCHEDULED = np.array([3, 1, 1, 4, 2], dtype=np.int32)
+STATES = np.array([4, 0, 2, 1, 3])
+ADAPTERS = {"a": 1, "c": 2, "d": 1, "e": 3}
+CACHED = np.array([5, 9, 7, 0, 3], dtype=np.int32)
+PREFILL = np.array([20, 9, 7, 4, 5], dtype=np.int32)
+COUNT, TOTAL = len(SCHEDULED), int(SCHEDULED.sum())
+
+
+def by_state(values: Any) -> Any:
+    placed = np.zeros(REQUESTS, dtype=np.asarray(values).dtype)
+    placed[STATES] = values
+    return placed
+
+
+def vllm_config() -> Any:
+    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=2 * REQUESTS, max_num_active_seqs=REQUESTS))
+
+
+class Vllms:
+    """The parts of vLLM's runner that are extended, as far as these look at them."""
+
+    def __init__(self, config: Any, device: Any) -> None:
+        self.vllm_config, self.scheduler_config = config, config.scheduler_config
+        self.max_num_reqs, self.max_num_tokens = self.scheduler_config.max_num_seqs, TOKENS
+        self.device, self.lora_config, self.uses_inputs_embeds = device, "on", False
+        self.input_buffers = InputBuffers(self.max_num_reqs, TOKENS, device)
+        self.cudagraph_manager = SimpleNamespace()
+        self.model_state = SimpleNamespace(num_new_sampled_tokens_per_step=1)
+        self.req_states = SimpleNamespace(
+            num_computed_tokens_np=by_state(CACHED), prompt_len=SimpleNamespace(np=by_state(PREFILL))
+        )
+        self.prompt_logprobs_worker: Any = SimpleNamespace(
+            uses_prompt_logprobs=np.zeros(REQUESTS, dtype=bool), token_id_scores={}
+        )
+        kinds = {"e": LoRARequest}
+        self.lora_state = SimpleNamespace(
+            lora_ids=by_state([ADAPTERS.get(name, 0) for name in "abcde"]),
+            lora_requests={
+                name: kinds.get(name, SharedLoRARequest)(lora_name=str(number), lora_int_id=number, lora_path="/no")
+                for name, number in ADAPTERS.items()
+            },
+        )
+        self.mapped: list[Any] = []
+        self.asked: list[Any] = []
+        self.block_tables = SimpleNamespace(
+            gather_block_tables=lambda *given, **named: self.asked.append(("tables", *given, named)),
+            compute_slot_mappings=lambda *given, **named: self.asked.append(("slots", *given, named)),
+            slot_mappings=torch.zeros(1, TOKENS, dtype=torch.int64),
+            block_sizes=[4],
+        )
+        self.execute_model_state: Any = None
+
+    def initialize_kv_cache(self, config: Any) -> int:
+        return self.max_num_reqs
+
+    def prepare_dummy_attn(self, batch: Any) -> Any:
+        return batch
+
+    def gather_batch_req_state(self, output: Any, dummy_run: bool) -> Any:
+        state = SimpleNamespace(
+            req_ids=list("abcde"), num_scheduled_tokens=SCHEDULED, idx_mapping_np=STATES, prefill_len_np=PREFILL,
+            num_draft_tokens_np=None,
+        )  # fmt: skip
+        return (None if dummy_run else state), 7
+
+    def prepare_inputs(self, *given: Any) -> InputBatch:
+        assert self.max_num_reqs == 2 * REQUESTS, "it sizes query_start_loc by this"
+        starts = np.full(self.max_num_reqs + 1, TOTAL, dtype=np.int32)
+        starts[: COUNT + 1] = [0, *np.cumsum(SCHEDULED)]
+        buffers = self.input_buffers
+        buffers.query_start_loc.copy_(torch.from_numpy(starts))
+        buffers.input_ids[:] = torch.arange(100, 100 + TOKENS)
+        buffers.positions[:TOTAL] = torch.tensor(
+            [c + i for c, n in zip(CACHED, SCHEDULED, strict=True) for i in range(n)]
+        )
+        buffers.positions[TOTAL:] = -7
+        buffers.seq_lens[:COUNT] = torch.from_numpy(CACHED + SCHEDULED)
+        is_prefilling = np.array([True, False, False, True, True])
+        return InputBatch(
+            req_ids=list("abcde"), num_reqs=COUNT, num_reqs_after_padding=COUNT, idx_mapping=torch.from_numpy(STATES),
+            idx_mapping_np=STATES, expanded_idx_mapping=torch.from_numpy(STATES), expanded_local_pos=torch.zeros(COUNT),
+            num_scheduled_tokens=SCHEDULED, num_tokens=TOTAL, num_tokens_after_padding=TOTAL, num_draft_tokens=0,
+            num_draft_tokens_per_req=None, query_start_loc=buffers.query_start_loc[: COUNT + 1],
+            query_start_loc_np=starts[: COUNT + 1], seq_lens=buffers.seq_lens[:COUNT],
+            seq_lens_cpu_upper_bound=torch.from_numpy(CACHED + SCHEDULED), dcp_local_seq_lens=None,
+            num_computed_tokens_np=CACHED, prefill_len_np=PREFILL, num_computed_prefill_tokens_np=CACHED,
+            is_prefilling_np=is_prefilling, has_prefill=True, decode_graph_eligible=False,
+            input_ids=buffers.input_ids[:TOTAL], positions=buffers.positions[:TOTAL],
+            is_padding=buffers.is_padding[:TOTAL], logits_indices=torch.from_numpy(np.cumsum(SCHEDULED) - 1),
+            cu_num_logits=torch.arange(COUNT + 1), cu_num_logits_np=np.arange(COUNT + 1),
+            has_structured_output_reqs=False, prompt_lens=None,
+        )  # fmt: skip
+
+    def prepare_attn(self, batch: Any) -> Any:
+        return "stock"
+
+    def _set_active_loras(self, *mapping: Any) -> None:
+        self.mapped.append(mapping)
+
+    def execute_model(self, output: Any, *args: Any, **kwargs: Any) -> Any:
+        """What vLLM's does in this order, with hidden states that name their rows."""
+        self.gather_batch_req_state(output, False)
+        sizes = lambda manager, *given, **named: (given, named)  # noqa: E731
+        dispatch = runner_v2.wrap_dispatch_cg_and_sync_dp(sizes)
+        self.dispatched = dispatch(self.cudagraph_manager, COUNT, TOTAL, num_active_loras=3)
+        self.batch = batch = self.prepare_inputs()
+        self.prepare_attn(batch)
+        per_row = np.repeat(self.lora_state.lora_ids[batch.idx_mapping_np], batch.num_scheduled_tokens)
+        self._set_active_loras(tuple(self.lora_state.lora_ids[batch.idx_mapping_np]), tuple(per_row), set())
+        hidden = torch.arange(float(batch.num_tokens))[:, None].expand(-1, 2).clone()
+        self.execute_model_state = State(batch, hidden)
+
+
+class State(SimpleNamespace):
+    def __init__(self, input_batch: Any, hidden_states: Any) -> None:
+        super().__init__(input_batch=input_batch, hidden_states=hidden_states)
+
+    def _replace(self, input_batch: Any) -> State:
+        return State(input_batch, self.hidden_states)
+
+
+class Runner(DecoderRowsRunner, Vllms):
+    pass
+
+
+@pytest.fixture
+def runner() -> Any:
+    return Runner(vllm_config(), CPU)
+
+
+OUTPUT = SimpleNamespace(scheduled_new_reqs=[])
+
+
+def test_a_step(runner: Any) -> None:
+    runner.execute_model(OUTPUT)
+    # The sources of decoder rows 11 and 12 are rows 4 (request c) and 8 (the last of request d).
+    batch, sampled = runner.batch, runner.execute_model_state.input_batch
+    assert sampled.logits_indices.tolist() == [2, 3, 11, 12, 10]
+    assert (sampled.num_reqs, sampled.num_tokens, sampled.req_ids) == (5, 11, list("abcde"))
+    assert runner.dispatched == ((7, 13), {"num_active_loras": 4})
+    assert batch.req_ids == [*"abcde", "c", "d"]
+    assert (batch.num_reqs, batch.num_reqs_after_padding) == (7, 7)
+    assert (batch.num_tokens, batch.num_tokens_after_padding) == (13, 13)
+    assert batch.idx_mapping.tolist() == batch.idx_mapping_np.tolist() == [4, 0, 2, 1, 3, 2, 1]
+    assert batch.query_start_loc.tolist() == batch.query_start_loc_np.tolist() == [0, 3, 4, 5, 9, 11, 12, 13]
+    assert runner.input_buffers.query_start_loc.tolist() == [0, 3, 4, 5, 9, 11, 12, 13, 13, 13, 13]
+    assert batch.num_scheduled_tokens.tolist() == [3, 1, 1, 4, 2, 1, 1]
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu_upper_bound.tolist() == [8, 10, 8, 4, 5, 8, 4]
+    assert batch.num_computed_tokens_np.tolist() == [5, 9, 7, 0, 3, 7, 3]
+    assert batch.input_ids[11:].tolist() == [104, 108]
+    assert batch.positions[11:].tolist() == [7, 3]
+    assert batch.is_prefilling_np.tolist() == [True, False, False, True, True, False, True]
+    [(per_sample, per_row, active)] = runner.mapped
+    assert per_sample == (1, 0, 2, 1, 3)
+    assert per_row == (0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 2, 1)
+    assert sorted(request.lora_int_id for request in active) == [1, 2, 3]
+
+
+def test_decoder_requests_read_their_sources_blocks_and_write_nothing(runner: Any) -> None:
+    runner.execute_model(OUTPUT)
+    (_, requests, padded), (_, writers, starts, _, tokens) = runner.asked
+    assert requests.tolist() == [4, 0, 2, 1, 3, 2, 1]
+    assert padded == {"num_reqs_padded": 7}
+    assert writers.tolist() == [4, 0, 2, 1, 3], "vLLM's kernel gives slot -1 to what is behind these"
+    assert starts.tolist() == [0, 3, 4, 5, 9, 11, 12, 13]
+    assert tokens == {"num_tokens_padded": 13}
+
+
+def test_a_plan_ends_with_its_step(runner: Any) -> None:
+    stock = Vllms.prepare_attn
+
+    def fails(self: Any, batch: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    runner.block_tables.gather_block_tables = fails
+    with pytest.raises(TypeError):
+        runner.execute_model(OUTPUT)
+    sizes = lambda manager, *given, **named: given  # noqa: E731
+    assert runner_v2.wrap_dispatch_cg_and_sync_dp(sizes)(runner.cudagraph_manager, 5, 11) == (5, 11)
+    assert runner.prepare_inputs().num_reqs == COUNT
+    assert stock(runner, None) == "stock"
+
+
+def test_without_requests_that_share_all_is_stock(runner: Any) -> None:
+    runner.lora_state.lora_requests = {
+        name: LoRARequest(lora_name=str(number), lora_int_id=number, lora_path="/no")
+        for name, number in ADAPTERS.items()
+    }
+    runner.execute_model(OUTPUT)
+    assert runner.execute_model_state.input_batch is runner.batch
+    assert runner.dispatched == ((5, 11), {"num_active_loras": 3})
+    assert runner.asked == []
+    [(_, per_row, _)] = runner.mapped
+    assert per_row == (1, 1, 1, 0, 2, 1, 1, 1, 1, 3, 3)
+
+
+def test_a_prompt_in_pieces_runs_on_base_weights(runner: Any) -> None:
+    """No decoder row, but rows that must not run on the adapter."""
+    for name in "cde":
+        del runner.lora_state.lora_requests[name]
+    runner.lora_state.lora_ids[:] = by_state([1, 0, 0, 0, 0])
+    runner.execute_model(OUTPUT)
+    assert runner.batch.num_reqs == COUNT
+    [(per_sample, per_row, _)] = runner.mapped
+    assert per_sample == (1, 0, 0, 0, 0)
+    assert per_row == (0,) * 11
+
+
+@pytest.mark.parametrize("by", ["prompt_logprobs", "prompt_logprob_token_ids"])
+def test_a_scored_prompt_has_a_decoder_row_for_each_of_its_rows(runner: Any, by: str) -> None:
+    worker = runner.prompt_logprobs_worker
+    if by == "prompt_logprobs":
+        worker.uses_prompt_logprobs[STATES[:2]] = True
+    else:
+        worker.token_id_scores = {"a": None, "b": None}
+    runner.execute_model(OUTPUT)
+    assert runner.mapped[0][1] == (0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 1, 1, 1, 2, 1)
+    state = runner.execute_model_state
+    assert state.input_batch.logits_indices.tolist() == [13, 3, 14, 15, 10], "b is the base model's"
+    assert state.hidden_states[:11, 0].tolist() == [11, 12, 13, 3, 14, 5, 6, 7, 15, 9, 10]
+
+
+def test_rows_without_room_are_an_error_and_not_a_write_beyond_the_end(runner: Any) -> None:
+    runner._request_room = 6
+    with pytest.raises(RuntimeError, match="--max-num-seqs"):
+        runner.execute_model(OUTPUT)
+
+
+def test_states_are_kept_for_scheduled_requests_and_buffers_for_decoder_requests_too(runner: Any) -> None:
+    assert runner.max_num_reqs == runner.scheduler_config.max_num_seqs == REQUESTS
+    assert runner.vllm_config.scheduler_config.max_num_seqs == 2 * REQUESTS, "what builders of metadata read"
+    assert len(runner.input_buffers.seq_lens) == 2 * REQUESTS
+    assert runner.initialize_kv_cache("config") == 2 * REQUESTS
+    assert runner.max_num_reqs == REQUESTS
+    dummy = SimpleNamespace(idx_mapping=torch.arange(2 * REQUESTS))
+    assert runner.prepare_dummy_attn(dummy).idx_mapping.max() == REQUESTS - 1
+
+
+def test_a_batch_of_decodes_stays_uniform(runner: Any) -> None:
+    assert runner.gather_batch_req_state(OUTPUT, False)[1] is None, "d samples one of four rows"
+    runner.req_states.num_computed_tokens_np[STATES[3]] = -9  # now it is in the middle of its prompt
+    assert runner.gather_batch_req_state(OUTPUT, False)[1] == 7
+    assert runner.gather_batch_req_state(OUTPUT, True) == (None, 7)
+
+
+def test_with_several_positions_for_each_row(runner: Any) -> None:
+    """M-RoPE: vLLM computes them from a request's first row, which a decoder request does not have."""
+    runner.execute_model(OUTPUT)
+    positions = torch.arange(3 * 16).view(3, 16)
+    seen: list[Any] = []
+
+    def original(self: Any, batch: Any, states: Any) -> Any:
+        seen.append((batch.num_reqs, batch.num_tokens_after_padding))
+        return {"positions": positions[:, : batch.num_tokens_after_padding]}
+
+    prepare = runner_v2.wrap_prepare_inputs(original)
+    inputs = prepare(SimpleNamespace(rope_state="M-RoPE"), runner.batch, None)
+    assert seen == [(5, 13)]
+    assert inputs["positions"][:, 11:].T.tolist() == [[4, 20, 36], [8, 24, 40]]
+    prepare(SimpleNamespace(rope_state=None), runner.batch, None)
+    assert seen[-1] == (7, 13), "there is nothing to do"
+
+
+def test_embeddings(runner: Any) -> None:
+    runner.execute_model(OUTPUT)
+
+    def original(self: Any, inputs: Any, batch: Any, states: Any) -> Any:
+        assert batch.req_ids == list("abcde"), "images are gathered by request"
+        return torch.arange(float(batch.num_tokens_after_padding))[:, None]
+
+    embeddings = runner_v2.wrap_prepare_inputs_embeds(original)(SimpleNamespace(), {}, runner.batch, None)
+    assert embeddings[11:, 0].tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("worker", ["gpu", "cpu"])
+def test_workers_make_the_extended_runner(worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU worker by ``_make_model_runner``, which no CPU worker calls; a CPU worker by the name it imports."""
+    from importlib import import_module
+
+    module, name = ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner")
+    wrap = runner_v2.wrap_gpu_model_runner
+    if worker == "cpu":
+        module, name, wrap = ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner", runner_v2.wrap_cpu_model_runner)
+    monkeypatch.setattr(import_module(module), name, wrap(Vllms))
+    made = getattr(import_module(module), name)
+    if worker == "gpu":
+        from vllm.v1.worker.gpu_worker import Worker
+
+        config = vllm_config()
+        config.is_mm_encoder_only = False
+        plain = SimpleNamespace(use_v2_model_runner=True, vllm_config=config, device=CPU)
+        assert isinstance(Worker._make_model_runner(plain), DecoderRowsRunner)
+    assert issubclass(made, DecoderRowsRunner)
+    assert issubclass(made, Vllms)
+    assert wrap(made) is made
