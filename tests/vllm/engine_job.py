@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors of the core arrive as exceptions
@@ -180,7 +181,15 @@ def delete(llm: Any, adapters: dict[str, dict[str, Any]], folder: str) -> None:
     shutil.rmtree(folder)
 
 
+def sample_scheduled_rows(llm: Any, adapters: dict[str, dict[str, Any]], given: None) -> None:
+    """From now on this engine samples from scheduled rows, as if there were no decoder rows."""
+    from icarus.vllm import step_layout
+
+    step_layout.predicting_rows = lambda rows: np.arange(rows.scheduled)
+
+
 ACTIONS = {
+    "sample scheduled rows": sample_scheduled_rows,
     "ask": ask,
     "written": written,
     "published": published,

@@ -87,6 +87,7 @@ def served(either: Shop) -> dict[str, Any]:
             {"load": {"name": "sql", "lora_path": str(either.folder / "plain"), "load_inplace": True}},
             ask(("sql", SHARED)),
         ],
+        "mutant": [{"sample scheduled rows": None}, ask(*((model, SHARED) for model in ("chat", "base", "plain")))],
     }
     return either.serve_parts(steps)
 
@@ -191,6 +192,13 @@ def test_a_reload_keeps_the_cache_and_takes_the_new_weights(shop: Shop, served: 
     assert reply["tokens"] == still["tokens"] == shop.reference("chat", SHARED)
     assert reply["cached"] == len(SHARED) // BLOCK * BLOCK
     assert "another name" in refused["error"]
+
+
+def test_without_decoder_rows_specialists_are_wrong_and_nobody_else(shop: Shop, served: Any) -> None:
+    """What these tests would miss if sampling read scheduled rows: nothing."""
+    _, [chat, base, plain] = served["mutant"]
+    assert chat["tokens"] == base["tokens"] == shop.reference("base", SHARED) != shop.reference("chat", SHARED)
+    assert plain["tokens"] == served["in turn"][3][0]["tokens"]
 
 
 def test_with_chunked_prefill_and_preemption(either: Shop, stock: Any) -> None:
