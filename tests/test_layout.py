@@ -36,7 +36,7 @@ LEVELS = [
 # a step are what all share. ``plugin`` is called by vLLM and stands above all.
 PLUGIN = ["cpu", "worker", "engine", "server", "plugin"]
 HEIGHT = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train"}, "vllm": {"vllm"}}
+ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train"}, "vllm": {"vllm"}, "lm_eval": {"evaluate"}}
 DOORS = {"adapter"}  # packages of which others import the names in ``__init__`` alone
 VAGUE = {"utils", "common", "helpers", "misc", "base"}
 
