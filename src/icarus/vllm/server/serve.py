@@ -162,9 +162,13 @@ def _start_vllm(words: list[str]) -> None:
     """
     sys.argv = ["vllm", *words]  # vLLM's data-parallel supervisor starts processes with it
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # before 0.33
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
     cli_env_setup()
     parser = FlexibleArgumentParser(description="vLLM CLI")
