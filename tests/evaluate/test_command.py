@@ -54,6 +54,7 @@ def test_all_sides_over_all_tasks(folder: Path, capsys: Capture) -> None:
             tokens = sum(i["tokens"] for i in items)
             assert figures["loss"] == pytest.approx(sum(i["loss"] * i["tokens"] for i in items) / tokens)
             assert ("difference" in figures) == (side != "one")
+            assert ("drift" in figures) == (task == "words")
     assert not Path("report.json.partial").exists()
 
 
@@ -104,7 +105,7 @@ def test_bad_input_is_one_sentence(folder: Path, words: list[str], message: str,
 
 
 def outcome(side: str, item: int, score: float, loss: float, tokens: int = 1) -> Outcome:
-    values = {"task": "t", "text": "", "generated_tokens": 0}
+    values: dict[str, Any] = {"task": "t", "text": "", "generated_tokens": 0, "drift": None}
     return Outcome(**values, side=side, item=str(item), score=score, loss=loss, tokens=tokens)
 
 

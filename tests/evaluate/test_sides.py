@@ -13,7 +13,7 @@ from icarus import Specialists, adapter
 from icarus.errors import AdapterError, InputError
 from icarus.evaluate import Side, Sides, TokenRow
 from icarus.evaluate.sides import Plain
-from icarus.streams import IGNORED
+from icarus.streams import IGNORED, EncoderCache
 from saved import save_adapter, save_base
 from tiny_models import tiny
 
@@ -114,6 +114,25 @@ def test_what_is_generated_is_greedy(name: str, sides: Sides) -> None:
         assert all(result.greedy for result in side.score(rows))
         wrong = TokenRow(rows[0].input_ids, [*rows[0].labels[:-1], (rows[0].labels[-1] + 1) % 100])
         assert not side.score([wrong])[0].greedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drift_is_the_divergence_from_the_base_model(
+    name: str, sides: Sides, team: Specialists, peft_model: Any
+) -> None:
+    with sides.side(name) as side:
+        prompts = [side.codec.encode(prompt) for prompt in PROMPTS]
+        answers = side.generate(prompts, max_new_tokens=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([[*prompt, *answer.token_ids[:-1]]])
+        cache, rows = EncoderCache(), len(answer.token_ids)
+        base = team.streams.encode(ids, cache, logits_to_keep=rows)[0]
+        own = peft_model(input_ids=ids).logits[0, -rows:]
+        if name != "theirs":
+            own = team.streams.decode(ids[:, -rows:], cache, team.adapter(name))[0]
+        p, q = own.log_softmax(-1), base.log_softmax(-1)
+        assert answer.drift == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-4)
+        assert (answer.drift > 0.01) == (name != "base")
 
 
 def test_an_icarus_adapter_through_peft_would_give_other_results(sides: Sides) -> None:

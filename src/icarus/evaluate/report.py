@@ -39,6 +39,8 @@ def _figures(own: Sequence[Outcome], peer: Sequence[Outcome], kind: str) -> dict
         "score": float(scores.mean()),
         "loss": float(losses.sum() / tokens.sum()),
     }
+    if generated := sum(outcome.generated_tokens for outcome in own):
+        figures["drift"] = sum((outcome.drift or 0) * outcome.generated_tokens for outcome in own) / generated
     if own is not peer:
         its_scores, its_losses, _ = _columns(peer)
         figures["difference"] = {
@@ -82,7 +84,7 @@ def show(figures: Mapping[str, Mapping[str, Any]], against: str) -> None:
     """A table for each task on the terminal."""
     for task, sides in figures.items():
         items = next(iter(sides.values()))["items"]
-        names = ("kind", "score", f"over {against}", "loss/token", f"over {against}")
+        names = ("kind", "score", f"over {against}", "loss/token", f"over {against}", "drift/token")
         table = Table("side", *(Column(name, justify="right") for name in names), title=f"{task}: {items} items")
         for side, own in sides.items():
             difference = own.get("difference", {})
@@ -93,6 +95,7 @@ def show(figures: Mapping[str, Mapping[str, Any]], against: str) -> None:
                 _shown(difference.get("score"), 100, ".1f"),
                 f"{own['loss']:.4f}",
                 _shown(difference.get("loss"), 1, ".4f"),
+                f"{own['drift']:.3f}" if "drift" in own else "",
             )
         Console().print(table)
 

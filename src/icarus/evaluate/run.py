@@ -33,6 +33,8 @@ class Outcome:
     text: str
     """The generated answer, or the most likely choice."""
     generated_tokens: int
+    drift: float | None
+    """KL divergence from the base model in nats per generated token; None where nothing is generated."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked], batch_
             tokens=len(right.log_probabilities),
             text=text,
             generated_tokens=len(answers[index].token_ids) if answers else 0,
+            drift=answers[index].drift if answers else None,
         )
 
 

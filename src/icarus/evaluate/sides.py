@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from icarus.errors import InputError
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
 
 Kind = Literal["base", "conventional", "icarus"]
+Watch = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Answer:
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    drift: float = 0.0
+    """KL divergence from the base model, in nats per generated token: of this side's distributions from its."""
 
 
 class Side(ABC):
@@ -105,17 +108,24 @@ class Side(ABC):
                 do_sample=False, max_new_tokens=max(limits), pad_token_id=self._padding
             ),
             stopping_criteria=StoppingCriteriaList([answers]),
-            **self.generation(mask),
+            **self.generation(mask, answers.compare),
         )
-        return answers.finished()
+        return self._with_drift(prompts, answers.finished())
 
     @abstractmethod
     def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, R, V) for the targets (B, R) of a batch; -100 pads."""
 
-    def generation(self, mask: Tensor) -> dict[str, Any]:
-        """What Transformers' ``generate`` needs to run this side; the mask (B, T) tells tokens from padding."""
+    def generation(self, mask: Tensor, watch: Watch | None = None) -> dict[str, Any]:
+        """What Transformers' ``generate`` needs to run this side; the mask (B, T) tells tokens from padding.
+
+        ``watch`` gets this side's and the base model's logits (B, V) at each token, if that costs nothing.
+        """
         return {}
+
+    def _with_drift(self, prompts: Sequence[Sequence[int]], answers: list[Answer]) -> list[Answer]:
+        """The answers, as far as their drift is not known from the generation itself."""
+        return answers
 
     @property
     def _padding(self) -> int:
@@ -164,6 +174,19 @@ class Plain(Side):
         places = (rows - first).clamp(min=0)  # those of the padding are anywhere
         return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), targets
 
+    def _with_drift(self, prompts: Sequence[Sequence[int]], answers: list[Answer]) -> list[Answer]:
+        """Two passes over what was generated, with the adapter and without it; row by row, as logits are large."""
+        if self.kind == "base":
+            return answers
+        drifted = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            batch = self._batch([TokenRow([*prompt, *answer.token_ids], [IGNORED] * len(prompt) + answer.token_ids)])
+            own, _ = self._predictions(batch)
+            with self.model.disable_adapter():
+                base, _ = self._predictions(batch)
+            drifted.append(replace(answer, drift=float(_divergence(own, base).mean())))
+        return drifted
+
 
 class TwoStream(Side):
     """An ICaRus adapter: base weights write the K/V, the adapter's decoder reads them."""
@@ -179,14 +202,16 @@ class TwoStream(Side):
         _, logits, targets = self.streams.loss(batch)
         return logits, targets
 
-    def generation(self, mask: Tensor) -> dict[str, Any]:
+    def generation(self, mask: Tensor, watch: Watch | None = None) -> dict[str, Any]:
         def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
             cache = EncoderCache(padding=(mask == 0).sum(1))
             if input_ids.shape[1] > 1:
                 self.streams.encode(input_ids[:, :-1], cache)
             done = False
             while not done:
-                logits, _base = self.streams.step(input_ids[:, -1:], cache, self.name)
+                logits, base = self.streams.step(input_ids[:, -1:], cache, self.name)
+                if watch:
+                    watch(logits, base)
                 token = logits_processor(input_ids, logits.float()).argmax(-1)
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
                 done = bool(stopping_criteria(input_ids, None).all())
@@ -210,6 +235,13 @@ class _Answers(StoppingCriteria):
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._limits, self._ends = limits, ends
         self._stopped = [False] * len(prompts)
+        self._drifts = [0.0] * len(prompts)
+
+    def compare(self, logits: Tensor, base: Tensor) -> None:
+        """What predicts the next tokens (B, V), beside the base model's prediction."""
+        for row, drift in enumerate(_divergence(logits, base).tolist()):
+            if not self._done(row):
+                self._drifts[row] += drift
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for row, token in enumerate(input_ids[:, -1].tolist()):
@@ -222,12 +254,18 @@ class _Answers(StoppingCriteria):
 
     def finished(self) -> list[Answer]:
         return [
-            Answer(text.whole[: text.end], tokens, "stop" if stopped else "length")
-            for text, tokens, stopped in zip(self._texts, self._tokens, self._stopped, strict=True)
+            Answer(text.whole[: text.end], tokens, "stop" if stopped else "length", drift / max(len(tokens), 1))
+            for text, tokens, stopped, drift in zip(self._texts, self._tokens, self._stopped, self._drifts, strict=True)
         ]
 
     def _done(self, row: int) -> bool:
         return self._stopped[row] or len(self._tokens[row]) >= self._limits[row]
+
+
+def _divergence(logits: Tensor, base: Tensor) -> Tensor:
+    """KL(p || q) of the distributions of two (..., V), in nats."""
+    own, its = (part.float().log_softmax(-1) for part in (logits, base))
+    return F.kl_div(its, own, log_target=True, reduction="none").sum(-1)
 
 
 class Sides:
