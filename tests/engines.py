@@ -97,12 +97,13 @@ class Shop:
         plugin: bool = True,
         min_paired_keys: int = 0,
         variables: dict[str, str] | None = None,
+        as_on_a_gpu: bool = False,
         **engine: Any,
     ) -> Any:
         """What one engine answers to steps, taken one after another.
 
         ``min_paired_keys``: from how many keys on decodes are computed together with their decoder rows;
-        ``variables`` are of its environment.
+        ``variables`` are of its environment; ``as_on_a_gpu``: with buffers of a device, and scheduling ahead of it.
         """
         options = {
             "model": str(self.base),
@@ -124,6 +125,7 @@ class Shop:
         }
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else "", **(variables or {})}
         job = {"engine": options, "adapters": adapters, "steps": steps, "min_paired_keys": min_paired_keys}
+        job["as_on_a_gpu"] = as_on_a_gpu
         return self.launcher.run(self.folder, job, environment)
 
     def serve_parts(self, parts: dict[str, list[Step]], **options: Any) -> dict[str, Any]:

@@ -14,8 +14,11 @@ import shutil
 import sys
 import tempfile
 import traceback
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 from safetensors.torch import load_file
@@ -188,6 +191,36 @@ def sample_scheduled_rows(llm: Any, adapters: dict[str, dict[str, Any]], given: 
     step_layout.predicting_rows = lambda rows: np.arange(rows.scheduled)
 
 
+def as_on_a_gpu() -> None:
+    """Have buffers on the device that are not those on the host, and let steps be scheduled ahead of their results.
+
+    vLLM's CPU runner makes the two one, and its CPU platform turns asynchronous scheduling off.
+    """
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    CPUModelRunner._postprocess_tensors = lambda self: None
+    check = CpuPlatform.check_and_update_config
+
+    @wraps(check)
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    torch.cuda.Event = torch.cuda.current_stream = MagicMock  # of a device that has done its work at once
+    torch.cuda.stream = lambda stream: nullcontext()
+
+
+def check_as_on_a_gpu(llm: Any) -> None:
+    """It would be a pity to test the ordinary engine again."""
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    buffers = [runner.input_ids, runner.query_start_loc, runner.input_batch.block_table.block_tables[0].block_table]
+    assert all(buffer.gpu.data_ptr() != buffer.cpu.data_ptr() for buffer in buffers)
+
+
 ACTIONS = {
     "sample scheduled rows": sample_scheduled_rows,
     "ask": ask,
@@ -209,7 +242,11 @@ def run(job: dict[str, Any]) -> None:
     os.dup2(log, 2)
     from vllm import LLM
 
+    if job["as_on_a_gpu"]:
+        as_on_a_gpu()
     llm = LLM(**job["engine"])
+    if job["as_on_a_gpu"]:
+        check_as_on_a_gpu(llm)
     llm.collective_rpc(set_min_paired_keys, args=(job["min_paired_keys"],))
     results = []
     for step in job["steps"]:

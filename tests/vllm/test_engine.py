@@ -63,11 +63,10 @@ def check(shop: Shop, stock: dict[str, Any], replies: list[Reply]) -> None:
         assert got == wanted, (model, len(prompt))
 
 
-@pytest.fixture(scope="module")
-def served(either: Shop) -> dict[str, Any]:
-    """vLLM with the plugin, on either model runner."""
+def all_steps(shop: Shop) -> dict[str, list[Step]]:
+    """What an engine with default options is asked."""
     once = {"prompt": tokens(97, seed=800).tolist(), "sampling": {"max_tokens": 1}}
-    steps = {
+    return {
         "alone": [ask(asked) for asked in ALONE],
         "mixed": [ask(*MIXED)],
         "in turn": [ask((model, SHARED)) for model in ("sql", "chat", "base", "plain", "plain")],
@@ -82,14 +81,19 @@ def served(either: Shop) -> dict[str, Any]:
         "poisoned": [ask(("poisoned", SHARED)), {"load": {"name": "poisoned"}}, ask(("base", SHARED))],
         "patterns": [ask(("uneven", SHARED), ("base", SHARED)), ask(("odd", SHARED), ("base", SHARED))],
         "reload": [
-            {"load": {"name": "sql", "lora_path": str(either.folder / "chat"), "load_inplace": True}},
+            {"load": {"name": "sql", "lora_path": str(shop.folder / "chat"), "load_inplace": True}},
             ask(("sql", SHARED)),
-            {"load": {"name": "sql", "lora_path": str(either.folder / "plain"), "load_inplace": True}},
+            {"load": {"name": "sql", "lora_path": str(shop.folder / "plain"), "load_inplace": True}},
             ask(("sql", SHARED)),
         ],
         "mutant": [{"sample scheduled rows": None}, ask(*((model, SHARED) for model in ("chat", "base", "plain")))],
     }
-    return either.serve_parts(steps)
+
+
+@pytest.fixture(scope="module")
+def served(either: Shop) -> dict[str, Any]:
+    """vLLM with the plugin, on either model runner."""
+    return either.serve_parts(all_steps(either))
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +278,26 @@ def asked_of(step: Step) -> list[Asked]:
     return [(request["model"], request["prompt"]) for request in step["ask"]]
 
 
+def test_with_buffers_on_a_device_and_asynchronous_scheduling(shop: Shop, served: Any) -> None:
+    """As on a GPU, but for its kernels, and on model runner V1: all answers are those of ordinary engines."""
+    there = shop.serve_parts(all_steps(shop), as_on_a_gpu=True)
+    for name, replies in there.items():
+        for got, wanted in zip(flat(replies), flat(served[name]), strict=True):
+            if isinstance(got, dict):
+                for logprobs in ("scored", "sampled"):
+                    assert got.pop(logprobs, []) == pytest.approx(wanted.pop(logprobs, []), abs=1e-3), name
+            assert got == wanted, name
+
+
+def flat(replies: list[Any]) -> list[Any]:
+    """Copies of what came of some steps: replies, errors, or whether a load succeeded."""
+    return [
+        dict(reply) if isinstance(reply, dict) else reply
+        for step in replies
+        for reply in (step if isinstance(step, list) else [step])
+    ]
+
+
 def test_two_tensor_parallel_ranks(shop: Shop, ranks: Any, stock: Any) -> None:
     check(shop, stock, ranks["mixed"][0])
 
@@ -391,3 +415,18 @@ def test_stock_operators_are_refused_on_a_cpu(shop: Shop) -> None:
     refused, [base] = shop.serve(steps, variables={"ICARUS_CPU_LORA": "0"})
     assert "unset ICARUS_CPU_LORA" in refused["error"]
     assert base["tokens"] == shop.reference("base", SHARED)
+
+
+def test_a_worker_with_another_runner_is_refused_adapters_that_share(shop: Shop, stock: Any) -> None:
+    """It would serve them as plain LoRA, and leave their K/V to others; everything else goes on there."""
+    [asked_of_stock] = in_turn()[0]["ask"]
+    steps = [
+        {"load": {"name": "sql"}},
+        ask(("base", SHARED), ("plain", asked_of_stock["prompt"])),
+        ask(("sql", SHARED)),
+    ]
+    loaded, [base, plain], asked = shop.serve(steps, worker_cls="unchanged_worker.UnchangedWorker", max_loras=5)
+    for refused in (asked, loaded):
+        assert "rank 0 runs the model runner unchanged_worker.UnchangedRunner" in refused["error"]
+    assert base["tokens"] == shop.reference("base", SHARED)
+    assert plain["tokens"] == stock["in turn"][0][0]["tokens"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from icarus.vllm import patching
-from icarus.vllm.ledger import LEDGER, TESTED, changes
+from icarus.vllm.ledger import CHECKED, LEDGER, TESTED, changes
 from icarus.vllm.patching import Override, Patch
 from strict_skips import needs_vllm
 from tools import ledger_page
@@ -36,7 +36,7 @@ def before(patch: Patch) -> Any:
         theirs = [vars(kind) for kind in owner.__mro__ if not kind.__module__.startswith("icarus")]
         return next(names[original_name(patch)] for names in theirs if original_name(patch) in names)
     found = installed(patch)
-    return found.__mro__[2] if isinstance(found, type) and hasattr(found, patching._MARK) else found
+    return found.__mro__[2] if isinstance(found, type) and hasattr(found, patching.MARK) else found
 
 
 def test_every_record_is_complete_and_its_target_is_wrapped_once() -> None:
@@ -89,10 +89,10 @@ def test_with_vllm_the_whole_ledger_applies_and_keeps_signatures_callable() -> N
 
     register()
     register()
-    assert patching.apply(changes(), vllm.__version__, TESTED) == 0
+    assert patching.apply(changes(), vllm.__version__, TESTED, CHECKED) == 0
     for runner in ("V1", "V2"):
-        patching.apply(changes(runner), vllm.__version__, TESTED)
-        assert patching.apply(changes(runner), vllm.__version__, TESTED) == 0
+        patching.apply(changes(runner), vllm.__version__, TESTED, CHECKED)
+        assert patching.apply(changes(runner), vllm.__version__, TESTED, CHECKED) == 0
     for patch in LEDGER:
         if not isinstance(patch, Override):
             shown = list(inspect.signature(installed(patch)).parameters)

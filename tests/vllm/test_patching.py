@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from icarus.vllm.patching import Hook, Patch, PatchError, apply
+from icarus.vllm.patching import Attributes, Hook, Patch, PatchError, apply, known_attributes
 
 TESTED = ("0.1.0", "0.2.0")
 VERSION = TESTED[-1]
@@ -23,7 +23,10 @@ def louder(original: Callable[..., str]) -> Callable[..., str]:
 @pytest.fixture
 def engine() -> Iterator[Any]:
     module = ModuleType("an_engine")
-    source = "class Runner:\n    def run(self, step):\n        return step\n\ndef key(request):\n    return request\n"
+    source = (
+        "class Runner:\n    def run(self, step):\n        self.last = step\n        return step\n"
+        "def key(request):\n    return request\n"
+    )
     exec(source, vars(module))
     sys.modules["an_engine"] = module
     sys.modules["our_side"] = ours = ModuleType("our_side")
@@ -72,5 +75,46 @@ def test_an_untested_version_is_refused(engine: Any, version: str, monkeypatch: 
     assert apply([METHOD], version, TESTED) == 1
 
 
+def test_a_version_that_was_checked_is_served(engine: Any) -> None:
+    assert apply([METHOD], "0.3.0+cu130", TESTED, ("0.3.0",)) == 1
+
+
 def test_parameters_of_an_older_version_pass(engine: Any) -> None:
     assert apply([replace(METHOD, parameters="self step more", before="self step")], VERSION, TESTED) == 1
+
+
+class Base:
+    annotated: int
+    defined = 1
+
+    def __init__(self, other: Any) -> None:
+        self.assigned, other.elsewhere = 1, 2
+        self.inner = lambda: self.read
+
+    @property
+    def computed(self) -> int:
+        self.cached = 2
+        return self.cached
+
+
+class Derived(Base):
+    def __init__(self) -> None:
+        self.own: int = 1
+
+
+@pytest.mark.parametrize("name", ["annotated", "defined", "assigned", "inner", "computed", "cached", "own", "__init__"])
+def test_an_attribute_is_known_if_a_class_defines_annotates_or_assigns_it(name: str) -> None:
+    assert known_attributes(Derived, ["nothing", name, "read"]) == {name}
+
+
+def test_an_attribute_that_is_gone_changes_nothing_and_says_what_to_do(engine: Any) -> None:
+    held, gone = Attributes("an_engine:Runner", "run last"), Attributes("an_engine:Runner", "run buffer")
+    with pytest.raises(PatchError, match=r"an_engine:Runner of vLLM 0\.2\.0 has no attribute 'buffer'") as caught:
+        apply([METHOD], VERSION, TESTED, attributes=[held, gone])
+    assert "VLLM_PLUGINS" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert engine.Runner().run("a") == "a"
+    with pytest.raises(PatchError, match="has no an_engine:Walker"):
+        apply([METHOD], VERSION, TESTED, attributes=[Attributes("an_engine:Walker", "run")])
+    assert apply([METHOD], VERSION, TESTED, attributes=[held]) == 1
+    assert apply([METHOD], VERSION, TESTED, attributes=[gone]) == 0, "it was checked when the record was applied"

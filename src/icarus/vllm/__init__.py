@@ -11,7 +11,8 @@ runs: the front end also asks the engine's policy about adapters. A room imports
 All rooms import the modules that stand here:
 
     ledger.py        every function of vLLM that is wrapped
-    patching.py      checks vLLM against the ledger, then applies it
+    attributes.py    every attribute of vLLM's objects that the plugin uses
+    patching.py      checks vLLM against both, then applies the ledger
     marks.py         the mark on a request whose adapter shares
     counters.py      what is counted
     step_layout.py   which decoder rows a step needs, and where they stand

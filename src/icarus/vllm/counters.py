@@ -15,7 +15,7 @@ from typing import Any
 from icarus.vllm.state import Attached
 
 READ_COUNTERS = "icarus_counters"
-"""The method that the front end asks ``EngineCore.collective_rpc`` for; no worker has it, and the core answers."""
+"""The method of ``EngineCore`` that returns them."""
 
 LOAD_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histogram of load times, in seconds."""

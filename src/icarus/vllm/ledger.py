@@ -12,6 +12,10 @@ from icarus.vllm.patching import Hook, Override, Patch
 TESTED = ("0.31.0", "0.32.0")
 """Versions of vLLM that the test suite ran against."""
 
+CHECKED: tuple[str, ...] = ()
+"""Versions that the suite could not run against. Their source was compared with that of the newest tested one (``make
+check-vllm``), and all that had changed was read; docs/inside-vllm.md has what was found of 0.33.0 so far."""
+
 ROOM = Hook(
     until="plugins can change the configuration before it is checked",
     why="decoder rows come on top of what is scheduled, and two numbers of the configuration size every buffer",
@@ -96,6 +100,15 @@ LEDGER = (
         what="requests whose adapter is verified are marked",
         why="cache keys, KV events and workers must follow one decision",
         upstream="vllm/v1/engine/core.py:1089",
+    ),
+    Patch(
+        hook=CHECKS,
+        target="vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+        parameters="self vllm_config",
+        by="icarus.vllm.engine.ranks:wrap_initialize_kv_caches",
+        what="the engine core asks each worker for its plugin and its model runner, before it serves an adapter",
+        why="workers decide by environments of their own, and an ICaRus adapter on another runner would be plain LoRA",
+        upstream="vllm/v1/engine/core.py:261",
     ),
     Patch(
         hook=CHECKS,
@@ -257,6 +270,16 @@ LEDGER = (
         what="decoder rows are not taken for padding",
         why="models that skip padding would skip them",
         upstream="vllm/v1/worker/gpu_model_runner.py:3273",
+    ),
+    Patch(
+        hook=ROWS,
+        target=_RUNNER + "_dummy_sampler_run",
+        parameters="self hidden_states",
+        by="icarus.vllm.worker.warmup:wrap_dummy_sampler_run",
+        what="the sampler is warmed up for the requests that may run, without room for decoder requests",
+        why="logits of more requests would take memory from the KV cache, and decoder requests are not sampled twice",
+        upstream="vllm/v1/worker/gpu_model_runner.py:5927",
+        runner="V1",
     ),
     Patch(
         hook=ROWS,
@@ -490,15 +513,6 @@ LEDGER = (
         upstream="vllm/v1/core/kv_cache_manager.py:253",
     ),
     Patch(
-        hook=COUNTERS,
-        target="vllm.v1.engine.core:EngineCore.collective_rpc",
-        parameters="self method timeout args kwargs",
-        by="icarus.vllm.engine.counting:wrap_collective_rpc",
-        what="the engine core answers one more call: it returns the plugin's counters",
-        why="the core and the workers count, and the front end serves metrics",
-        upstream="vllm/v1/engine/core.py:1073",
-    ),
-    Patch(
         hook=MODALITIES,
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.resolve_lora",
         parameters="self lora_name",
@@ -519,7 +533,8 @@ LEDGER = (
     Patch(
         hook=BEAMS,
         target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
-        parameters="self prompt request_id params lora_request trace_headers session_id",
+        parameters="self prompt request_id params lora_request trace_headers session_id priority",
+        before="self prompt request_id params lora_request trace_headers session_id",
         by="icarus.vllm.server.beam_search:wrap_beam_search",
         what="answers of beam searches say how many prompt tokens were in the cache",
         why="cached_tokens are in every other answer (stock vLLM drops them here)",

@@ -30,6 +30,11 @@ class Attached(Generic[T]):
         value: T | None = getattr(owner, self._attribute, None)
         return value
 
+    def get_own(self, owner: type) -> T | None:
+        """The value on a class, without those of its parents, or None if it has none."""
+        value: T | None = vars(owner).get(self._attribute)
+        return value
+
     def set(self, owner: Any, value: T | None) -> None:
         """Attach a value to an owner, replacing the last one."""
         setattr(owner, self._attribute, value)

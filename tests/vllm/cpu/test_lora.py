@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 
 from vllm.platforms import current_platform
 
+from icarus.errors import InputError
 from icarus.vllm.cpu import lora, lora_rows
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason=NO_CPU_VLLM)
@@ -77,3 +79,23 @@ def test_it_takes_vllms_place_where_it_can(
     config = SimpleNamespace(fully_sharded_loras=sharded)
     chosen = choose(ROWS, 1, torch.device("cpu"), lora_config=config)
     assert isinstance(chosen, lora.RowsWrapper) is ours
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_worker_that_decides_otherwise_than_the_front_end_stops(monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
+    """A compiled graph would keep the rows of the step in which vLLM's own operators were traced."""
+    from vllm.config import LoRAConfig
+
+    config = LoRAConfig()
+    model = SimpleNamespace(is_moe=False, enforce_eager=eager)
+    seen = SimpleNamespace(lora_config=config, model_config=model)
+    lora.wrap_check_and_update_config(lambda configuration: None)(seen)
+    choose = lora.wrap_get_punica_wrapper(lambda *args, **kwargs: "vLLM's")
+    sent = pickle.loads(pickle.dumps(config))
+    assert isinstance(choose(ROWS, 1, torch.device("cpu"), lora_config=sent), lora.RowsWrapper)
+    monkeypatch.setenv(lora_rows.SWITCH_VARIABLE, "0")
+    if eager:
+        assert choose(ROWS, 1, torch.device("cpu"), lora_config=sent) == "vLLM's"
+        return
+    with pytest.raises(InputError, match="alike on all nodes"):
+        choose(ROWS, 1, torch.device("cpu"), lora_config=sent)

@@ -6,8 +6,11 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from icarus.vllm import counters
 from icarus.vllm.engine import counting
+from icarus.vllm.engine.ranks import REFUSALS, Refusals
 
 
 def blocks(*ids: int) -> list[Any]:
@@ -77,12 +80,13 @@ def test_loads_and_swaps() -> None:
         counting.count_load(core, SimpleNamespace(lora_name=name, lora_int_id=number), seconds, shares=shares)
     counters.count_rows(worker.model_runner, 40, 2)
     counters.count_rows(worker.model_runner, 2, 2)
-    ask = counting.wrap_collective_rpc(lambda self, method, *args: f"workers: {method}")
-    assert ask(core, "other") == "workers: other"
-    told = ask(core, counters.READ_COUNTERS)
+    told = counting.read(core)
     assert told["loads"] == {"a": 2, "b": 2}
     assert told["swaps"] == {"a": 1, "b": 1}
     assert told["blocks_kept"] == 3, "of the adapter that shares"
     assert (told["scheduled_rows"], told["decoder_rows"]) == (42, 4)
     assert told["load_buckets"] == [1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
     assert told["engine"] == 1
+    REFUSALS.set(core, Refusals(adapters="rank 1 has none of our code"))
+    core.model_executor.collective_rpc = lambda method: pytest.fail("it cannot even unpickle this")
+    assert counting.read(core)["scheduled_rows"] == 0

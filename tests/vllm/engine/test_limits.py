@@ -128,3 +128,29 @@ def test_caches() -> None:
     assert "MambaSpec" in limits.cache_refusal([several])
     several.kv_cache_specs = {"a": full}
     assert limits.cache_refusal([several]) == ""
+
+
+@pytest.mark.parametrize(
+    ("active", "ceiling", "wanted"),
+    [
+        (128, 512, None),  # vLLM's own ceiling covers them
+        (256, 512, None),
+        (300, 512, 600),
+        (1024, 512, 1024),  # as many requests as without decoder rows
+        (300, 1024, None),
+        (600, 1024, 1200),
+    ],
+)
+def test_graphs_cover_both_rows_of_a_decode(active: int, ceiling: int, wanted: int | None) -> None:
+    compilation = SimpleNamespace(max_cudagraph_capture_size=None, cudagraph_capture_sizes=None)
+    for _ in range(2):
+        limits.cover_graphs(compilation, active, ceiling)
+        assert compilation.max_cudagraph_capture_size == wanted
+
+
+@pytest.mark.parametrize("given", [{"max_cudagraph_capture_size": 64}, {"cudagraph_capture_sizes": [1, 64]}])
+def test_graphs_are_as_the_user_set_them(given: dict[str, Any]) -> None:
+    compilation = SimpleNamespace(**{"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None, **given})
+    before = dict(vars(compilation))
+    limits.cover_graphs(compilation, 1000, 512)
+    assert vars(compilation) == before

@@ -21,11 +21,30 @@ from icarus.vllm.engine.attached_policy import POLICY
 from icarus.vllm.engine.policy import Policy, Verdict
 from icarus.vllm.server import loading, names
 from icarus.vllm.worker.adapters import REFUSED
+from icarus.vllm.worker.identity import ATTRIBUTE, identity
 
 try:
     from vllm.renderers.chat_utils import MM_PARSER_MAP
 except ImportError:
     from vllm.entrypoints.chat_utils import MM_PARSER_MAP
+
+
+class Client:
+    """Engine cores, each with this plugin, or with what it says."""
+
+    def __init__(self, *answers: str | Exception) -> None:
+        self.answers = answers or (identity(),)
+
+    async def call_utility_all_async(self, method: str) -> list[Any]:
+        assert method == ATTRIBUTE
+        for answer in self.answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return list(self.answers)
+
+
+def models_of(client: Client, **changes: Any) -> Any:
+    return SimpleNamespace(engine_client=SimpleNamespace(engine_core=client), **changes)
 
 
 class Models:
@@ -99,11 +118,48 @@ def test_what_vllm_cannot_serve_is_the_clients_error(monkeypatch: pytest.MonkeyP
             return create_error_response(message, "InternalServerError", HTTPStatus.INTERNAL_SERVER_ERROR)
 
         load = loading.wrap_load_lora_adapter(original)
-        return asyncio.run(load(SimpleNamespace(), SimpleNamespace(lora_name="a", lora_path=str(tmp_path)))).error
+        return asyncio.run(load(models_of(Client()), SimpleNamespace(lora_name="a", lora_path=str(tmp_path)))).error
 
     refused = answer(f"Call to add_lora method failed: {REFUSED}it has weights for nothing.")
     assert (refused.code, refused.message) == (400, "it has weights for nothing.")
     assert answer("Call to add_lora method failed: the disk is full").code == 500
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (RuntimeError("Call to icarus_identity method failed"), "runs vLLM without ICaRus"),
+        ("icarus-llm 0.0.1 on vLLM 0.1.0", "icarus-llm 0.0.1 on vLLM 0.1.0"),
+    ],
+)
+def test_an_engine_core_with_another_plugin_or_none_gets_no_adapter(
+    other: str | Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """One on another node would serve it as plain LoRA."""
+    monkeypatch.setattr(loading, "_check", lambda models, request: None)
+    monkeypatch.delenv("ICARUS_ADAPTER_FOLDERS", raising=False)
+
+    async def original(*args: Any) -> Any:
+        return pytest.fail("vLLM is not asked")
+
+    models = models_of(Client(identity(), other), lora_resolvers=["one"])
+    load, resolve = loading.wrap_load_lora_adapter(original), loading.wrap_resolve_lora(original)
+    request = SimpleNamespace(lora_name="a", lora_path=str(tmp_path))
+    for answer in (asyncio.run(load(models, request)), asyncio.run(resolve(models, "a"))):
+        assert answer.error.code == 400
+        assert said in answer.error.message
+
+
+def test_vllm_has_the_client_asked_and_cores_without_the_plugin_answer_themselves() -> None:
+    """With an error, before any worker is asked."""
+    from vllm.v1.engine import UtilityOutput
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    assert AsyncMPClient.call_utility_async
+    output, answered = UtilityOutput(1), []
+    EngineCoreProc._invoke_utility_method(ATTRIBUTE, lambda: getattr(object(), ATTRIBUTE)(), output, answered.append)
+    assert ATTRIBUTE in str(output.failure_message)
 
 
 # ------------------------------------------------------------------------------------------------- names
@@ -137,7 +193,7 @@ def test_a_resolver_brings_no_such_name(name: str, status: int | None) -> None:
         return f"{lora_name} is resolved"
 
     resolve = loading.wrap_resolve_lora(original)
-    answer = asyncio.run(resolve(SimpleNamespace(lora_resolvers=["one"]), name))
+    answer = asyncio.run(resolve(models_of(Client(), lora_resolvers=["one"]), name))
     assert (answer.error.code if status else answer) == (status or "sql is resolved")
     assert asyncio.run(resolve(SimpleNamespace(lora_resolvers=[]), "text")) == "text is resolved", "it finds none"
 

@@ -22,11 +22,16 @@ from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWith
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
+from icarus.errors import InputError
 from icarus.vllm.cpu import lora_rows
 from icarus.vllm.patching import Original
+from icarus.vllm.state import Attached
 
 _scoring_prompt: ContextVar[bool] = ContextVar("icarus_scoring_prompt", default=False)
 """Whether logits are of a prompt's rows, and not of sampled rows."""
+
+_COMPILED = Attached[bool]("compiled")
+"""On a ``LoRAConfig``, which workers get: torch.compile has stayed on for our operator."""
 
 
 class RowsWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy is told not to follow vLLM
@@ -109,12 +114,24 @@ def _usable(lora_config: Any) -> bool:
 
 
 def wrap_get_punica_wrapper(original: Original) -> Original:
-    """``get_punica_wrapper``: on CPUs, the wrapper of our operator, if that can be used."""
+    """``get_punica_wrapper``: on CPUs, the wrapper of our operator, if that can be used.
+
+    A worker decides by its own environment, and the process that configured the engine has decided by another one.
+
+    Raises:
+        InputError: that process has left torch.compile on, and the operator cannot be used in this one.
+    """
 
     @wraps(original)
     def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
-        if current_platform.is_cpu() and _usable(kwargs["lora_config"]):
-            return RowsWrapper(*args, **kwargs)
+        if current_platform.is_cpu():
+            if _usable(kwargs["lora_config"]):
+                return RowsWrapper(*args, **kwargs)
+            if _COMPILED.get(kwargs["lora_config"]):
+                raise InputError(
+                    "This worker cannot use ICaRus's LoRA operator, and the engine was configured with it; install "
+                    f"g++ and set {lora_rows.SWITCH_VARIABLE} alike on all nodes, or serve with --enforce-eager."
+                )
         return original(*args, **kwargs)
 
     return get_punica_wrapper
@@ -179,5 +196,6 @@ def wrap_check_and_update_config(original: Original) -> Original:
             return original(vllm_config)
         finally:
             vllm_config.lora_config = lora
+            _COMPILED.set(lora, not model.enforce_eager)
 
     return check_and_update_config

@@ -12,6 +12,7 @@ from icarus import hub
 from icarus.errors import InputError
 from icarus.vllm.engine import limits
 from icarus.vllm.engine.policy import Policy
+from icarus.vllm.engine.ranks import REFUSALS, Refusals
 from icarus.vllm.state import Attached
 
 POLICY = Attached[Policy]("policy")
@@ -24,17 +25,19 @@ def policy_of(owner: Any) -> Policy:
 
 
 def _policy(owner: Any) -> Policy:
-    """Only an engine core has a scheduler, which knows the kinds of cache that the model keeps."""
-    config = owner.vllm_config
+    """Only an engine core has workers, and a scheduler, which knows the kinds of cache that the model keeps."""
+    config, workers = owner.vllm_config, REFUSALS.get(owner) or Refusals()
     layout = getattr(getattr(owner, "scheduler", None), "kv_cache_config", None)
     groups = layout.kv_cache_groups if layout else ()
     refusal = (
         limits.refusal(config)
         or limits.room_refusal(config.scheduler_config)
         or limits.cache_refusal(group.kv_cache_spec for group in groups)
+        or workers.sharing
     )
     heads = config.model_config.runner_type != "generate"
-    return Policy(cache(partial(_base_folder, config)), refusal, get_adapter_absolute_path, heads=heads)
+    base = cache(partial(_base_folder, config))
+    return Policy(base, refusal, get_adapter_absolute_path, heads=heads, workers=workers.adapters)
 
 
 def _base_folder(config: Any) -> Path:

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from icarus.errors import AdapterError
 from icarus.vllm.engine import limits
@@ -19,7 +20,7 @@ from icarus.vllm.engine.marking import marked, to_load
 from icarus.vllm.marks import SharedLoRARequest, VerifiedLoRARequest
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
-from icarus.vllm.worker.adapters import stage, unstage
+from icarus.vllm.worker.adapters import REFUSED, stage, unstage
 
 logger = init_logger("vllm.icarus")  # below vLLM's own logger, so that it prints like one
 
@@ -35,6 +36,9 @@ def wrap_post_init(original: Original) -> Original:
         if self.lora_config is not None and self.model_config and not limits.refusal(self):
             drafts = self.speculative_config.num_speculative_tokens if self.speculative_config else 0
             limits.reserve_room(self.scheduler_config, 1 + drafts)
+            if current_platform.is_cuda() and not drafts:
+                ceiling = 1024 if current_platform.is_device_capability_family(100) else 512
+                limits.cover_graphs(self.compilation_config, self.scheduler_config.max_num_active_seqs, ceiling)
         original(self)
 
     return __post_init__
@@ -72,7 +76,10 @@ def wrap_add_lora(original: Original) -> Original:
     @wraps(original)
     def add_lora(self: Any, lora_request: Any) -> Any:
         started, policy, adapter_id = time.perf_counter(), policy_of(self), lora_request.lora_int_id
-        request, verdict = to_load(policy, lora_request)
+        try:
+            request, verdict = to_load(policy, lora_request)
+        except AdapterError as error:  # said to the front end in the form in which a worker says it
+            raise AdapterError(REFUSED + str(error)) from error
         shares = isinstance(request, SharedLoRARequest)
         if shares:
             logger.info("%s is an ICaRus adapter: it shares the base model's KV cache.", lora_request.lora_name)

@@ -13,7 +13,8 @@ from collections import Counter
 from functools import wraps
 from typing import Any
 
-from icarus.vllm.counters import LOAD_SECONDS_BUCKETS, READ_COUNTERS, Hits, Loads, Model, rows_of
+from icarus.vllm.counters import LOAD_SECONDS_BUCKETS, Hits, Loads, Model, rows_of
+from icarus.vllm.engine.ranks import REFUSALS
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
 
@@ -113,22 +114,16 @@ def count_load(core: Any, request: Any, seconds: float, *, shares: bool) -> None
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def wrap_collective_rpc(original: Original) -> Original:
-    """``EngineCore.collective_rpc``: answers ``READ_COUNTERS`` itself."""
-
-    @wraps(original)
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return read(self) if method == READ_COUNTERS else original(self, method, *args, **kwargs)
-
-    return collective_rpc
-
-
 def read(core: Any) -> dict[str, Any]:
     """All counters of one engine, in types that vLLM sends between processes as they are."""
     config, loads = core.vllm_config, LOADS.get_or_make(core, Loads)
     base: str = config.model_config.served_model_name
     hits = HITS.get(core.scheduler.kv_cache_manager) or Counter()
-    scheduled, decoder = core.model_executor.collective_rpc(rows_of)[0]
+    refusals = REFUSALS.get(core)
+    if refusals and refusals.adapters:  # a worker that lacks our code would answer with an error (ranks.py)
+        scheduled = decoder = 0
+    else:
+        scheduled, decoder = core.model_executor.collective_rpc(rows_of)[0]
     return {
         "engine": config.parallel_config.data_parallel_index,
         "model": base,

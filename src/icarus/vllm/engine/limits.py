@@ -158,3 +158,24 @@ def reserve_room(scheduler: Any, sampled: int = 1) -> None:
     scheduler.max_num_seqs = max(scheduler.max_num_seqs, 2 * active)
     room = max(budget + sampled * active + MAX_SCORED_ROWS, scheduler.max_num_seqs)
     scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, room)
+
+
+def cover_graphs(compilation: Any, active: int, ceiling: int) -> None:
+    """Have CUDA graphs cover a step in which every request decodes for a specialist.
+
+    vLLM captures steps of up to ``ceiling`` rows, whatever the number of requests, and a larger step runs without a
+    graph. With decoder rows that is half as many requests, so as many as before are covered again. What the user set
+    stays. Calling it again changes nothing.
+
+    Args:
+        compilation: the ``CompilationConfig``, which is changed.
+        active: requests that may run.
+        ceiling: vLLM's own for this device (vllm/config/vllm.py, ``_set_cudagraph_sizes``).
+    """
+    rows = 2 * min(active, ceiling)
+    if (
+        compilation.max_cudagraph_capture_size is None
+        and compilation.cudagraph_capture_sizes is None
+        and rows > ceiling
+    ):
+        compilation.max_cudagraph_capture_size = rows

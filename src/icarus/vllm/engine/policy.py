@@ -48,7 +48,13 @@ class Policy:
     """The decisions of one engine."""
 
     def __init__(
-        self, base: Callable[[], Path], refusal: str = "", locate: Locate = str, *, heads: bool = False
+        self,
+        base: Callable[[], Path],
+        refusal: str = "",
+        locate: Locate = str,
+        *,
+        heads: bool = False,
+        workers: str = "",
     ) -> None:
         """
         Args:
@@ -57,8 +63,10 @@ class Policy:
             refusal: why this engine cannot run ICaRus adapters at all; empty if it can.
             locate: from the path in a request to a local folder, as the engine resolves it.
             heads: whether the base model is one for classification, whose adapters may have a head.
+            workers: why this engine's workers cannot be sent an adapter of any kind; empty if they can.
         """
         self._base, self.refusal, self._locate, self._heads = base, refusal, locate, heads
+        self._workers = workers
         # Two threads of vLLM come here (v1/engine/core.py:1903), so each change of these is a single operation.
         self._verdicts: dict[int, Verdict] = {}
         self._generations = count(1)
@@ -120,6 +128,8 @@ class Policy:
 
     def _judge(self, path: str) -> Verdict:
         folder = Path(self._locate(path))
+        if self._workers:
+            raise AdapterError(f"{folder} cannot be served here: {self._workers}.")
         shares = adapter.is_icarus(folder)
         if shares and self.refusal:
             raise AdapterError(f"{folder} is an ICaRus adapter, which cannot be served here: {self.refusal}.")

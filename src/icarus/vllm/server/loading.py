@@ -23,7 +23,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from icarus.errors import InputError
 from icarus.vllm.engine.attached_policy import policy_of
 from icarus.vllm.patching import Original
-from icarus.vllm.server import folders
+from icarus.vllm.server import cores, folders
 from icarus.vllm.server.names import check_name
 from icarus.vllm.worker.adapters import REFUSED
 
@@ -52,6 +52,7 @@ def wrap_load_lora_adapter(original: Original) -> Original:
                 request.lora_path = str(folder)  # so that no link can be changed in the meantime
             try:
                 await asyncio.to_thread(_check, self, request)
+                await cores.check(self.engine_client.engine_core)
             except InputError as error:
                 return _refused(str(error), HTTPStatus.BAD_REQUEST)
             except LoRAAdapterNotFoundError as error:
@@ -128,6 +129,7 @@ def wrap_resolve_lora(original: Original) -> Original:
         try:
             if self.lora_resolvers:
                 check_name(lora_name)
+                await cores.check(self.engine_client.engine_core)
         except InputError as error:
             return _refused(str(error), HTTPStatus.BAD_REQUEST)
         return await original(self, lora_name)

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from icarus.vllm.counters import LOAD_SECONDS_BUCKETS, READ_COUNTERS
+from icarus.vllm.server import cores
 
 SCRAPE_TIMEOUT_S = 2.0
 """How long a scrape waits for engines in a long step; after that it returns what they answered last."""
@@ -32,20 +33,13 @@ class Scraper:
     async def text(self, client: Any) -> bytes:
         """The counters of all engines, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
         if self._call is None:
-            self._call = asyncio.ensure_future(_read(client.engine_core))
+            self._call = asyncio.ensure_future(cores.call(client.engine_core, READ_COUNTERS))
         done, _ = await asyncio.wait([self._call], timeout=SCRAPE_TIMEOUT_S)
         if done:
             call, self._call = self._call, None
             if not call.cancelled() and call.exception() is None:
                 self._last = call.result()
         return exposition(self._last)
-
-
-async def _read(core: Any) -> Engines:
-    if hasattr(core, "call_utility_all_async"):
-        engines: Engines = await core.call_utility_all_async("collective_rpc", READ_COUNTERS)
-        return engines
-    return [await core.call_utility_async("collective_rpc", READ_COUNTERS)]  # vLLM 0.31 asks the first engine only
 
 
 def exposition(engines: Engines) -> bytes:

@@ -14,7 +14,9 @@ from typing import Any
 import vllm
 from vllm.logger import init_logger
 
+from icarus.vllm.attributes import attributes
 from icarus.vllm.patching import Original, apply
+from icarus.vllm.worker import identity
 
 logger = init_logger("vllm.icarus")
 
@@ -25,10 +27,23 @@ def wrap_init(original: Original) -> Original:
     @wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # its name in vLLM
         original(self, vllm_config, *args, **kwargs)
-        from icarus.vllm.ledger import TESTED, changes  # which names this function
+        from icarus.vllm.ledger import CHECKED, TESTED, changes  # which names this function
 
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
-        apply(changes(runner), vllm.__version__, TESTED)
-        logger.info_once("Decoder rows are in model runner %s.", runner)
+        apply(changes(runner), vllm.__version__, TESTED, CHECKED, attributes(runner))
+        identity.mark(_changed_class(runner))
+        logger.info("Decoder rows are in model runner %s.", runner)
 
     return __init__
+
+
+def _changed_class(runner: str) -> type:
+    """The class whose methods are changed; modules of the other runner need not be imported."""
+    if runner == "V2":
+        from icarus.vllm.worker.runner_v2 import DecoderRowsRunner
+
+        return DecoderRowsRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    changed: type = GPUModelRunner
+    return changed
