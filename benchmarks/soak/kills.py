@@ -194,7 +194,7 @@ def _full_disk(shop: Shop, folder: Path) -> Seen:
             seen.log = "left out: no tmpfs can be mounted here"
             return seen
         with _running(shop, folder, temporary) as server:
-            with (temporary / "filling").open("wb") as filling, contextlib.suppress(OSError):
+            with (temporary / "filling").open("wb", buffering=0) as filling, contextlib.suppress(OSError):
                 while True:
                     filling.write(bytes(4096))
             loaded = server.load("late", shop.folder("chat", 1))
