@@ -241,11 +241,11 @@ def test_systems_differ_in_adapters_and_plugin_alone() -> None:
 
 
 def test_servers_get_what_the_caller_has_set_and_the_protocol_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     kind = systems.ServerKind("icarus", 2, 6400)
     said = systems.inherited()
-    assert said["VLLM_USE_V2_MODEL_RUNNER"] == "1" == systems.environment(kind, 1)["VLLM_USE_V2_MODEL_RUNNER"]
+    assert said["VLLM_USE_AOT_COMPILE"] == "1" == systems.environment(kind, 1)["VLLM_USE_AOT_COMPILE"]
     assert said["OMP_NUM_THREADS"] == "3"
     assert all(name.startswith(("VLLM_", "OMP_")) for name in said)
 
