@@ -71,7 +71,7 @@ ATTRIBUTES = (
     Attributes("vllm.v1.kv_cache_interface:KVCacheSpec", "block_size"),
     Attributes("vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs", "kv_cache_specs"),
     Attributes("vllm.v1.request:Request", "lora_request num_preemptions num_prompt_tokens request_id sampling_params"),
-    Attributes("vllm.sampling_params:SamplingParams", "prompt_logprobs"),
+    Attributes("vllm.sampling_params:SamplingParams", "prompt_logprob_token_ids prompt_logprobs"),
     Attributes("vllm.lora.request:LoRARequest", "adapter_id load_inplace lora_int_id lora_name lora_path name"),
     # ---------------------------------------------------------------------------------------------- workers
     Attributes("vllm.v1.worker.gpu_worker:Worker", "model_runner"),

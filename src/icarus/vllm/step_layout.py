@@ -87,6 +87,20 @@ def plan(batch: Batch) -> DecoderRows:
     return DecoderRows(requests, sources, batch.scheduled + ends, lora_ids)
 
 
+def check_room(rows: DecoderRows, scheduled_requests: int, most_rows: int, most_requests: int) -> None:
+    """Whether a step fits into buffers, for which ``engine/limits.py`` has made room.
+
+    Raises:
+        RuntimeError: it does not, and would be written beyond their ends.
+    """
+    tokens, requests = rows.scheduled + len(rows), scheduled_requests + len(rows.requests)
+    if tokens > most_rows or requests > most_requests:
+        raise RuntimeError(
+            f"No room for decoder rows: the step has {tokens} rows of {requests} requests, and buffers hold "
+            f"{most_rows} and {most_requests}; raise --max-num-batched-tokens and --max-num-seqs."
+        )
+
+
 def predicting_rows(rows: DecoderRows) -> Ints:
     """For each scheduled row, the row whose hidden state predicts the next token: its decoder row, or itself."""
     table = np.arange(rows.scheduled)

@@ -64,8 +64,8 @@ class Scheduler:
         return [self.cut(self, request, computed, new) for request in requests]
 
 
-def prompt(request: Any, scored: bool = True) -> Any:
-    params = SimpleNamespace(prompt_logprobs=0 if scored else None)
+def prompt(request: Any, scored: bool = True, chosen: Any = None) -> Any:
+    params = SimpleNamespace(prompt_logprobs=0 if scored else None, prompt_logprob_token_ids=chosen)
     return SimpleNamespace(lora_request=request, sampling_params=params, num_prompt_tokens=500)
 
 
@@ -73,6 +73,8 @@ def test_scored_prompts_share_the_room_of_a_step() -> None:
     scheduler, room = Scheduler(), limits.MAX_SCORED_ROWS
     assert scheduler.chunks(prompt(lora()), prompt(lora()), prompt(lora())) == [200, room - 200, 0]
     assert scheduler.chunks(prompt(lora())) == [200], "each step has it anew"
+    by_ids = prompt(lora(), scored=False, chosen=[[7]])
+    assert scheduler.chunks(by_ids, by_ids) == [200, room - 200], "scores of chosen tokens need the same rows (V2)"
 
 
 def test_other_prompts_and_decodes_are_not_cut() -> None:

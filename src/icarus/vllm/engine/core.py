@@ -124,7 +124,9 @@ def wrap_reserve_prefill_lookahead(original: Original) -> Original:
     def _reserve_prefill_lookahead(self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         count: int = original(self, request, num_computed_tokens, num_new_tokens)
         params, shares = request.sampling_params, isinstance(request.lora_request, SharedLoRARequest)
-        if not shares or params is None or params.prompt_logprobs is None:
+        if not shares or params is None:
+            return count
+        if params.prompt_logprobs is None and params.prompt_logprob_token_ids is None:
             return count
         if num_computed_tokens >= request.num_prompt_tokens:  # it decodes, and there is other room for that
             return count

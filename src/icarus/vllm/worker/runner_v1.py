@@ -56,7 +56,7 @@ def wrap_set_active_loras(original: Original) -> Original:
         rows = _plan(self, input_batch, shared, num_scheduled_tokens, sampled)
         count_rows(self, rows.scheduled, len(rows))
         if len(rows):
-            _check_room(self, rows, count)
+            step_layout.check_room(rows, count, self.max_num_tokens, self.max_num_reqs)
             _ROWS.set(self, rows)
         # A list, where vLLM has a set: requests are equal by name, and an adapter that was loaded again has two ids.
         requests = list(input_batch.lora_id_to_lora_request.values())
@@ -85,16 +85,6 @@ def _plan(runner: Any, batch: Any, shared: set[int], scheduled: Any, sampled: An
         needed = np.where([request_id in scored for request_id in batch.req_ids], scheduled, needed)
     starts = np.concatenate([[0], np.cumsum(scheduled)])
     return step_layout.plan(Batch(starts, needed, lora_ids, shares))
-
-
-def _check_room(runner: Any, rows: DecoderRows, scheduled_requests: int) -> None:
-    """Raise RuntimeError rather than write beyond a buffer's end; ``limits.reserve_room`` has made room."""
-    tokens, requests = rows.scheduled + len(rows), scheduled_requests + len(rows.requests)
-    if tokens > runner.max_num_tokens or requests > runner.max_num_reqs:
-        raise RuntimeError(
-            f"No room for decoder rows: the step has {tokens} rows of {requests} requests, and buffers hold "
-            f"{runner.max_num_tokens} and {runner.max_num_reqs}; raise --max-num-batched-tokens and --max-num-seqs."
-        )
 
 
 def wrap_execute_model(original: Original) -> Original:

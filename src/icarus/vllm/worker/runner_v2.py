@@ -122,7 +122,7 @@ class DecoderRowsRunner:
         count_rows(self, plan.rows.scheduled, len(plan.rows))
         if not len(plan.rows):
             return state, uniform
-        _check_room(self, plan.rows, len(state.req_ids))
+        step_layout.check_room(plan.rows, len(state.req_ids), self.max_num_tokens, self._request_room)
         _ROWS.set(self.cudagraph_manager, plan.rows)
         cpu_attention.begin(plan.rows)
         decoder_lengths = np.diff(plan.rows.ends, prepend=plan.rows.scheduled)
@@ -208,16 +208,6 @@ def _room_for_decoder_requests(runner: Any) -> Iterator[None]:
         yield
     finally:
         runner.max_num_reqs = scheduled
-
-
-def _check_room(runner: Any, rows: DecoderRows, scheduled_requests: int) -> None:
-    """Raise RuntimeError rather than write beyond a buffer's end; ``limits.reserve_room`` has made room."""
-    tokens, requests = rows.scheduled + len(rows), scheduled_requests + len(rows.requests)
-    if tokens > runner.max_num_tokens or requests > runner._request_room:
-        raise RuntimeError(
-            f"No room for decoder rows: the step has {tokens} rows of {requests} requests, and buffers hold "
-            f"{runner.max_num_tokens} and {runner._request_room}; raise --max-num-batched-tokens and --max-num-seqs."
-        )
 
 
 def wrap_dispatch_cg_and_sync_dp(original: Original) -> Original:
