@@ -34,6 +34,14 @@ def test_verify_sound(base: list[str], capsys: Capture) -> None:
     }
 
 
+def test_verify_prints_whatever_a_config_calls_its_base_model(tmp_path: Path, capsys: Capture) -> None:
+    """Such as characters that no terminal takes, or commands to it."""
+    config = save_adapter(tmp_path / "odd") / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "\ud800\x1b[2J"}))
+    assert cli.main(["verify", str(tmp_path / "odd")]) == 0
+    assert "base model '\\ud800\\x1b[2J', fingerprint" in capsys.readouterr().out
+
+
 def test_verify_an_adapter_of_another_base_model(tmp_path: Path, capsys: Capture) -> None:
     words = ["verify", str(save_adapter(tmp_path / "bad")), "--json", str(tmp_path / "report.json")]
     assert cli.main([*words, "--base", str(save_base(tmp_path / "other", seed=5))]) == 1

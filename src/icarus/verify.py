@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise CheckFailed(f"{directory} must not share a KV cache, {above}.", report)
     info = adapter.verify(directory, base)
     print(f"{directory}: sound; rank {info.rank} on {', '.join(info.targets)}, {info.bytes / 1e6:.1f} MB")
-    print(f"base model {info.base_model}, fingerprint {info.base_fingerprint[:16]}")
+    print(f"base model {info.base_model!r}, fingerprint {info.base_fingerprint[:16]}")
     if info.patterns:
         print(_PATTERNS.format(" and ".join(info.patterns)))
     if base is None:

@@ -96,6 +96,16 @@ HEADERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(("metadata", "sound"), [({}, True), (None, True), ({"a": 7}, False), ([], False), (7, False)])
+def test_metadata_are_text(metadata: Any, sound: bool, tmp_path: Path) -> None:
+    text = json.dumps({"__metadata__": metadata, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(4)
+    assert accepted(content, tmp_path / "file") is sound
+    if not sound:
+        with pytest.raises(SafetensorError):
+            load(content)
+
+
 @pytest.mark.parametrize("header", HEADERS)
 def test_malformed_headers(header: str, tmp_path: Path) -> None:
     text = json.dumps(HEADERS[header]).encode()

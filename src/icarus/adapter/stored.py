@@ -71,7 +71,9 @@ def of_file(file: Path) -> dict[str, Stored]:
         header = json.loads(text.decode("utf-8"))
         if text[:1] != b"{":
             raise ValueError("the header is no JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not all text")
         tensors = {name: _of_entry(file, begin, name, **entry) for name, entry in header.items()}
         _check_order([entry["data_offsets"] for entry in header.values()], size - begin)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
