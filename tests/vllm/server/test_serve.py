@@ -91,6 +91,34 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             serve._check_port(["--config", str(tmp_path / "flags.yaml")])
 
 
+@needs_vllm
+@pytest.mark.parametrize("asked", [["--port", "0"], ["--port=0", "--host", "127.0.0.1"], ["--config", "flags.yaml"]])
+def test_a_port_that_the_user_leaves_open_is_said(
+    asked: list[str],
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """vLLM says port 0 in its log, and never the one that it got."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(serve, "_start_vllm", started.append)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.chdir(tmp_path)
+    Path("flags.yaml").write_text("port: 0\n")
+    assert cli.main(["serve", str(home / "base"), *asked]) == 0
+    port = started[0][-1]
+    assert started[0][-2] == "--port"
+    assert int(port) > 1023
+    assert f":{port}/health`" in capsys.readouterr().out
+
+
+def test_no_port_is_chosen_where_none_is_asked_for() -> None:
+    assert serve._chosen_port([]) == serve._chosen_port(["--port", "8000"]) == []
+    assert serve._chosen_port(["--port", "0", "--uds", "somewhere"]) == []
+    assert serve._chosen_port(["--port", "0", "--host", "no.such.host.invalid"]) == []
+
+
 ADAPTERS = (Served("sql", Path("/a/sql"), 8, "0123456789abcdef"), Served("plain", Path("/a/plain"), 16, ""))
 
 

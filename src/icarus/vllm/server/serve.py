@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     """
     _check_order(options)
     _need_vllm()
+    options.rest = [*options.rest, *_chosen_port(options.rest)]
     planned = plan(options, os.environ)
     _check_port(options.rest)
     os.environ.update(planned.environment)  # vLLM reads some of it when it is imported
@@ -96,6 +97,19 @@ def _need_vllm() -> None:
             "Serving needs vLLM; run: pip install 'icarus-llm[cpu]' on a machine without a GPU, or "
             "'icarus-llm[gpu]' on one with an NVIDIA GPU."
         )
+
+
+def _chosen_port(words: Sequence[str]) -> list[str]:
+    """A free port as a flag where the user asks for any, with 0: vLLM never says which one it got."""
+    host, port = address(words)
+    if port or given(words) & {"uds", "headless"}:
+        return []
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind(("" if host == "localhost" else host, 0))
+        except OSError:  # vLLM says what is wrong with the host
+            return []
+        return ["--port", str(probe.getsockname()[1])]
 
 
 def _check_port(words: Sequence[str]) -> None:
