@@ -10,7 +10,10 @@ TIED = 99
 class Arithmetic:
     """A model whose next token is computed from what is before it."""
 
-    def tokens(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
+    def tokens(self, speaker: Speaker, prompt: list[int], likely: list[int]) -> list[int]:
+        return self.answer(speaker, prompt, len(likely))
+
+    def answer(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
         told = list(prompt)
         for _ in range(count):
             told.append((sum(told) * 7 + 31 * speaker[1] + len(speaker[0])) % 90)

@@ -101,10 +101,10 @@ def _real(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak.reference import Reference
     from icarus import base_model
 
-    packaged = shop.packaged(folder / "adapters")
     tokenizer = base_model.load(base_model.PACKAGED)[1]
-    report: dict[str, Any] = real.run(packaged, Reference(packaged), tokenizer, folder, options.requests, options.seed)
-    return report
+    with tempfile.TemporaryDirectory() as stock:
+        packaged = shop.packaged(Path(stock))
+        return real.run(packaged, lambda: Reference(packaged), tokenizer, folder, options.requests, options.seed)
 
 
 def _adapters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ SCORE = 1e-3
 class Right(Protocol):
     """What is right; ``reference.Reference``, or what a test puts in its place."""
 
-    def tokens(self, speaker: tuple[str, int], prompt: list[int], count: int) -> list[int]: ...
+    def tokens(self, speaker: tuple[str, int], prompt: list[int], likely: list[int]) -> list[int]: ...
     def scores(self, speaker: tuple[str, int], prompt: list[int]) -> list[float]: ...
     def gap(self, speaker: tuple[str, int], prompt: list[int], token: int) -> float: ...
 
@@ -70,8 +70,8 @@ class Judge:
         while done < len(tokens):
             at = max(at, self._least(record, done))
             until = next((index for index in range(done, len(tokens)) if self._least(record, index) > at), len(tokens))
-            wanted = self._right.tokens((model, versions[at]), [*prompt, *tokens[:done]], until - done)
-            agreed = _agreement(wanted, tokens[done:until])
+            wanted = self._right.tokens((model, versions[at]), [*prompt, *tokens[:done]], tokens[done:until])
+            agreed = agreement(tokens[done:until], wanted)
             if any(last < at for last in record["at"][done : done + agreed]):
                 return f"a token is of a version that was loaded after it was handed out ({_named(model, versions)})"
             done += agreed
@@ -108,9 +108,9 @@ class Judge:
         return ""
 
 
-def _agreement(wanted: list[int], got: list[int]) -> int:
-    """Length of what two lists begin with alike."""
-    return next((index for index, pair in enumerate(zip(wanted, got, strict=True)) if pair[0] != pair[1]), len(got))
+def agreement(got: list[int], wanted: list[int]) -> int:
+    """How many of the tokens that came begin what is wanted."""
+    return next((index for index, pair in enumerate(zip(got, wanted, strict=False)) if pair[0] != pair[1]), len(got))
 
 
 def _named(model: str, versions: list[int]) -> str:

@@ -24,6 +24,7 @@ from benchmarks.soak.judge import Judge, Right
 from benchmarks.soak.mix import BASE, Mix, Operation, Request
 from benchmarks.soak.record import Record
 from benchmarks.soak.shop import Shop
+from icarus import arguments
 from icarus.bench.agents.server import Server, free_port
 
 AT_ONCE = 8
@@ -45,9 +46,21 @@ Say = Callable[[str], None]
 
 
 def run(
-    shop: Shop, right: Right, tokenizer: Any, folder: Path, requests: int, seed: int, say: Say = print
+    shop: Shop, right: Callable[[], Right], tokenizer: Any, folder: Path, requests: int, seed: int, say: Say = print
 ) -> dict[str, Any]:
-    """So many requests to one server; the report."""
+    """So many requests to one server; the report. What was answered is kept in ``folder``, and compared from there."""
+    kept, asked = folder / "answers.json", {"requests": requests, "seed": seed}
+    if not kept.exists():
+        arguments.write_json({"asked": asked, **serve(shop, tokenizer, folder, requests, seed)}, str(kept))
+    answers = json.loads(kept.read_text(encoding="utf-8"))
+    if answers["asked"] != asked:
+        raise SystemExit(f"{kept} has the answers to {answers['asked']}; name another folder.")
+    say(f"{requests} requests served in {answers['seconds']} s; comparing")
+    return report(shop, answers, Judge(right()), seed)
+
+
+def serve(shop: Shop, tokenizer: Any, folder: Path, requests: int, seed: int) -> dict[str, Any]:
+    """So many requests to one server; what became of each."""
     draw = windows(tokenizer)
     operations = Mix(str(seed), list(shop.specialists), list(shop.conventional), draw=draw).operations(requests)
     port, started = free_port(), time.monotonic()
@@ -59,9 +72,8 @@ def run(
     with Server(words, {"VLLM_CPU_KVCACHE_SPACE": "2"}, port, folder / "server.log", START_SECONDS) as server:
         clients = Clients(server.url, shop)
         asyncio.run(clients.run(operations))
-        preemptions = preempted(server.url)
-    say(f"{requests} requests served in {time.monotonic() - started:.0f} s; comparing")
-    return report(clients, Judge(right), preemptions, seed, round(time.monotonic() - started))
+        counts = {"preemptions": preempted(server.url)}
+    return clients.answers(counts) | {"seconds": round(time.monotonic() - started)}
 
 
 def windows(tokenizer: Any) -> Callable[[random.Random, int], list[int]]:
@@ -108,9 +120,11 @@ class Clients:
                 await actions[action](given)
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def kind(self, model: str) -> str:
-        """Of a model: the base model, an ICaRus adapter or a conventional one."""
-        return BASE if model == BASE else "conventional" if model in self._shop.conventional else "icarus"
+    def answers(self, counts: dict[str, int]) -> dict[str, Any]:
+        """All there is to judge; ``counts`` are those of the server."""
+        changes = {"swaps": self.swaps, "renewals": self.renewals, "reloads": self.reloads}
+        records = [record.as_json() for record in self.records.values()]
+        return {"counts": counts | changes, "faults": self.faults, "records": records}
 
     async def _ask(self, request: Request) -> None:
         await self._room.acquire()
@@ -202,29 +216,33 @@ def preempted(url: str) -> int:
     return int(sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total"))
 
 
-def report(clients: Clients, judge: Judge, preemptions: int, seed: int, seconds: int) -> dict[str, Any]:
-    """What was asked and done, and all that is wrong."""
-    faults = list(clients.faults)
-    counts: Counter[str] = Counter(preemptions=preemptions, swaps=clients.swaps)
-    counts |= Counter(renewals=clients.renewals, reloads=clients.reloads)
-    for record in clients.records.values():
-        request = record.request
-        counts.update(["requests", clients.kind(request.model)])
+def report(shop: Shop, answers: dict[str, Any], judge: Judge, seed: int) -> dict[str, Any]:
+    """What was asked and done, and all that is wrong with the ``Clients.answers``."""
+    faults = list(answers["faults"])
+    counts: Counter[str] = Counter(answers["counts"])
+    for record in answers["records"]:
+        request = record["request"]
+        counts.update(["requests", _kind(shop, request["model"])])
         known = {
-            "streamed": request.streamed,
-            "scored": request.scored,
-            "following": request.follows is not None,
-            "cancelled": record.cancelled,
-            "swapped_while_open": len(record.versions) > 1,
+            "streamed": request["streamed"],
+            "scored": request["scored"],
+            "following": request["follows"] is not None,
+            "cancelled": record["cancelled"],
+            "swapped_while_open": len(record["versions"]) > 1,
         }
         counts.update(name for name, holds in known.items() if holds)
-        if what := judge.fault(record.as_json()):
-            faults.append(f"request {request.number}: {what}")
+        if what := judge.fault(record):
+            faults.append(f"request {request['number']}: {what}")
     return {
         "faults": len(faults),
         "seed": seed,
         "counts": dict(counts),
         "judged": dict(judge.counts),
-        "seconds": seconds,
+        "seconds": answers["seconds"],
         "failed": faults,
     }
+
+
+def _kind(shop: Shop, model: str) -> str:
+    """Of a model: the base model, an ICaRus adapter or a conventional one."""
+    return BASE if model == BASE else "conventional" if model in shop.conventional else "icarus"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.soak.judge import agreement
 from benchmarks.soak.mix import BASE
 from benchmarks.soak.shop import Shop
 from icarus import base_model
@@ -38,12 +39,13 @@ class Reference:
                     self._peft.load_adapter(str(folder), attached)
         self._known: dict[tuple[Speaker, tuple[int, ...]], list[int]] = {}
 
-    def tokens(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
-        """Greedy tokens."""
-        key = speaker, tuple(prompt)
+    def tokens(self, speaker: Speaker, prompt: list[int], likely: list[int]) -> list[int]:
+        """As many greedy tokens as ``likely`` has, sooner where these are the ones."""
+        key, count = (speaker, tuple(prompt)), len(likely)
         known = self._known.setdefault(key, [])
         if len(known) < count:
-            known += self._more(speaker, [*prompt, *known], count - len(known))
+            agreed = likely[len(known) :] if known == likely[: len(known)] else []
+            known += self._more(speaker, [*prompt, *known], count - len(known), agreed)
         return known[:count]
 
     def scores(self, speaker: Speaker, prompt: list[int]) -> list[float]:
@@ -57,14 +59,16 @@ class Reference:
         logits = self._logits(speaker, prompt)[-1]
         return float(logits.max() - logits[token])
 
-    def _more(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
+    def _more(self, speaker: Speaker, prompt: list[int], count: int, likely: list[int]) -> list[int]:
         name, version = speaker
         if name not in self._shop.conventional:
             turn = self._team.context().append(prompt).generate(_attached(name, version), max_new_tokens=count)
             return turn.token_ids
         added: list[int] = []
-        while len(added) < count:
-            added.append(int(self._logits(speaker, [*prompt, *added])[-1].argmax()))
+        while len(added) < count:  # what is likely is checked in one pass, and goes on behind the first that is wrong
+            guess = likely[len(added) : count - 1] if added == likely[: len(added)] else []
+            greedy = self._logits(speaker, [*prompt, *added, *guess])[-len(guess) - 1 :].argmax(-1).tolist()
+            added += greedy[: agreement(guess, greedy) + 1]
         return added
 
     @torch.no_grad()

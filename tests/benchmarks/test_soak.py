@@ -26,7 +26,7 @@ def record(tokens: list[int], *, versions: tuple[int, ...] = (0,), at: list[int]
 
 
 def answer(version: int, count: int, behind: list[int] | None = None) -> list[int]:
-    return RIGHT.tokens(("sql", version), [*PROMPT, *(behind or [])], count)
+    return RIGHT.answer(("sql", version), [*PROMPT, *(behind or [])], count)
 
 
 def fault(told: Any, lag: int = 0) -> str:
@@ -193,6 +193,19 @@ def test_an_interrupted_load_goes_on_from_its_report(tmp_path: Path, monkeypatch
     assert whole == kept[-1]
     assert soak.run(3, 900, 12, before=kept[0]["rounds"]) == whole
     assert asked[3:] == asked[1:3]
+
+
+def test_the_reference_answers_alike_whatever_is_likely(tmp_path: Path) -> None:
+    from benchmarks.soak.reference import Reference
+
+    stock, prompt = shop.tiny(tmp_path), [*range(10, 40)]
+    for speaker in (("plain", 1), ("sql", 2), ("base", 0)):
+        right = Reference(stock).tokens(speaker, prompt, [5] * 12)
+        assert len(set(right)) > 3
+        for likely in (right, [*right[:7], 5, *right[8:]], [5] * 12):
+            again = Reference(stock)
+            assert again.tokens(speaker, prompt, likely[:3]) == right[:3]
+            assert again.tokens(speaker, prompt, likely) == right
 
 
 # ---------------------------------------------------------------------------------------------- a short run

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from arithmetic import Arithmetic, Speaker
 from benchmarks.soak import real, shop
@@ -29,7 +32,7 @@ def test_clients_do_a_mix_and_each_answer_is_written_down() -> None:
     with answering() as (url, asked):
         clients = real.Clients(url, SHOP)
         asyncio.run(clients.run([operation for operation in operations if "step" not in operation]))
-    report = real.report(clients, Judge(AnyVersion()), 3, 0, 1)
+    report = judged(clients)
     assert report["failed"] == []
     assert report["counts"]["requests"] == 60
     replaced = report["counts"]["swaps"] + report["counts"]["reloads"]
@@ -47,18 +50,33 @@ def test_a_server_that_answers_wrongly_or_not_is_found() -> None:
     with answering(wrong=1, broken=2) as (url, _):
         clients = real.Clients(url, SHOP)
         asyncio.run(clients.run(operations))
-    failed = real.report(clients, Judge(AnyVersion()), 0, 0, 1)["failed"]
+    failed = judged(clients)["failed"]
     assert sum("500" in said for said in failed) == 1
     assert sum("token 0 is" in said for said in failed) == 1
     assert sum("lost" in said for said in failed) == 1, "the one that was answered with 500"
     assert len(failed) == 3
 
 
+def judged(clients: real.Clients) -> dict[str, Any]:
+    answers = json.loads(json.dumps(clients.answers({"preemptions": 3}) | {"seconds": 1}))
+    return real.report(SHOP, answers, Judge(AnyVersion()), 0)
+
+
+def test_answers_that_are_there_already_are_compared(tmp_path: Path) -> None:
+    answers = {"counts": {}, "faults": ["lost"], "records": [], "seconds": 7}
+    asked = {"requests": 5, "seed": 3}
+    (tmp_path / "answers.json").write_text(json.dumps(answers | {"asked": asked}))
+    report = real.run(SHOP, AnyVersion, None, tmp_path, 5, 3)
+    assert (report["failed"], report["seconds"]) == (["lost"], 7)
+    with pytest.raises(SystemExit, match="another folder"):
+        real.run(SHOP, AnyVersion, None, tmp_path, 5, 4)
+
+
 class AnyVersion(Arithmetic):
     """Weights that are all alike, as nobody outside knows which were in force."""
 
-    def tokens(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
-        return super().tokens(("", 0), prompt, count)
+    def answer(self, speaker: Speaker, prompt: list[int], count: int) -> list[int]:
+        return super().answer(("", 0), prompt, count)
 
     def scores(self, speaker: Speaker, prompt: list[int]) -> list[float]:
         return super().scores(("", 0), prompt)
@@ -80,7 +98,7 @@ def answering(wrong: int = -1, broken: int = -1) -> Iterator[tuple[str, Counter[
                 return
             asked["completions"] += 1
             number = asked["completions"] - 1
-            tokens = AnyVersion().tokens(("", 0), body["prompt"], body["max_tokens"])
+            tokens = AnyVersion().answer(("", 0), body["prompt"], body["max_tokens"])
             tokens[0] += number == wrong
             if number == broken:
                 self.reply(500, b"{}")
