@@ -13,13 +13,13 @@ import icarus
 ADAPTER = (
     "CONFIG_NAME MARKER_VERSION WEIGHTS_NAME AdapterInfo ConventionalInfo attach attach_conventional check_attached "
     "conventional_problems decoder_targets feeds_kv fingerprint from_pretrained is_conventional is_icarus load locate "
-    "names problems push_to_hub save save_conventional verify verify_conventional weights_name"
+    "names problems push_to_hub save save_conventional twin verify verify_conventional weights_name"
 )
 EXPORTED = {
     "icarus": "BASE PACKAGED Batch Context EncoderCache Specialists Turn TwoStreams errors shipped",
     "icarus.adapter": ADAPTER,
     "icarus.errors": "AdapterError CheckFailed DataError IcarusError InputError UnsupportedModelError",
-    "icarus.train": "IcarusSFTTrainer",
+    "icarus.train": "IcarusDistillationConfig IcarusDistillationTrainer IcarusSFTTrainer",
 }
 
 
@@ -37,7 +37,7 @@ def test_exported_names_are_these_and_can_be_imported(module: str) -> None:
     assert all(getattr(imported, name) is not None for name in public(imported))
 
 
-@pytest.mark.parametrize("package", ["icarus", "icarus.adapter"])
+@pytest.mark.parametrize("package", ["icarus", "icarus.adapter", "icarus.train"])
 def test_a_checker_sees_the_names_that_are_imported_late(package: str) -> None:
     """Those under TYPE_CHECKING, ``__all__`` and the table of homes are one list."""
     module = import_module(package)

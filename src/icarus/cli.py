@@ -40,6 +40,11 @@ class Group:
 COMMANDS: dict[str, Command | Group] = {
     "demo": Command("three specialists take turns in one context, beside the conventional way", "icarus.demo"),
     "train": Command("train one specialist (icarus train --help lists the flags)", "icarus.train.run", extra="train"),
+    "distill": Command(
+        "make a specialist of a conventional adapter (icarus distill --help lists the flags)",
+        "icarus.train.distill",
+        extra="train",
+    ),
     "eval": Command("score a base model and adapters on the same items", "icarus.evaluate.command", extra="eval"),
     "serve": Command(
         "serve many specialists from one cache with vLLM (icarus serve --help)", "icarus.vllm.server.serve"

@@ -298,7 +298,7 @@ class TwoStreams:
             positions, mask = _placed(cache, cache.length + new, input_ids)
         else:
             positions = batch.position_ids
-            mask = (batch.document_ids >= 0).long() if batch.is_plain else self._masks(batch, None)
+            mask = self.mask(batch)
         with _evaluating(self.model), self.lora.off():
             out = self.model(
                 input_ids=input_ids,
@@ -346,24 +346,30 @@ class TwoStreams:
         return logits[len(token) :], logits[: len(token)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: encoder rows for all tokens without gradient, decoder rows where a token carries loss.
+        """Training pass: the summed cross-entropy (scalar) of ``predictions``, their logits and their targets."""
+        logits, targets, _ = self.predictions(batch)
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, logits, targets
 
-        Returns the summed cross-entropy (scalar), the decoder's logits (B, R, V) and their targets (B, R; -100 pads).
+    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder rows for all tokens without gradient, decoder rows where a token carries loss.
+
+        Returns the decoder's logits (B, R, V), their targets (B, R; -100 pads), and the positions (B, R) at which they
+        were predicted.
         """
         cache = EncoderCache()
         self.encode(batch.input_ids, cache, batch=batch)
         rows, targets = batch.rows_with_loss()
         if batch.is_plain and 2 * rows.shape[1] > batch.input_ids.shape[1]:
             # Most positions carry loss: all of them, in causal attention that needs no mask, take less.
-            logits = self._decode(batch.input_ids, cache, batch.position_ids, (batch.document_ids >= 0).long())
+            logits = self._decode(batch.input_ids, cache, batch.position_ids, self.mask(batch))
             predictable = torch.where(batch.position_ids > 0, batch.labels, IGNORED)
             targets = F.pad(predictable[:, 1:], (0, 1), value=IGNORED)
-        else:
-            ids, positions = batch.input_ids.gather(1, rows), batch.position_ids.gather(1, rows)
-            with _grouped_attention(self.model, self.config, ids.device):
-                logits = self._decode(ids, cache, positions, self._masks(batch, rows))
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, logits, targets
+            return logits, targets, torch.arange(logits.shape[1], device=logits.device).expand_as(targets)
+        ids, positions = batch.input_ids.gather(1, rows), batch.position_ids.gather(1, rows)
+        with _grouped_attention(self.model, self.config, ids.device):
+            logits = self._decode(ids, cache, positions, self._masks(batch, rows))
+        return logits, targets, rows
 
     def probe(self) -> None:
         """Check that this model's decoder rows at selected positions give its own logits; run it before training.
@@ -400,6 +406,10 @@ class TwoStreams:
             )
         self._check_complete(view)
         return out.logits  # type: ignore[no-any-return]
+
+    def mask(self, batch: Batch) -> Any:
+        """What a pass over all tokens of a batch takes as ``attention_mask``: of padding alone, where that does."""
+        return (batch.document_ids >= 0).long() if batch.is_plain else self._masks(batch, None)
 
     def _masks(self, batch: Batch, rows: Tensor | None) -> Any:
         """What each row (B, R) sees of the T encoder positions, in the form in which the model takes it."""

@@ -22,7 +22,7 @@ from icarus.errors import InputError
 from icarus.streams import Batch, EncoderCache, TwoStreams
 from icarus.train import IcarusSFTTrainer, fields, progress
 from icarus.train import run as command
-from icarus.train.config import IcarusSFTConfig, TrainConfig, parse
+from icarus.train.config import TRAIN, IcarusSFTConfig, TrainConfig
 from icarus.train.progress import Progress
 from saved import save_base, save_rows
 from tiny_models import CHATML, tiny, tiny_tokenizer, with_adapters
@@ -267,7 +267,7 @@ def test_assistant_only_loss_is_what_chats_have_and_refuses_other_rows(rows_of: 
 
 
 def test_the_flag_assistant_only_loss_can_be_seen_as_false() -> None:
-    _, sft = parse(["--base", "b", "--data", "d", "--output", "o", "--assistant_only_loss", "false"])
+    _, sft = TRAIN.parse(["--base", "b", "--data", "d", "--output", "o", "--assistant_only_loss", "false"])
     with pytest.raises(InputError, match=r"^assistant_only_loss=False .* give rows of 'text'"):
         fields.check(sft, {"command"})
 

@@ -26,7 +26,7 @@ from icarus.errors import AdapterError, DataError, InputError, UnsupportedModelE
 from icarus.streams import IGNORED, TwoStreams
 from icarus.train import IcarusSFTTrainer, data
 from icarus.train import run as under_test
-from icarus.train.config import IcarusSFTConfig, TrainConfig, parse
+from icarus.train.config import TRAIN, IcarusSFTConfig, TrainConfig
 from icarus.train.progress import Progress
 from saved import save_adapter, save_base, save_rows
 from strict_skips import NO_CPU_TORCH
@@ -456,7 +456,7 @@ def test_a_recipe_is_the_same_as_flags_and_flags_win(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("base: b\ndata: d.jsonl\noutput: o\nrank: 8\nlearning_rate: 1e-3\ntargets: [q_proj, o_proj]\n")
     flags = [*FLAGS, "--rank", "8", "--learning_rate", "1e-3", "--targets", "q_proj", "o_proj"]
-    by_recipe, by_flags = parse(["--config", str(recipe)]), parse(flags)
+    by_recipe, by_flags = TRAIN.parse(["--config", str(recipe)]), TRAIN.parse(flags)
     assert (
         by_recipe[0]
         == by_flags[0]
@@ -464,7 +464,7 @@ def test_a_recipe_is_the_same_as_flags_and_flags_win(tmp_path: Path) -> None:
     )
     assert by_recipe[1].to_dict() == by_flags[1].to_dict()
     assert by_recipe[1].learning_rate == 1e-3
-    changed = parse([f"--config={recipe}", "--rank", "2", "--base", "c"])[0]
+    changed = TRAIN.parse([f"--config={recipe}", "--rank", "2", "--base", "c"])[0]
     assert (changed.rank, changed.base, changed.data) == (2, "c", "d.jsonl")
 
 
@@ -501,7 +501,7 @@ def test_bad_settings_are_named_in_one_sentence(
         (tmp_path / "recipe.yaml").write_text(recipe)
         flags = ["--config", str(tmp_path / "recipe.yaml"), *flags]
     with pytest.raises(InputError, match=what) as caught:
-        parse(flags)
+        TRAIN.parse(flags)
     assert "\n" not in str(caught.value)
 
 

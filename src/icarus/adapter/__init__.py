@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icarus.adapter.attachment import attach, attach_conventional, check_attached, decoder_targets, names
+    from icarus.adapter.attachment import attach, attach_conventional, check_attached, decoder_targets, names, twin
     from icarus.adapter.checks import AdapterInfo, feeds_kv, problems, verify
     from icarus.adapter.conventional import ConventionalInfo, conventional_problems, verify_conventional
     from icarus.adapter.files import CONFIG_NAME, MARKER_VERSION, WEIGHTS_NAME, is_conventional, is_icarus
@@ -52,6 +52,7 @@ _HOMES = {
     "push_to_hub": "storage",
     "save": "storage",
     "save_conventional": "storage",
+    "twin": "attachment",
     "verify": "checks",
     "verify_conventional": "conventional",
     "weights_name": "location",
@@ -80,6 +81,7 @@ __all__ = [
     "push_to_hub",
     "save",
     "save_conventional",
+    "twin",
     "verify",
     "verify_conventional",
     "weights_name",

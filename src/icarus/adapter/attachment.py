@@ -135,6 +135,24 @@ def attach_conventional(
     return get_peft_model(model, config, adapter_name=name)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A second model of the same base weights, which are in memory once, without the adapters of the first.
+
+    What is attached to one is not in the other, so each is run, trained and saved by itself.
+
+    Raises:
+        UnsupportedModelError: a function of the model was replaced, as trainers do, and would run the first one.
+    """
+    if replaced := [path for path, module in model.named_modules() if "forward" in vars(module)]:
+        raise UnsupportedModelError(
+            f"forward of {replaced[0] or type(model).__name__} was replaced, perhaps by a trainer, so the model cannot "
+            "be run twice; load it anew."
+        )
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    second: Any = copy.deepcopy(model, shared)
+    return second.unload() if names(second) else second  # type: ignore[no-any-return]
+
+
 def _lora(rank: int, alpha: int | None, dropout: float, targets: Sequence[str] | str | None) -> LoraConfig:
     from peft import LoraConfig
 
@@ -200,9 +218,10 @@ def peft_errors(model: nn.Module, failure: str) -> Iterator[None]:
     """Raise PEFT's errors as ours, with the model as it was.
 
     Needless warnings of PEFT are silenced: our marker is an unknown field, another adapter becomes active while one is
-    replaced, and tensors may be missed under names like 'a' (``_check_loaded`` makes sure that none is).
+    replaced, and tensors may be missed or missing (``_check_loaded`` makes sure that none is).
     """
     expected = r"Adapter name .* prefix|Unexpected keyword arguments \['icarus'\]|Adapter .* was active"
+    expected += "|Found missing adapter keys"
     try:
         with undo.on_error(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=expected)

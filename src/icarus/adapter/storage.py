@@ -175,11 +175,14 @@ def load(
 
 
 def _check_loaded(model: PeftModel, directory: Path, name: str) -> None:
-    """PEFT only warns of tensors for which it did not find a place."""
+    """PEFT only warns of tensors for which it did not find a place, and of places that got none."""
     from peft import get_peft_model_state_dict
 
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    for key, tensor in read_tensors(directory).items():
+    tensors = read_tensors(directory)
+    if lacking := sorted(loaded.keys() - tensors.keys()):
+        raise AdapterError(f"{directory} lacks {lacking[0]}; use the base model that the adapter was trained on.")
+    for key, tensor in tensors.items():
         if key not in loaded or not torch.equal(loaded[key].detach().cpu().float(), tensor.float()):
             raise AdapterError(f"{directory}: PEFT did not load {key}; use a base model of the right kind.")
 

@@ -1,7 +1,7 @@
-"""The settings of ``icarus train``: one pair of dataclasses behind flags and YAML.
+"""The settings of ``icarus train`` and ``icarus distill``: a pair of dataclasses each, behind flags and YAML.
 
-``TrainConfig`` is ours; ``IcarusSFTConfig`` is TRL's SFTConfig (so all of Transformers' TrainingArguments: schedules,
-accumulation, precision, FSDP, ``report_to``) with the defaults that suit a decoder.
+``TrainConfig`` and ``DistillConfig`` are ours; ``IcarusSFTConfig`` is TRL's SFTConfig (so all of Transformers'
+TrainingArguments: schedules, accumulation, precision, FSDP, ``report_to``) with the defaults that suit a decoder.
 """
 
 from __future__ import annotations
@@ -21,17 +21,13 @@ LEARNING_RATES = {"icarus": 2e-3, "lora": 1e-3}
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class AdapterConfig:
     """What to train on what, and where the adapter goes."""
 
     base: str = field(metadata={"help": "base model: hub id, folder, or smollm2-135m-instruct (packaged)"})
     data: str = field(metadata={"help": "training data: a .jsonl file or a hub data set (owner/name[:split])"})
     output: str = field(metadata={"help": "adapter directory to write; checkpoints and logs go to OUTPUT.run"})
     eval_data: str | None = field(default=None, metadata={"help": "evaluation data, as --data"})
-    method: Literal["icarus", "lora"] = field(
-        default="icarus",
-        metadata={"help": "icarus: a specialist that shares the cache; lora: the conventional baseline"},
-    )
     rank: int = field(default=16, metadata={"help": "LoRA rank"})
     alpha: int | None = field(default=None, metadata={"help": "LoRA alpha (default: twice the rank)"})
     dropout: float = field(default=0.0, metadata={"help": "LoRA dropout"})
@@ -52,7 +48,7 @@ class TrainConfig:
     resume: bool = field(default=False, metadata={"help": "resume from the last checkpoint in OUTPUT.run"})
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(TrainConfig).items():  # a recipe's values, which argparse does not check
+        for name, kind in get_type_hints(type(self)).items():  # a recipe's values, which argparse does not check
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
@@ -64,6 +60,33 @@ class TrainConfig:
             raise InputError(f"targets must be a list of names, not {self.targets!r}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be 0 or more and less than 1, not {self.dropout!r}.")
+
+    @property
+    def kind(self) -> Literal["icarus", "lora"]:
+        """Of the adapter that is trained."""
+        return "icarus"
+
+
+@dataclass(kw_only=True)
+class TrainConfig(AdapterConfig):
+    """The settings of ``icarus train`` that are not TRL's."""
+
+    method: Literal["icarus", "lora"] = field(
+        default="icarus",
+        metadata={"help": "icarus: a specialist that shares the cache; lora: the conventional baseline"},
+    )
+
+    @property
+    def kind(self) -> Literal["icarus", "lora"]:
+        """Of the adapter that is trained."""
+        return self.method
+
+
+@dataclass(kw_only=True)
+class DistillConfig(AdapterConfig):
+    """The settings of ``icarus distill`` that are not of ``IcarusDistillationConfig``."""
+
+    teacher: str = field(metadata={"help": "conventional LoRA adapter of the base model: a folder or a hub id"})
 
 
 @dataclass
@@ -90,40 +113,76 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept in OUTPUT.run"})
 
 
+@dataclass
+class IcarusDistillationConfig(IcarusSFTConfig):
+    """``IcarusSFTConfig`` with what a student takes from its teacher; names are TRL's and torchtune's."""
+
+    kd_ratio: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of the divergence from the teacher in the loss; the rest is the labels' cross-entropy"
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "softmax temperature of both distributions in the divergence"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.kd_ratio <= 1:
+            raise InputError(f"kd_ratio must be from 0 to 1, not {self.kd_ratio!r}.")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature must be above 0, not {self.temperature!r}.")
+
+
 class _Parser(TrlParser, Parser):  # type: ignore[misc]
     """TRL's parser with our errors."""
 
 
-def _parser() -> Any:
-    parser: Any = _Parser  # whose constructor is TRL's
-    return parser(
-        (TrainConfig, IcarusSFTConfig),
-        prog="icarus train",
-        epilog="--config FILE has settings as YAML; flags win; --json FILE writes the figures as JSON (- prints "
-        "them as the last line); --debug shows tracebacks.",
-    )
+@dataclass(frozen=True)
+class Settings:
+    """The two dataclasses behind the flags of a command."""
+
+    command: str
+    own: type[AdapterConfig]
+    of_trainer: type[IcarusSFTConfig]
+
+    def help_text(self) -> str:
+        """The text of ``--help``."""
+        return str(self._parser().format_help())
+
+    def parse(self, arguments: Sequence[str]) -> tuple[Any, Any]:
+        """Flags, and ``--config recipe.yaml`` for their defaults; flags win. Returns one of each dataclass.
+
+        Raises:
+            InputError: an unknown or missing setting, naming it.
+        """
+        words = [part for word in arguments for part in (word.split("=", 1) if _names_recipe(word) else [word])]
+        if "--config" in words and not "".join(words[words.index("--config") + 1 :][:1]):
+            raise InputError("--config needs the name of a YAML file.")
+        try:
+            own, of_trainer = self._parser().parse_args_and_config(words)
+        except ValueError as error:
+            raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
+        except OSError as error:
+            raise InputError(f"--config could not be read ({error}); name a YAML file of settings.") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"--config is not YAML ({' '.join(str(error).split())}); correct the file.") from error
+        return own, of_trainer
+
+    def _parser(self) -> Any:
+        parser: Any = _Parser  # whose constructor is TRL's
+        return parser(
+            (self.own, self.of_trainer),
+            prog=self.command,
+            epilog="--config FILE has settings as YAML; flags win; --json FILE writes the figures as JSON (- prints "
+            "them as the last line); --debug shows tracebacks.",
+        )
 
 
-def help_text() -> str:
-    """The text of ``icarus train --help``."""
-    return str(_parser().format_help())
+def _names_recipe(word: str) -> bool:
+    return word.startswith("--config=")
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainConfig, IcarusSFTConfig]:
-    """Flags, and ``--config recipe.yaml`` for their defaults; flags win.
-
-    Raises:
-        InputError: an unknown or missing setting, naming it.
-    """
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" in words and not "".join(words[words.index("--config") + 1 :][:1]):
-        raise InputError("--config needs the name of a YAML file.")
-    try:
-        config, sft = _parser().parse_args_and_config(words)
-    except ValueError as error:
-        raise InputError(str(error).split(" Please remove")[0].rstrip(".") + ".") from error
-    except OSError as error:
-        raise InputError(f"--config could not be read ({error}); name a YAML file of settings.") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config is not YAML ({' '.join(str(error).split())}); correct the file.") from error
-    return config, sft
+TRAIN = Settings("icarus train", TrainConfig, IcarusSFTConfig)
+DISTILL = Settings("icarus distill", DistillConfig, IcarusDistillationConfig)

@@ -9,8 +9,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from trl import SFTTrainer
 from icarus import adapter, arguments, base_model, processor
 from icarus.errors import InputError
 from icarus.train import data, fields, tokenizer
-from icarus.train.config import LEARNING_RATES, IcarusSFTConfig, TrainConfig, help_text, parse
+from icarus.train.config import LEARNING_RATES, TRAIN, AdapterConfig, DistillConfig, IcarusSFTConfig, TrainConfig
+from icarus.train.distillation import IcarusDistillationTrainer
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
 
@@ -29,19 +31,23 @@ from icarus.train.trainer import IcarusSFTTrainer
 def add_arguments(parser: arguments.Parser) -> None:
     """``--json``; all other flags are those of the dataclasses in ``icarus.train.config``, which TRL's parser reads."""
     arguments.add_json(parser)
-    parser.pass_on(help=help_text)
+    parser.pass_on(help=TRAIN.help_text)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Train, and return what was done as the report; of several processes, the first one alone."""
-    report = train(*parse(options.rest))
+    return report(train(*TRAIN.parse(options.rest)))
+
+
+def report(figures: dict[str, Any]) -> dict[str, Any] | None:
+    """Say on the terminal what was done; returns the figures in the first of several processes alone."""
     if os.environ.get("RANK", "0") != "0":  # torchrun started several processes
         return None
-    print(f"{report['output']}: {report['steps']} steps in {report['seconds']} s", file=sys.stderr)
-    return report
+    print(f"{figures['output']}: {figures['steps']} steps in {figures['seconds']} s", file=sys.stderr)
+    return figures
 
 
-def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
+def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     """Train one adapter; returns what was done: paths, counts, seconds and the trainer's metrics.
 
     Raises:
@@ -63,7 +69,7 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     sft.output_dir = str(_run_directory(output))
     sft.dataloader_pin_memory &= torch.cuda.is_available()  # or torch warns at every start
     if sft.learning_rate is None:
-        sft.learning_rate = LEARNING_RATES[config.method]
+        sft.learning_rate = LEARNING_RATES[config.kind]
     ends = tokenizer.ends(model, codes, sft)
     train_rows, left_out = _token_rows(rows, codes, sft, config, config.data, ends)
     eval_tokens = _token_rows(eval_rows, codes, sft, config, str(config.eval_data))[0] if eval_rows else None
@@ -75,7 +81,7 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
         metrics |= trainer.evaluate()
     return {
         "output": str(output),
-        "method": config.method,
+        "method": config.method if isinstance(config, TrainConfig) else "distill",
         "examples": len(train_rows),
         "left_out": left_out,
         "steps": trainer.state.global_step,
@@ -84,17 +90,17 @@ def train(config: TrainConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     }
 
 
-def _check(config: TrainConfig, sft: IcarusSFTConfig) -> None:
-    fields.check(sft, {"command", "by name"} if config.method == "lora" else {"command", "by name", "decoder"})
+def _check(config: AdapterConfig, sft: IcarusSFTConfig) -> None:
+    fields.check(sft, {"command", "by name"} if config.kind == "lora" else {"command", "by name", "decoder"})
     if sft.do_eval and not config.eval_data:  # eval_strategy sets it
         raise InputError("eval_strategy and do_eval need data; give --eval_data.")
-    if config.method == "lora" and sft.eval_packing and not sft.packing:
+    if config.kind == "lora" and sft.eval_packing and not sft.packing:
         raise InputError(
             "eval_packing without packing is wrong in TRL, where packed examples then see one another; leave it out."
         )
 
 
-def _dtype(config: TrainConfig, *, use_cpu: bool) -> str:
+def _dtype(config: AdapterConfig, *, use_cpu: bool) -> str:
     """That of the base weights; on a CPU the processor decides, and the choice is said."""
     if config.dtype != "auto":
         return config.dtype
@@ -128,11 +134,11 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
 
 
 def _token_rows(
-    rows: Any, codes: Any, sft: IcarusSFTConfig, config: TrainConfig, source: str, ends: Sequence[int] | None = None
+    rows: Any, codes: Any, sft: IcarusSFTConfig, config: AdapterConfig, source: str, ends: Sequence[int] | None = None
 ) -> tuple[Any, int]:
     fields.check_form(sft, rows[0], source)
     packed = sft.packing or sft.eval_packing or sft.padding_free
-    if "completions" in rows[0] and (config.method == "lora" or packed):
+    if "completions" in rows[0] and (config.kind == "lora" or packed):
         if packed:
             raise InputError("Packing and several completions of one prompt cannot be combined; leave out --packing.")
         rows = [part for row in rows for part in data.separate(row)]
@@ -142,12 +148,14 @@ def _token_rows(
     return tokens, left_out
 
 
-def _trainer(config: TrainConfig, sft: Any, model: Any, codes: Any, rows: Any, eval_rows: Any) -> SFTTrainer:
+def _trainer(config: AdapterConfig, sft: Any, model: Any, codes: Any, rows: Any, eval_rows: Any) -> SFTTrainer:
     torch.manual_seed(sft.seed)
     lora: dict[str, Any] = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
     lora["targets"] = config.targets
-    kind: type[SFTTrainer] = IcarusSFTTrainer
-    if config.method == "icarus":
+    kind: Callable[..., SFTTrainer] = IcarusSFTTrainer
+    if isinstance(config, DistillConfig):
+        kind = partial(IcarusDistillationTrainer, teacher_model=config.teacher)
+    if config.kind == "icarus":
         model = adapter.attach(model, **lora)
     else:
         kind, model = SFTTrainer, adapter.attach_conventional(model, **lora)
@@ -159,7 +167,7 @@ def _trainer(config: TrainConfig, sft: Any, model: Any, codes: Any, rows: Any, e
     return trainer
 
 
-def _write(trainer: SFTTrainer, config: TrainConfig, output: Path) -> None:
+def _write(trainer: SFTTrainer, config: AdapterConfig, output: Path) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model)  # FSDP gathers, so every process takes part
     if not trainer.is_world_process_zero():
         return

@@ -99,6 +99,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.adapter_name = str(adapted.active_adapter)
         TwoStreams(adapted).probe()  # refuses before any data is read
         self.base_fingerprint = adapter.fingerprint(adapted)  # now, as FSDP will spread the weights over processes
+        self._prepare_model(adapted)
         if processing_class is None:
             processing_class = tokenizer.of_model(adapted, trust=args.trust_remote_code)
         tokenizer.change(processing_class, args)
@@ -111,6 +112,9 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if data_collator is None and not (args.packing or args.padding_free):
             data_collator = _collator(processing_class, args)  # TRL's drops position_ids and branch_ids
         super().__init__(adapted, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        """Called with the adapted model before TRL and Accelerate replace its functions."""
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
         """TRL calls it with all data sets, before it prepares them or not."""
@@ -169,7 +173,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
             inputs.get("position_ids"),
             inputs.get("branch_ids"),
         )
-        total, logits, targets = TwoStreams(model).loss(batch)
+        total, logits, targets = self._summed_loss(model, batch)
         count = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -179,6 +183,10 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return loss
         outputs: Any = CausalLMOutput
         return loss, outputs(loss=loss, logits=logits)
+
+    def _summed_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss over the tokens that carry it (scalar), logits (B, R, V) and targets (B, R; -100 pads)."""
+        return TwoStreams(model).loss(batch)
 
     @torch.no_grad()
     def _record(self, logits: Tensor, targets: Tensor, batch: Batch) -> None:
