@@ -18,8 +18,8 @@ import reference
 from icarus import Specialists, adapter, cli
 from icarus.chat_template import Codec
 from icarus.errors import AdapterError, DataError, InputError, UnsupportedModelError
-from icarus.streams import IGNORED, Batch
-from icarus.train import IcarusDistillationConfig, IcarusDistillationTrainer, data, distillation
+from icarus.streams import IGNORED, Batch, TwoStreams
+from icarus.train import IcarusDistillationConfig, IcarusDistillationTrainer, data, distillation, own_answers
 from icarus.train import run as command
 from icarus.train.config import DISTILL, DistillConfig
 from icarus.train.progress import Progress
@@ -146,6 +146,73 @@ def test_a_teacher_predicts_at_chosen_positions_what_it_predicts_everywhere(fami
     torch.testing.assert_close(chosen, every.gather(1, rows[..., None].expand(-1, -1, every.shape[-1])))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergences_are_trls(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 30, generator=generator) * 3 for _ in range(2))
+    targets = torch.tensor([[1, 2, 3, 4, IGNORED], [7, IGNORED, IGNORED, IGNORED, IGNORED]])
+    divergence, _ = distillation.losses(student, teacher, targets, beta=beta, temperature=1.7)
+    wanted = GKDTrainer.generalized_jsd_loss(student, teacher, targets, beta=beta, temperature=1.7, reduction="sum")
+    torch.testing.assert_close(divergence, wanted * 1.7**2)
+
+
+# ------------------------------------------------------------------------------- the student's own answers
+
+
+def test_a_cold_student_says_what_a_context_generates(base: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "own")
+    model = adapter.load(tiny(), folder, "own")
+    tokenizer = tiny_tokenizer()
+    asked = [tokenizer(text).input_ids for text in ("one:", "what is it, please?", "x")]
+    answers = own_answers.sample(
+        TwoStreams(model), "own", asked, ends={tokenizer.eos_token_id, 9}, max_new_tokens=12, temperature=1e-4,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    team = Specialists.load(str(base), {"own": folder})
+    for prompt, answer in zip(asked, answers, strict=True):
+        wanted = team.context().append(prompt).generate("own", max_new_tokens=12).token_ids
+        end = next((i for i, token in enumerate(wanted) if token == 9), len(wanted))
+        assert answer == wanted[: end + 1]
+
+
+def test_batches_of_the_student_hold_its_answers_and_are_counted_by_them(teacher: Path) -> None:
+    trainer = trainer_of(ROWS, teacher, lmbda=1.0, max_completion_length=7, max_length=20, kd_ratio=0.25)
+    (given,) = trainer.get_train_dataloader()
+    (batch,), count = trainer.get_batch_samples(iter([given]), 1, torch.device("cpu"))
+    (again,), _ = trainer.get_batch_samples(iter([given]), 1, torch.device("cpu"))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    lengths = []
+    for own, ids, labels in zip(given["labels"], batch["input_ids"], batch["labels"], strict=True):
+        prompt = int((own != IGNORED).nonzero()[0])
+        said = labels[prompt:][labels[prompt:] != IGNORED]
+        lengths.append(len(said))
+        assert (labels[:prompt] == IGNORED).all()
+        assert torch.equal(ids[:prompt], given["input_ids"][lengths.index(lengths[-1], len(lengths) - 1)][:prompt])
+        assert torch.equal(ids[prompt : prompt + len(said)], said)
+        assert prompt + len(said) <= 20
+    assert count == sum(lengths)
+    assert max(lengths) == 7
+
+    loss = trainer.compute_loss(trainer.model, batch)
+    streams = TwoStreams(trainer.model)
+    own = Batch.of(batch["input_ids"], batch["labels"], batch["attention_mask"])
+    logits, targets, rows = streams.predictions(own)
+    divergence, _ = distillation.losses(logits, trainer.teacher.logits(own, rows), targets)
+    torch.testing.assert_close(loss, divergence / count)  # there are no labels, so kd_ratio does not count
+    assert "ce_loss" not in trainer._metrics["train"]
+
+
+def test_the_prompt_is_what_stands_before_the_last_answer() -> None:
+    n = IGNORED
+    labels = torch.tensor([[n, n, 7, 8, n, n, 3, 4, n], [n, 5, 6, n, n, n, n, n, n]])
+    ids = torch.arange(18).view(2, 9)
+    mask = torch.tensor([[1] * 9, [1] * 3 + [0] * 6])
+    assert own_answers.prompts(labels, ids, mask) == [[0, 1, 2, 3, 4, 5], [9]]
+
+
 # --------------------------------------------------------------------------------- the whole way
 
 
@@ -235,12 +302,13 @@ class _StoppedError(RuntimeError):
     pass
 
 
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
 def test_an_interrupted_distillation_resumes_to_the_same_adapter(
-    distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lmbda: float, distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: dict[str, Any] = {
         "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2, "dropout": 0.2,
+        "per_device_train_batch_size": 2, "dropout": 0.2, "lmbda": lmbda, "max_completion_length": 5,
     }  # fmt: skip
     distil(output=str(tmp_path / "straight"), **steps)
     step_end = Progress.on_step_end
@@ -289,6 +357,10 @@ def test_what_cannot_be_used_is_named_in_one_sentence(distil: Distil, base: Path
         ({"teacher": str(more)}, AdapterError, r"Teacher .*more is no adapter of .*layers.3"),
         ({"rows": []}, DataError, r"data.jsonl has no rows; give"),
         ({"kd_ratio": 1.5}, InputError, r"kd_ratio must be from 0 to 1, not 1.5"),
+        ({"beta": -0.5}, InputError, r"beta must be from 0 to 1, not -0.5"),
+        ({"max_completion_length": 0}, InputError, r"max_completion_length must be a positive integer, not 0"),
+        ({"lmbda": 0.5, "packing": True}, InputError, r"lmbda and packing cannot be combined"),
+        ({"lmbda": 1.0, "rows": BRANCHED}, InputError, r"lmbda and several completions .* cannot be combined; give"),
         ({"temperature": 0.0}, InputError, r"temperature must be above 0, not 0.0"),
     ):
         with pytest.raises(error, match=words) as caught:

@@ -123,16 +123,31 @@ class IcarusDistillationConfig(IcarusSFTConfig):
             "help": "share of the divergence from the teacher in the loss; the rest is the labels' cross-entropy"
         },
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "softmax temperature of both distributions in the divergence"}
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "0: KL(teacher || student), 1: KL(student || teacher), between: generalized Jensen-Shannon"},
     )
+    temperature: float = field(
+        default=1.0, metadata={"help": "of both distributions in the divergence, and of the student's sampling"}
+    )
+    lmbda: float = field(
+        default=0.0, metadata={"help": "share of batches with answers that the student samples (on-policy)"}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "longest answer that the student samples"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.kd_ratio <= 1:
-            raise InputError(f"kd_ratio must be from 0 to 1, not {self.kd_ratio!r}.")
+        for name in ("kd_ratio", "beta", "lmbda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be from 0 to 1, not {getattr(self, name)!r}.")
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature must be above 0, not {self.temperature!r}.")
+        if type(self.max_completion_length) is not int or self.max_completion_length < 1:
+            raise InputError(f"max_completion_length must be a positive integer, not {self.max_completion_length!r}.")
+        if self.lmbda and (self.packing or self.padding_free):
+            raise InputError(
+                "lmbda and packing cannot be combined, as an answer is sampled for each row; leave one out."
+            )
 
 
 class _Parser(TrlParser, Parser):  # type: ignore[misc]

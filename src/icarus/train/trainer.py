@@ -173,7 +173,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
             inputs.get("position_ids"),
             inputs.get("branch_ids"),
         )
-        total, logits, targets = self._summed_loss(model, batch)
+        total, logits, targets = self._summed_loss(model, batch, inputs)
         count = (targets != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -184,7 +184,9 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         outputs: Any = CausalLMOutput
         return loss, outputs(loss=loss, logits=logits)
 
-    def _summed_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _summed_loss(
+        self, model: nn.Module, batch: Batch, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss over the tokens that carry it (scalar), logits (B, R, V) and targets (B, R; -100 pads)."""
         return TwoStreams(model).loss(batch)
 
