@@ -122,7 +122,7 @@ ATTRIBUTES = (
     Attributes("vllm.v1.worker.gpu.lora_utils:LoraState", "lora_ids lora_requests", runner="V2"),
     Attributes(
         "vllm.v1.worker.gpu.block_table:BlockTables",
-        "block_sizes compute_slot_mappings gather_block_tables slot_mappings",
+        "block_sizes slot_mappings",
         runner="V2",
     ),
     Attributes(

@@ -66,12 +66,8 @@ class Vllms:
             },
         )
         self.mapped: list[Any] = []
-        self.asked: list[Any] = []
         self.block_tables = SimpleNamespace(
-            gather_block_tables=lambda *given, **named: self.asked.append(("tables", *given, named)),
-            compute_slot_mappings=lambda *given, **named: self.asked.append(("slots", *given, named)),
-            slot_mappings=torch.zeros(1, TOKENS, dtype=torch.int64),
-            block_sizes=[4],
+            slot_mappings=torch.full((2, TOKENS), 50, dtype=torch.int64), block_sizes=[4, 4]
         )
         self.execute_model_state: Any = None
 
@@ -117,7 +113,7 @@ class Vllms:
         )  # fmt: skip
 
     def prepare_attn(self, batch: Any) -> Any:
-        return "stock"
+        return batch.idx_mapping, self.block_tables.slot_mappings[:, : batch.num_tokens_after_padding]
 
     def _set_active_loras(self, *mapping: Any) -> None:
         self.mapped.append(mapping)
@@ -129,7 +125,7 @@ class Vllms:
         dispatch = runner_v2.wrap_dispatch_cg_and_sync_dp(sizes)
         self.dispatched = dispatch(self.cudagraph_manager, COUNT, TOTAL, num_active_loras=3)
         self.batch = batch = self.prepare_inputs()
-        self.prepare_attn(batch)
+        self.attended, self.written = self.prepare_attn(batch)
         per_row = np.repeat(self.lora_state.lora_ids[batch.idx_mapping_np], batch.num_scheduled_tokens)
         self._set_active_loras(tuple(self.lora_state.lora_ids[batch.idx_mapping_np]), tuple(per_row), set())
         hidden = torch.arange(float(batch.num_tokens))[:, None].expand(-1, 2).clone()
@@ -183,27 +179,20 @@ def test_a_step(runner: Any) -> None:
 
 def test_decoder_requests_read_their_sources_blocks_and_write_nothing(runner: Any) -> None:
     runner.execute_model(OUTPUT)
-    (_, requests, padded), (_, writers, starts, _, tokens) = runner.asked
-    assert requests.tolist() == [4, 0, 2, 1, 3, 2, 1]
-    assert padded == {"num_reqs_padded": 7}
-    assert writers.tolist() == [4, 0, 2, 1, 3], "vLLM's kernel gives slot -1 to what is behind these"
-    assert starts.tolist() == [0, 3, 4, 5, 9, 11, 12, 13]
-    assert tokens == {"num_tokens_padded": 13}
+    assert runner.attended.tolist() == [4, 0, 2, 1, 3, 2, 1]
+    assert runner.written.tolist() == 2 * [11 * [50] + 2 * [-1]]
 
 
 def test_a_plan_ends_with_its_step(runner: Any) -> None:
-    stock = Vllms.prepare_attn
-
-    def fails(self: Any, batch: Any) -> None:
+    def fails(*_: Any) -> None:
         raise RuntimeError("in the middle")
 
-    runner.block_tables.gather_block_tables = fails
-    with pytest.raises(TypeError):
+    runner._set_active_loras = fails
+    with pytest.raises(RuntimeError, match="in the middle"):
         runner.execute_model(OUTPUT)
     sizes = lambda manager, *given, **named: given  # noqa: E731
     assert runner_v2.wrap_dispatch_cg_and_sync_dp(sizes)(runner.cudagraph_manager, 5, 11) == (5, 11)
     assert runner.prepare_inputs().num_reqs == COUNT
-    assert stock(runner, None) == "stock"
 
 
 def test_without_requests_that_share_all_is_stock(runner: Any) -> None:
@@ -214,7 +203,7 @@ def test_without_requests_that_share_all_is_stock(runner: Any) -> None:
     runner.execute_model(OUTPUT)
     assert runner.execute_model_state.input_batch is runner.batch
     assert runner.dispatched == ((5, 11), {"num_active_loras": 3})
-    assert runner.asked == []
+    assert (runner.written == 50).all()
     [(_, per_row, _)] = runner.mapped
     assert per_row == (1, 1, 1, 0, 2, 1, 1, 1, 1, 3, 3)
 

@@ -63,6 +63,9 @@ class _Extension:
 _ROWS = Attached[DecoderRows]("rows")
 """On a CUDA-graph manager, which is what ``dispatch_cg_and_sync_dp`` is given."""
 
+_NO_SLOT = -1
+"""Of a row that writes nothing (``PAD_SLOT_ID`` in vllm/v1/attention/backends/utils.py)."""
+
 _EXTENSION = Attached[_Extension]("extension")
 """On an ``InputBatch`` with decoder requests."""
 
@@ -159,19 +162,10 @@ class DecoderRowsRunner:
 
     def prepare_attn(self: Any, input_batch: Any) -> Any:
         """Decoder requests read the blocks of their sources, and their rows have slot -1: they write nothing."""
-        extension = _EXTENSION.get(input_batch)
-        if extension is None:
-            return super().prepare_attn(input_batch)  # type: ignore[misc]
-        tables = self.block_tables.gather_block_tables(
-            input_batch.idx_mapping, num_reqs_padded=input_batch.num_reqs_after_padding
-        )
-        # vLLM's kernel fills what is behind the requests it is given with -1, up to the end of the buffer.
-        slots = self.block_tables.compute_slot_mappings(
-            extension.batch.idx_mapping,
-            input_batch.query_start_loc,
-            input_batch.positions,
-            num_tokens_padded=input_batch.num_tokens_after_padding,
-        )
+        tables, slots = super().prepare_attn(input_batch)  # type: ignore[misc]
+        if extension := _EXTENSION.get(input_batch):
+            rows = extension.rows
+            slots[:, rows.scheduled : rows.scheduled + len(rows)] = _NO_SLOT
         return tables, slots
 
     def _set_active_loras(self: Any, per_sample: Any, per_row: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
