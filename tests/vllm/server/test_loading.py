@@ -23,11 +23,6 @@ from icarus.vllm.server import loading, names
 from icarus.vllm.worker.adapters import REFUSED
 from icarus.vllm.worker.identity import ATTRIBUTE, identity
 
-try:
-    from vllm.renderers.chat_utils import MM_PARSER_MAP
-except ImportError:
-    from vllm.entrypoints.chat_utils import MM_PARSER_MAP
-
 
 class Client:
     """Engine cores, each with this plugin, or with what it says."""
@@ -175,8 +170,9 @@ def test_names_that_vllm_compares_with_the_types_of_parts() -> None:
         serving._get_message_types = lambda request: BaseServing._get_message_types(serving, request)
         return BaseServing._get_active_default_mm_loras(serving, request) is not None
 
-    taken = {kind.split("_")[0] for kind in MM_PARSER_MAP}
-    assert all(answers(kind.split("_")[0], kind) for kind in MM_PARSER_MAP)
+    parsed, _ = names.vllm_types()
+    taken = {kind.split("_")[0] for kind in parsed}
+    assert all(answers(kind.split("_")[0], kind) for kind in parsed)
     assert taken <= names.part_types()
     assert {"text", "image", "audio", "video", "input", "input_text", "tool", "thinking"} <= names.part_types()
     for name in names.part_types():

@@ -35,10 +35,19 @@ def check_name(name: str, modalities: Collection[str] = ()) -> None:
 @cache
 def part_types() -> frozenset[str]:
     """Types of the parts of a message, as vLLM lists them, and what it compares with names."""
-    try:
-        from vllm.renderers.chat_utils import MM_PARSER_MAP, ModalityStr
-    except ImportError:  # vLLM 0.31.0
-        from vllm.entrypoints.chat_utils import MM_PARSER_MAP, ModalityStr
-
-    types = {*MM_PARSER_MAP, *get_args(ModalityStr)}
+    parsed, modalities = vllm_types()
+    types = {*parsed, *modalities}
     return frozenset(types | {kind.split("_")[0] for kind in types})
+
+
+def vllm_types() -> tuple[Collection[str], Collection[str]]:
+    """Types of parts that vLLM parses, and the names that it has for modalities."""
+    try:
+        from vllm.renderers.chat_utils.chat_message import MM_PARSER_MAP
+        from vllm.renderers.chat_utils.types import ModalityStr
+    except ImportError:  # before 0.33
+        try:
+            from vllm.renderers.chat_utils import MM_PARSER_MAP, ModalityStr
+        except ImportError:  # before 0.32
+            from vllm.entrypoints.chat_utils import MM_PARSER_MAP, ModalityStr
+    return MM_PARSER_MAP, get_args(ModalityStr)
