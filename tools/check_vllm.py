@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -144,6 +145,8 @@ class Tree:
         names: set[str] = set()
         kinds = list(self._classes(module, name))
         for _, kind in kinds:
+            if any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in kind.bases):
+                names.update(dir(namedtuple("Any", ())))
             for node in ast.walk(kind):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                     names.add(node.attr)
@@ -234,7 +237,7 @@ def functions(old: Tree, new: Tree, ledger: Sequence[Patch]) -> Iterator[Change]
         if after is None:
             yield Change(patch.target, "is missing", True)
             continue
-        if after.parameters not in (patch.parameters.split(), patch.before.split()):
+        if not patch.fits(after.parameters):
             yield Change(patch.target, f"takes {' '.join(after.parameters)}", True)
         elif before is None:
             yield Change(patch.target, "is new in this version", False)
@@ -258,20 +261,32 @@ def attributes(new: Tree, records: Sequence[Attributes]) -> Iterator[Change]:
 def imports(old: Tree, new: Tree, source: Path) -> Iterator[Change]:
     """What files in a folder import from vLLM: names that are gone, and functions that take something else.
 
-    A file that tries to import a name knows what to do without it.
+    A file that tries to import a name knows what to do without it; that must not fail in turn.
     """
     for file in sorted(source.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        tried = {node for part in ast.walk(tree) if isinstance(part, ast.Try) for node in ast.walk(part)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" and node not in tried:
-                for alias in node.names:
-                    target = f"{node.module}:{alias.name}"
-                    before, after = old.function(target), new.function(target)
-                    if not new.has(str(node.module), alias.name):
-                        yield Change(target, f"is missing, and {file.name} imports it", True)
-                    elif before and after and before.parameters != after.parameters:
-                        yield Change(target, f"takes {' '.join(after.parameters)}, and {file.name} calls it", False)
+        excused: set[ast.ImportFrom] = set()
+        for part in ast.walk(tree):
+            if isinstance(part, ast.Try):
+                tried = set(_imports(part.body))
+                missing = any(not new.has(str(node.module), alias.name) for node in tried for alias in node.names)
+                excused |= tried if missing else tried | set(_imports(part.handlers))
+        for node in _imports([tree]):
+            for alias in node.names if node not in excused else ():
+                target = f"{node.module}:{alias.name}"
+                before, after = old.function(target), new.function(target)
+                if not new.has(str(node.module), alias.name):
+                    yield Change(target, f"is missing, and {file.name} imports it", True)
+                elif before and after and before.parameters != after.parameters:
+                    yield Change(target, f"takes {' '.join(after.parameters)}, and {file.name} calls it", False)
+
+
+def _imports(nodes: Sequence[ast.AST]) -> Iterator[ast.ImportFrom]:
+    """Those that name something of vLLM."""
+    for node in nodes:
+        for part in ast.walk(node):
+            if isinstance(part, ast.ImportFrom) and (part.module or "").split(".")[0] == "vllm":
+                yield part
 
 
 def difference(before: Found, after: Found) -> str:

@@ -31,7 +31,7 @@ RUN = "vllm.worker.runner:Runner.run"
 KEY = "vllm:key"
 
 
-def record(target: str, parameters: str, before: str = "") -> Patch:
+def record(target: str, parameters: str, before: tuple[str, ...] = ()) -> Patch:
     return Patch(Hook("never", "why"), target, parameters, "ours:wrap", "what", "why", "file:1", before)
 
 
@@ -80,9 +80,17 @@ def test_what_has_changed(changes: Any, wanted: dict[str, tuple[str, bool]], tmp
     assert said(tmp_path, **changes).items() >= wanted.items()
 
 
-def test_parameters_of_an_older_version_pass(tmp_path: Path) -> None:
+def test_a_named_tuple_has_what_python_gives_it(tmp_path: Path) -> None:
+    state = "from typing import NamedTuple\nclass State(NamedTuple):\n    rows: int\nclass Runner"
+    new = tree(tmp_path, runner=("class Runner", state))
+    held, gone = (Attributes("vllm.worker.runner:State", names) for names in ("_replace rows", "_change"))
+    [change] = check_vllm.attributes(new, [held, gone])
+    assert change.what == "has no attribute _change"
+
+
+def test_parameters_of_older_versions_pass(tmp_path: Path) -> None:
     new = tree(tmp_path)
-    [] = check_vllm.functions(new, new, [record(RUN, "self step more", before="self step")])
+    [] = check_vllm.functions(new, new, [record(RUN, "self step more", before=("self", "self step"))])
 
 
 def test_a_function_that_moved(tmp_path: Path) -> None:
@@ -105,6 +113,14 @@ def test_changed_bodies_are_shown(tmp_path: Path) -> None:
         ("from vllm.worker.runner import hash_key", [("vllm.worker.runner:hash_key", False)]),
         ("from vllm.worker.runner import Walker", [("vllm.worker.runner:Walker", True)]),
         ("try:\n    from vllm.worker.runner import Walker\nexcept ImportError:\n    pass", []),
+        (
+            "try:\n    from vllm.worker.runner import Walker\nexcept ImportError:\n    from vllm.walk import Walker",
+            [("vllm.walk:Walker", True)],
+        ),
+        (
+            "try:\n    from vllm.worker.runner import Runner\nexcept ImportError:\n    from vllm.walk import Runner",
+            [],
+        ),
         ("def f():\n    from vllm import key", [("vllm:key", False)]),
         ("from elsewhere import anything", []),
     ],

@@ -26,7 +26,7 @@ import torch
 
 import icarus
 from icarus.vllm.attributes import ATTRIBUTES
-from icarus.vllm.ledger import LEDGER, TESTED
+from icarus.vllm.ledger import CHECKED, LEDGER, TESTED
 from icarus.vllm.patching import PatchError, apply
 from strict_skips import needs_vllm
 
@@ -125,5 +125,5 @@ def test_a_renamed_buffer_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> No
             changed = FunctionType(code.replace(co_names=renamed), value.__globals__, name)
             monkeypatch.setattr(BlockTable, name, changed)
     with pytest.raises(PatchError, match=r"BlockTable of vLLM .* has no attribute 'num_blocks_per_row'") as caught:
-        apply(unapplied, vllm.__version__, TESTED, attributes=ATTRIBUTES)
+        apply(unapplied, vllm.__version__, TESTED, CHECKED, ATTRIBUTES)
     assert "\n" not in str(caught.value)

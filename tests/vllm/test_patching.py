@@ -79,8 +79,8 @@ def test_a_version_that_was_checked_is_served(engine: Any) -> None:
     assert apply([METHOD], "0.3.0+cu130", TESTED, ("0.3.0",)) == 1
 
 
-def test_parameters_of_an_older_version_pass(engine: Any) -> None:
-    assert apply([replace(METHOD, parameters="self step more", before="self step")], VERSION, TESTED) == 1
+def test_parameters_of_older_versions_pass(engine: Any) -> None:
+    assert apply([replace(METHOD, parameters="self step more", before=("self", "self step"))], VERSION, TESTED) == 1
 
 
 class Base:

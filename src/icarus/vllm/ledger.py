@@ -12,9 +12,10 @@ from icarus.vllm.patching import Hook, Override, Patch
 TESTED = ("0.31.0", "0.32.0")
 """Versions of vLLM that the test suite ran against."""
 
-CHECKED: tuple[str, ...] = ()
-"""Versions that the suite could not run against. Their source was compared with that of the newest tested one (``make
-check-vllm``), and all that had changed was read; docs/inside-vllm.md has what was found of 0.33.0 so far."""
+CHECKED = ("0.33.0",)
+"""Versions without a build for the machines that the suite runs on. Their source was compared with that of the newest
+tested one (``make check-vllm``), all that had changed was read, and the suite ran on their Python files over compiled
+files of that version (``make test-sources``); docs/inside-vllm.md has what was found."""
 
 ROOM = Hook(
     until="plugins can change the configuration before it is checked",
@@ -242,9 +243,11 @@ LEDGER = (
         parameters="self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices "
         "logits_indices max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens "
         "slot_mappings",
-        before="self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices "
-        "logits_indices max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens "
-        "cascade_attn_prefix_lens slot_mappings",
+        before=(
+            "self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices "
+            "logits_indices max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens "
+            "cascade_attn_prefix_lens slot_mappings",
+        ),
         runner="V1",
         by=_OURS + "wrap_build_attention_metadata",
         what="attention sees decoder requests",
@@ -390,9 +393,13 @@ LEDGER = (
         hook=ROWS,
         target="vllm.v1.worker.gpu.model_runner:dispatch_cg_and_sync_dp",
         parameters="cudagraph_manager num_reqs num_tokens uniform_token_count dp_size dp_rank max_query_len "
-        "need_eager num_active_loras parallel_config allow_ubatching uniform_decode dp_sync_state",
-        before="cudagraph_manager num_reqs num_tokens uniform_token_count dp_size dp_rank max_query_len "
-        "need_eager num_active_loras parallel_config allow_ubatching uniform_decode dp_sync",
+        "need_eager num_active_loras parallel_config allow_ubatching uniform_decode allow_skip_drafts dp_sync_state",
+        before=(
+            "cudagraph_manager num_reqs num_tokens uniform_token_count dp_size dp_rank max_query_len "
+            "need_eager num_active_loras parallel_config allow_ubatching uniform_decode dp_sync_state",
+            "cudagraph_manager num_reqs num_tokens uniform_token_count dp_size dp_rank max_query_len "
+            "need_eager num_active_loras parallel_config allow_ubatching uniform_decode dp_sync",
+        ),
         runner="V2",
         by=_OURS_V2 + "wrap_dispatch_cg_and_sync_dp",
         what="padding, CUDA graphs and data-parallel ranks count decoder rows",
@@ -534,7 +541,7 @@ LEDGER = (
         hook=BEAMS,
         target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
         parameters="self prompt request_id params lora_request trace_headers session_id priority",
-        before="self prompt request_id params lora_request trace_headers session_id",
+        before=("self prompt request_id params lora_request trace_headers session_id",),
         by="icarus.vllm.server.beam_search:wrap_beam_search",
         what="answers of beam searches say how many prompt tokens were in the cache",
         why="cached_tokens are in every other answer (stock vLLM drops them here)",

@@ -45,13 +45,17 @@ class Patch:
 
     hook: Hook
     target: str  # module:function or module:Class.method
-    parameters: str  # names of the original's parameters, in order
+    parameters: str  # names of the original's parameters, in order, in the newest version that is served
     by: str  # module:function that takes the original and returns its replacement
     what: str
     why: str
     upstream: str  # file:line of the original in the newest tested version
-    before: str = ""  # the original's parameters in an older tested version, where they differ
+    before: tuple[str, ...] = ()  # the original's parameters in older versions, where they differ
     runner: str = ""  # V1 or V2, for a change that goes with a model runner
+
+    def fits(self, parameters: list[str]) -> bool:
+        """Whether an original with these parameters is one that the change was written for."""
+        return " ".join(parameters) in (self.parameters, *self.before)
 
 
 @dataclass(frozen=True)
@@ -151,9 +155,11 @@ def _locate(patch: Patch, version: str, newest: str) -> _Place | None:
     owner, original = _find(module, path, version, newest)
     if getattr(original, MARK, None) == patch.target:
         return None
-    actual, expected = list(signature(original).parameters), patch.parameters.split()
-    if actual not in (expected, patch.before.split()):
-        raise PatchError(f"{patch.target} of vLLM {version} takes {actual} and not {expected}: {_remedy(newest)}")
+    actual = list(signature(original).parameters)
+    if not patch.fits(actual):
+        raise PatchError(
+            f"{patch.target} of vLLM {version} takes {actual} and not {patch.parameters.split()}: {_remedy(newest)}"
+        )
     return _Place(owner, path.rpartition(".")[2], original)
 
 

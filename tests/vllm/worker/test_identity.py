@@ -96,7 +96,7 @@ def test_the_identity_has_both_versions_and_the_ledger(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("installed", "said"),
-    [("0.2.0", "tested"), ("0.3.0+cu130", "compared by source"), ("0.4.0", "untested"), ("0.2.0+cpu", "tested")],
+    [("0.2.0", "tested"), ("0.3.0+cu130", "checked by source"), ("0.4.0", "untested"), ("0.2.0+cpu", "tested")],
 )
 def test_what_is_known_of_a_version(installed: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", installed)

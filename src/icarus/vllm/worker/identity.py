@@ -44,7 +44,7 @@ def standing() -> str:
     installed = release(vllm.__version__)
     if installed in TESTED:
         return "tested"
-    return "compared by source with a tested version, and not tested" if installed in CHECKED else "untested"
+    return "checked by source, and not tested on a build of its own" if installed in CHECKED else "untested"
 
 
 def mark(runner: type) -> None:
