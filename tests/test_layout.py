@@ -34,7 +34,7 @@ LEVELS = [
 ]
 # Within the plugin: by the process in which code runs, the front end on top; ledger, marks, counters and the layout of
 # a step are what all share. ``plugin`` is called by vLLM and stands above all.
-PLUGIN = ["cpu", "worker", "engine", "server", "plugin"]
+PLUGIN = ["cpu", "gpu", "worker", "engine", "server", "plugin"]
 HEIGHT = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY_IN = {"peft": {"adapter"}, "trl": {"train"}, "datasets": {"train"}, "vllm": {"vllm"}, "lm_eval": {"evaluate"}}
 DOORS = {"adapter"}  # packages of which others import the names in ``__init__`` alone

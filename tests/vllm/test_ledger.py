@@ -14,7 +14,7 @@ import pytest
 
 from icarus.vllm import patching
 from icarus.vllm.ledger import CHECKED, LEDGER, TESTED, changes
-from icarus.vllm.patching import Override, Patch
+from icarus.vllm.patching import READ_ONCE, Override, Patch
 from strict_skips import needs_vllm
 from tools import ledger_page
 
@@ -44,13 +44,13 @@ def test_every_record_is_complete_and_its_target_is_wrapped_once() -> None:
     for patch in LEDGER:
         assert all(value for name, value in vars(patch).items() if name not in ("before", "runner"))
         assert patch.upstream.partition(":")[2].isdigit()
-        assert patch.runner in ("", "V1", "V2")
+        assert patch.runner in ("", "V1", "V2", READ_ONCE)
     hooks = [patch.hook for patch in LEDGER]
     assert len(set(hooks)) == len(list(groupby(hooks))), "the changes of a hook stand together"
 
 
 def test_a_worker_with_one_runner_has_no_change_of_the_other() -> None:
-    assert {*changes(), *changes("V1"), *changes("V2")} == set(LEDGER)
+    assert {*changes(), *changes("V1"), *changes("V2"), *changes(READ_ONCE)} == set(LEDGER)
     assert not {*changes("V1")} & {*changes("V2")}
     replaced = [patch for patch in changes("V2") if not isinstance(patch, Override)]
     assert len(replaced) < len(changes("V1")), "V2 passes one batch through a step, so fewer functions are replaced"
@@ -90,7 +90,7 @@ def test_with_vllm_the_whole_ledger_applies_and_keeps_signatures_callable() -> N
     register()
     register()
     assert patching.apply(changes(), vllm.__version__, TESTED, CHECKED) == 0
-    for runner in ("V1", "V2"):
+    for runner in ("V1", "V2", READ_ONCE):
         patching.apply(changes(runner), vllm.__version__, TESTED, CHECKED)
         assert patching.apply(changes(runner), vllm.__version__, TESTED, CHECKED) == 0
     for patch in LEDGER:

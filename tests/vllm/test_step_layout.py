@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,3 +161,25 @@ def test_pairs_are_decodes_and_their_decoder_rows(step: list[Request], padding: 
     assert first.tolist() == wanted
     assert planned.sources[starts[second] - planned.scheduled].tolist() == starts[first].tolist()
     assert (np.diff(starts)[second] == 1).all()
+
+
+@given(BATCHES, st.integers(0, 3))
+def test_rows_of_a_pair_side_by_side(step: list[Request], padding: int) -> None:
+    batch = batch_of(step)
+    planned = step_layout.plan(batch)
+    starts = np.concatenate([batch.starts, planned.ends, [batch.scheduled + len(planned)] * padding]).astype(np.int32)
+    first, second = step_layout.pairs(starts, planned)
+    rows = [list(range(*bounds)) for bounds in itertools.pairwise(starts)]
+    pairs = {a: rows[a] + rows[b] for a, b in zip(first.tolist(), second.tolist(), strict=True)}
+    emptied = set(second.tolist())
+
+    order, merged = step_layout.side_by_side(starts, first, second)
+    wanted = [pairs.get(request, [] if request in emptied else rows[request]) for request in range(len(rows))]
+    assert [order[a:b].tolist() for a, b in itertools.pairwise(merged)] == wanted
+
+    order, others, of_pairs = step_layout.apart(starts, first, second)
+    wanted = [[] if request in pairs or request in emptied else rows[request] for request in range(len(rows))]
+    assert [order[a:b].tolist() for a, b in itertools.pairwise(others)] == wanted
+    behind = order[others[-1] :]
+    wanted = [pairs.get(request, []) for request in range(len(rows))]
+    assert [behind[a:b].tolist() for a, b in itertools.pairwise(of_pairs)] == wanted

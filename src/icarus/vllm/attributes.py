@@ -7,7 +7,7 @@ are checked when a process starts (patching.py). Every attribute that our code n
 
 from __future__ import annotations
 
-from icarus.vllm.patching import Attributes
+from icarus.vllm.patching import READ_ONCE, Attributes
 
 _CONFIG = "vllm.config:"
 
@@ -15,8 +15,8 @@ ATTRIBUTES = (
     # ---------------------------------------------------------------------------------------- configuration
     Attributes(
         _CONFIG + "VllmConfig",
-        "cache_config compilation_config device_config load_config lora_config model_config parallel_config "
-        "scheduler_config speculative_config use_v2_model_runner",
+        "additional_config cache_config compilation_config device_config load_config lora_config model_config "
+        "parallel_config scheduler_config speculative_config use_v2_model_runner",
     ),
     Attributes(
         _CONFIG + "ModelConfig",
@@ -34,7 +34,8 @@ ATTRIBUTES = (
     ),
     Attributes(_CONFIG + "CacheConfig", "cache_dtype kv_sharing_fast_prefill"),
     Attributes(
-        _CONFIG + "CompilationConfig", "cudagraph_capture_sizes max_cudagraph_capture_size static_forward_context"
+        _CONFIG + "CompilationConfig",
+        "cudagraph_capture_sizes cudagraph_mode max_cudagraph_capture_size static_forward_context",
     ),
     Attributes(_CONFIG + "DeviceConfig", "device_type"),
     Attributes(_CONFIG + "LoadConfig", "download_dir"),
@@ -77,10 +78,11 @@ ATTRIBUTES = (
     Attributes("vllm.v1.worker.gpu_worker:Worker", "model_runner"),
     Attributes(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
-        "_ensure_lora_enabled _init_kv_zero_meta _kv_block_zeroer _set_active_loras _zero_block_ids compilation_config "
-        "device discard_request_mask enable_prompt_embeds input_batch input_ids inputs_embeds kv_cache_config "
-        "lora_manager max_num_reqs max_num_tokens mrope_positions num_prompt_logprobs optimistic_seq_lens_cpu "
-        "positions query_start_loc scheduler_config seq_lens supports_mm_inputs uses_mrope",
+        "_ensure_lora_enabled _init_kv_zero_meta _kv_block_zeroer _set_active_loras _zero_block_ids attn_groups "
+        "compilation_config device discard_request_mask enable_prompt_embeds input_batch input_ids inputs_embeds "
+        "kv_cache_config lora_manager max_num_reqs max_num_tokens mrope_positions num_prompt_logprobs "
+        "optimistic_seq_lens_cpu positions query_start_loc scheduler_config seq_lens supports_mm_inputs uses_mrope "
+        "vllm_config",
         runner="V1",
     ),
     Attributes(
@@ -94,9 +96,9 @@ ATTRIBUTES = (
     Attributes("vllm.v1.utils:CpuGpuBuffer", "copy_to_gpu gpu np", runner="V1"),
     Attributes(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
-        "_init_kv_zero_meta block_tables compilation_config cudagraph_manager device execute_model_state input_buffers "
-        "kv_block_zeroer kv_cache_config lora_config lora_manager lora_state max_num_reqs max_num_tokens model_state "
-        "prompt_logprobs_worker req_states scheduler_config uses_inputs_embeds vllm_config",
+        "_init_kv_zero_meta attn_groups block_tables compilation_config cudagraph_manager device execute_model_state "
+        "input_buffers kv_block_zeroer kv_cache_config lora_config lora_manager lora_state max_num_reqs max_num_tokens "
+        "model_state prompt_logprobs_worker req_states scheduler_config uses_inputs_embeds vllm_config",
         runner="V2",
     ),
     Attributes(
@@ -176,13 +178,35 @@ ATTRIBUTES = (
     ),
     Attributes(
         "vllm.v1.attention.backend:CommonAttentionMetadata",
-        "block_table_tensor num_actual_tokens query_start_loc seq_lens",
+        "block_table_tensor causal max_query_len num_actual_tokens query_start_loc query_start_loc_cpu seq_lens",
     ),
     Attributes("vllm.model_executor.layers.attention:Attention", "impl kv_cache"),
     Attributes("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", "update_metadata"),
+    # ----------------------------------------------------------------------------------------------- on GPUs
+    Attributes("vllm.v1.worker.utils:AttentionGroup", "get_metadata_builder", runner=READ_ONCE),
+    Attributes("vllm.v1.attention.backend:AttentionType", "DECODER", runner=READ_ONCE),
+    Attributes(_CONFIG + "CUDAGraphMode", "FULL has_full_cudagraphs mixed_mode", runner=READ_ONCE),
+    *(
+        Attributes(f"vllm.v1.attention.backends.{kind}", names, runner=READ_ONCE)
+        for backend in ("triton_attn:TritonAttention", "flash_attn:FlashAttention")
+        for kind, names in (
+            (backend + "MetadataBuilder", "device layer_names vllm_config"),
+            (backend + "Metadata", "causal max_query_len num_actual_tokens query_start_loc scheduler_metadata"),
+        )
+    ),
+    Attributes(
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl",
+        "alibi_slopes attn_type kv_cache_dtype sliding_window",
+        runner=READ_ONCE,
+    ),
+    Attributes(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl",
+        "alibi_slopes attn_type kv_cache_dtype sliding_window vllm_flash_attn_version",
+        runner=READ_ONCE,
+    ),
 )
 
 
 def attributes(runner: str = "") -> tuple[Attributes, ...]:
-    """Those that every process uses, or a worker that makes model runner ``V1`` or ``V2``."""
+    """Those that every process uses, or a worker with model runner ``V1`` or ``V2``, or READ_ONCE."""
     return tuple(record for record in ATTRIBUTES if record.runner == runner)

@@ -7,7 +7,7 @@ installed vLLM and applies them.
 
 from __future__ import annotations
 
-from icarus.vllm.patching import Hook, Override, Patch
+from icarus.vllm.patching import READ_ONCE, Hook, Override, Patch
 
 TESTED = ("0.31.0", "0.32.0")
 """Versions of vLLM that the test suite ran against."""
@@ -502,6 +502,46 @@ LEDGER = (
         upstream="vllm/v1/attention/backends/cpu_attn.py:344",
     ),
     Patch(
+        hook=QUERIES,
+        target="vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
+        parameters="self common_prefix_len common_attn_metadata fast_build",
+        runner=READ_ONCE,
+        by="icarus.vllm.gpu.attention:wrap_build",
+        what="a decode and its decoder row become one request with two queries and no mask",
+        why="two requests would be two passes over the same keys and values",
+        upstream="vllm/v1/attention/backends/triton_attn.py:209",
+    ),
+    Patch(
+        hook=QUERIES,
+        target="vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+        parameters="self layer query key value kv_cache attn_metadata output output_scale output_block_scale",
+        runner=READ_ONCE,
+        by="icarus.vllm.gpu.attention:wrap_forward",
+        what="the rows of such a pair are brought side by side, and results back",
+        why="a kernel takes the queries of a request from neighbouring rows",
+        upstream="vllm/v1/attention/backends/triton_attn.py:549",
+    ),
+    Patch(
+        hook=QUERIES,
+        target="vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build",
+        parameters="self common_prefix_len common_attn_metadata fast_build",
+        runner=READ_ONCE,
+        by="icarus.vllm.gpu.attention:wrap_build",
+        what="a decode and its decoder row become one request with two queries and no mask",
+        why="two requests would be two passes over the same keys and values",
+        upstream="vllm/v1/attention/backends/flash_attn.py:809",
+    ),
+    Patch(
+        hook=QUERIES,
+        target="vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+        parameters="self layer query key value kv_cache attn_metadata output output_scale output_block_scale",
+        runner=READ_ONCE,
+        by="icarus.vllm.gpu.attention:wrap_forward",
+        what="the rows of such a pair are brought side by side, and results back",
+        why="a kernel takes the queries of a request from neighbouring rows",
+        upstream="vllm/v1/attention/backends/flash_attn.py:1177",
+    ),
+    Patch(
         hook=COUNTERS,
         target="vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
         parameters="self request blocks num_cached_blocks num_full_blocks block_size kv_cache_group_id block_mask",
@@ -551,5 +591,5 @@ LEDGER = (
 
 
 def changes(runner: str = "") -> tuple[Patch, ...]:
-    """Changes of every process that loads plugins, or of a worker that makes model runner ``V1`` or ``V2``."""
+    """Changes of every process that loads plugins, or of a worker with model runner ``V1`` or ``V2``, or READ_ONCE."""
     return tuple(patch for patch in LEDGER if patch.runner == runner)

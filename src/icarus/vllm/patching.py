@@ -22,6 +22,9 @@ from icarus.errors import IcarusError
 Original = Callable[..., Any]
 """A function of vLLM, which a wrapper takes."""
 
+READ_ONCE = "with --read-kv-once"
+"""In place of a model runner: workers have it only if they read K/V once on GPUs."""
+
 MARK = "__icarus_patch__"
 """Attribute of a wrapped function: the target of the record that it was wrapped for."""
 
@@ -51,7 +54,7 @@ class Patch:
     why: str
     upstream: str  # file:line of the original in the newest tested version
     before: tuple[str, ...] = ()  # the original's parameters in older versions, where they differ
-    runner: str = ""  # V1 or V2, for a change that goes with a model runner
+    runner: str = ""  # V1 or V2, for a change that goes with a model runner, or READ_ONCE
 
     def fits(self, parameters: list[str]) -> bool:
         """Whether an original with these parameters is one that the change was written for."""
@@ -69,7 +72,7 @@ class Attributes:
 
     of: str  # module:Class
     names: str  # separated by spaces
-    runner: str = ""  # V1 or V2, where only one model runner has it
+    runner: str = ""  # V1 or V2, where only one model runner has it, or READ_ONCE
 
 
 def apply(

@@ -126,6 +126,45 @@ def pairs(starts: Ints, rows: DecoderRows) -> tuple[Ints, Ints]:
     return rows.requests[single], decoders[single]
 
 
+def side_by_side(starts: Ints, first: Ints, second: Ints) -> tuple[Ints, Ints]:
+    """The rows of a step in an order in which those of a pair are neighbours, as two rows of one request.
+
+    Args:
+        starts: of all requests of the step.
+        first: (pairs,), requests with one row.
+        second: (pairs,), requests with one row as well, which goes to the request in ``first``.
+
+    Returns:
+        For each row, which row of the step it is; and ``starts`` of the same requests, where those in ``second``
+        have no row.
+    """
+    lengths = np.diff(starts)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    owners[starts[second]] = first
+    lengths[first], lengths[second] = 2, 0
+    return np.argsort(owners, kind="stable"), _starts(lengths)
+
+
+def apart(starts: Ints, first: Ints, second: Ints) -> tuple[Ints, Ints, Ints]:
+    """The same with all pairs behind the other rows.
+
+    Returns:
+        For each row, which row of the step it is; ``starts`` of the same requests, where only those without a pair have
+        rows; and ``starts`` where only those with a pair have rows, two each, counted from the first pair.
+    """
+    lengths = np.diff(starts)
+    of_pairs = np.zeros_like(lengths)
+    of_pairs[first] = 2
+    lengths[first] = lengths[second] = 0
+    rows = np.stack((starts[first], starts[second]), axis=1).reshape(-1)
+    others = np.delete(np.arange(starts[-1]), rows)
+    return np.concatenate([others, rows]), _starts(lengths), _starts(of_pairs)
+
+
+def _starts(lengths: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
 def extend_starts(starts: Ints, requests: int, rows: DecoderRows) -> None:
     """Write decoder requests into a buffer of ``starts``, behind ``requests`` requests, and pad with the last end.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,12 +15,12 @@ pytest.importorskip("vllm.config", reason=WITHOUT_VLLM)
 import vllm
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder, _get_attn_isa
 
-from icarus.vllm import step_layout
+from attention_steps import Step
+from icarus.vllm import attended_step
 from icarus.vllm.cpu import attention as cpu_attention
-from icarus.vllm.step_layout import Batch, DecoderRows
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason=NO_CPU_VLLM)
 
@@ -68,7 +67,7 @@ class Layer:
         build, forward = BUILD, FORWARD
         if paired:
             build, forward = cpu_attention.wrap_build(BUILD), cpu_attention.wrap_forward(FORWARD)
-        with cpu_attention.step(step.rows):
+        with attended_step.step(step.rows):
             metadata = build(self.builder, 0, step.common)
         padded = query.new_zeros(len(query) + 2, query.stride(0)).as_strided(
             (len(query) + 2, *query.shape[1:]), query.stride()
@@ -81,27 +80,8 @@ class Layer:
         return output[:-2]
 
 
-class Step:
-    """Requests of (scheduled rows, context, whether it has decoder rows), with those appended."""
-
-    def __init__(self, *requests: tuple[int, int, bool]) -> None:
-        scheduled, lengths, shares = (np.array(values) for values in zip(*requests, strict=True))
-        starts = np.concatenate([[0], np.cumsum(scheduled)])
-        ids = np.where(shares, 1, 0)
-        self.rows: DecoderRows = step_layout.plan(Batch(starts, np.ones_like(scheduled), ids, shares))
-        whole = np.concatenate([starts, self.rows.ends]).astype(np.int32)
-        lengths = np.concatenate([lengths, lengths[self.rows.requests]])
-        table = torch.stack([torch.randperm(BLOCKS, dtype=torch.int32)[:40] for _ in requests])
-        self.common = CommonAttentionMetadata(
-            query_start_loc=torch.from_numpy(whole), query_start_loc_cpu=torch.from_numpy(whole),
-            seq_lens=torch.from_numpy(lengths).int(), num_reqs=len(whole) - 1, num_actual_tokens=int(whole[-1]),
-            max_query_len=int(scheduled.max()), max_seq_len=int(lengths.max()),
-            block_table_tensor=torch.cat([table, table[torch.from_numpy(self.rows.requests)]]),
-            slot_mapping=torch.full((int(whole[-1]),), -1),
-        )  # fmt: skip
-
-    def query(self, dtype: torch.dtype, group: int = 3) -> torch.Tensor:
-        return torch.randn(self.common.num_actual_tokens, group * KV_HEADS, SIZE).to(dtype)
+def query_of(step: Step, dtype: torch.dtype, group: int = 3) -> torch.Tensor:
+    return torch.randn(step.common.num_actual_tokens, group * KV_HEADS, SIZE).to(dtype)
 
 
 DECODES = Step((1, 1, True), (1, 700, True), (1, 1200, True))
@@ -114,7 +94,7 @@ MIXED = Step((1, 900, True), (40, 333, True), (1, 64, False), (1, 65, True), (3,
     "changes", [{"group": 1}, {"group": 4}, {"sliding_window": 99}, {"logits_soft_cap": 5.0}], ids=str
 )
 def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes: dict[str, Any]) -> None:
-    layer, query = Layer(dtype, **changes), step.query(dtype, changes.get("group", 3))
+    layer, query = Layer(dtype, **changes), query_of(step, dtype, changes.get("group", 3))
     wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
     assert layer.pairs is not None
     assert len(layer.pairs.order) == 2 * 3 * KV_HEADS
@@ -125,7 +105,7 @@ def test_pairs_are_what_two_requests_are(dtype: torch.dtype, step: Step, changes
 
 @pytest.mark.parametrize("step", [DECODES, MIXED], ids=["decodes", "mixed"])
 def test_queries_may_be_a_part_of_a_projection(step: Step) -> None:
-    layer, query = Layer(torch.bfloat16), step.query(torch.bfloat16)
+    layer, query = Layer(torch.bfloat16), query_of(step, torch.bfloat16)
     projection = torch.cat([query, query[:, :KV_HEADS]], dim=1)
     part = projection[:, : query.shape[1]]
     assert not part.is_contiguous()
@@ -137,7 +117,7 @@ def test_pairs_have_no_mask_of_the_step() -> None:
     step = Step((1, 700, True), (5, 40, False), (1, 900, True))
     kind = torch.bool if vllm.__version__.startswith("0.31.") else torch.int32
     step.common.causal = torch.tensor([1, 0, 1, 1, 1], dtype=kind)
-    layer, query = Layer(torch.float32), step.query(torch.float32)
+    layer, query = Layer(torch.float32), query_of(step, torch.float32)
     wanted, got = (layer.run(step, query, paired=paired) for paired in (False, True))
     assert layer.pairs.metadata.dynamic_causal is None
     torch.testing.assert_close(got, wanted)
@@ -146,7 +126,7 @@ def test_pairs_have_no_mask_of_the_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scheduled_row_has_the_bits_of_a_step_without_decoder_rows(dtype: torch.dtype) -> None:
     layer, lengths = Layer(dtype), (1, 700, 1200)
-    query = DECODES.query(dtype)
+    query = query_of(DECODES, dtype)
     got = layer.run(DECODES, query, paired=True)
     plain = Step(*((1, length, False) for length in lengths))
     plain.common.block_table_tensor = DECODES.common.block_table_tensor[:3]
@@ -157,7 +137,7 @@ def test_a_scheduled_row_has_the_bits_of_a_step_without_decoder_rows(dtype: torc
 def test_heads_that_differ_or_are_too_many_stay_apart(changes: dict[str, Any]) -> None:
     """The kernel stops where it divides keys among threads and a head of the cache has more than 16 query heads."""
     dtype = torch.bfloat16 if "group" in changes else torch.float32
-    layer, query = Layer(dtype, **changes), DECODES.query(dtype, changes.get("group", 3))
+    layer, query = Layer(dtype, **changes), query_of(DECODES, dtype, changes.get("group", 3))
     wanted, got = (layer.run(DECODES, query, paired=paired) for paired in (False, True))
     assert layer.pairs is None
     assert torch.equal(got, wanted)
@@ -166,14 +146,14 @@ def test_heads_that_differ_or_are_too_many_stay_apart(changes: dict[str, Any]) -
 def test_short_contexts_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 1902)
     layer = Layer(torch.float32)
-    layer.run(DECODES, DECODES.query(torch.float32), paired=True)
+    layer.run(DECODES, query_of(DECODES, torch.float32), paired=True)
     assert layer.pairs is None
 
 
 def test_keys_beyond_a_window_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "MIN_PAIRED_KEYS", 202)  # of 1, 700 and 1,200 keys 201 are within 100
     layer = Layer(torch.float32, sliding_window=100)
-    layer.run(DECODES, DECODES.query(torch.float32), paired=True)
+    layer.run(DECODES, query_of(DECODES, torch.float32), paired=True)
     assert layer.pairs is None
 
 
@@ -186,5 +166,5 @@ def test_requests_that_a_backend_counts_anew_stay_apart() -> None:
         values = getattr(step.common, name)
         setattr(step.common, name, torch.cat([values[:1], values]))
     layer = Layer(torch.float32)
-    layer.run(step, step.query(torch.float32), paired=True)
+    layer.run(step, query_of(step, torch.float32), paired=True)
     assert layer.pairs is None

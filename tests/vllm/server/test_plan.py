@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from icarus import adapter, processor
 from icarus.arguments import Parser
 from icarus.errors import AdapterError, InputError
-from icarus.vllm import abilities
+from icarus.vllm import abilities, settings
 from icarus.vllm.server import folders, plan, serve, watch
 from icarus.vllm.server.plan import Plan
 from icarus.vllm_environment import has_accelerator
@@ -123,6 +124,30 @@ def test_data_parallel_engines_have_one_front_end_unless_asked_for_more(home: Pa
     assert several.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0", "vLLM has both at once in no case"
     with pytest.raises(InputError, match="--api-server-count 1"):
         plan_of(base, "--api-server-count=2", "--adapter-dir", str(home / "team"))
+
+
+def test_reading_once_is_a_setting_in_vllms_configuration(home: Path, tmp_path: Path) -> None:
+    base = str(home / "base")
+    assert value(plan_of(base, "--read-kv-once"), "--additional-config.icarus_read_kv_once") == ["true"]
+    assert not [word for word in plan_of(base).flags if "additional-config" in word]
+    beside = plan_of(base, "--read-kv-once", "--additional-config.other", "1").flags
+    assert beside[-4:] == ["--additional-config.icarus_read_kv_once", "true", "--additional-config.other", "1"]
+    (tmp_path / "flags.yaml").write_text("additional-config: {}\n")
+    for words in (["--additional-config", "{}"], ["--config", str(tmp_path / "flags.yaml")]):
+        with pytest.raises(InputError, match='add "icarus_read_kv_once": true'):
+            plan_of(base, "--read-kv-once", *words)
+
+
+@needs_vllm
+def test_vllm_reads_the_setting_as_it_is_written(home: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    words = plan_of(str(home / "base"), "--read-kv-once", "--additional-config.other", "1").flags
+    words = words[words.index("--additional-config.icarus_read_kv_once") :]
+    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
+    assert parsed.additional_config == {"icarus_read_kv_once": True, "other": 1}
+    assert settings.reads_kv_once(SimpleNamespace(additional_config=parsed.additional_config))
 
 
 def test_a_folder_makes_room_for_what_it_holds(home: Path, tmp_path: Path) -> None:

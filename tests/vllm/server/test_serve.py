@@ -40,6 +40,7 @@ BAD = {
     ("{base}", "--adapters", "a={home}/sql", "--served-model-name", "b", "a"): "'a' has the name of the base model",
     ("{base}", "--adapters", "a={home}/sql", "--max-lora-rank", "1"): "'a' has rank 4 and --max-lora-rank is 1",
     ("{base}", "--adapters", "a={home}/sql", "--no-enable-lora"): "--no-enable-lora turns off",
+    ("{base}", "--read-kv-once", "--no-enable-lora"): "--read-kv-once needs LoRA",
     ("{base}", "--adapter-dir", "{home}", "--no-enable-lora"): "--adapter-dir needs LoRA",
     ("{base}", "--allow-adapters-from", "{home}", "--no-enable-lora"): "--allow-adapters-from needs LoRA",
     ("{base}", "--allow-adapters-from", "{home}", "-asc", "2"): "--allow-adapters-from needs one API server",

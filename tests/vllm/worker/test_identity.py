@@ -31,7 +31,8 @@ class Runner:
 
     execute_model = patched()
 
-    def __init__(self, device: str = "cuda", wrapper: object = None) -> None:
+    def __init__(self, device: str = "cuda", wrapper: object = None, **additional: object) -> None:
+        self.vllm_config = SimpleNamespace(additional_config=additional)
         self.device = torch.device(device)
         manager = SimpleNamespace(punica_wrapper_mapping={"language_model": wrapper})
         self.lora_manager = SimpleNamespace(_adapter_manager=manager)
@@ -85,6 +86,14 @@ def test_on_cpus_the_operator_must_be_ours() -> None:
     assert unfit(Runner("cuda", object())) == ""
 
 
+def test_one_that_cannot_read_once_although_it_was_told_to_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icarus.vllm.gpu import attention
+
+    monkeypatch.setattr(attention, "refusal", lambda runner: "cannot read K/V once")
+    assert unfit(Runner(icarus_read_kv_once=True)) == "cannot read K/V once"
+    assert unfit(Runner(icarus_read_kv_once=False)) == unfit(Runner()) == ""
+
+
 def test_the_identity_has_both_versions_and_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
@@ -114,15 +123,21 @@ def test_a_worker_marks_the_runner_that_it_makes(v2: bool, monkeypatch: pytest.M
     from icarus.vllm.worker import choice, runner_v2
 
     register()
-    monkeypatch.setattr(choice, "apply", lambda *args: None)
+    applied: list[int] = []
+    monkeypatch.setattr(choice, "apply", lambda changes, *args: applied.append(len(changes)))
     changed = runner_v2._extended_class(CPUModelRunner) if v2 else CPUModelRunner
     worker = WorkerBase.__new__(WorkerBase)
     worker.model_runner = changed.__new__(changed)
     worker.model_runner.device = torch.device("cuda")
+    config = SimpleNamespace(use_v2_model_runner=v2, additional_config={})
+    worker.model_runner.vllm_config = config
     make = choice.wrap_init(lambda self, config: None)
     for kind in changed.__mro__:
         if "_icarus_changed_by" in vars(kind):
             monkeypatch.delattr(kind, "_icarus_changed_by")
     assert "which has no decoder rows" in getattr(worker, ATTRIBUTE)[1]
-    make(worker, SimpleNamespace(use_v2_model_runner=v2))
+    make(worker, config)
     assert getattr(worker, ATTRIBUTE) == (identity.identity(), "")
+    assert len(applied) == 1
+    make(worker, SimpleNamespace(use_v2_model_runner=v2, additional_config={"icarus_read_kv_once": True}))
+    assert applied[1:] == [applied[0], 4], "attention of GPUs only where it is asked for"

@@ -18,9 +18,6 @@ ledger.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
@@ -31,10 +28,10 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from icarus.vllm import step_layout
+from icarus.vllm import attended_step, step_layout
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
-from icarus.vllm.step_layout import DecoderRows, Ints
+from icarus.vllm.step_layout import Ints
 
 MIN_PAIRED_KEYS = 1536
 """Keys of all pairs of a step from which one pass costs less than two. Two passes read them twice, but move no heads.
@@ -46,23 +43,6 @@ _MAX_HEADS = {"amx": 16}
 
 _MAX_HEADS_ELSE = 8
 """The same for other instruction sets, which would compute more of them one by one."""
-
-_step: ContextVar[DecoderRows | None] = ContextVar("icarus_step", default=None)
-
-
-@contextmanager
-def step(rows: DecoderRows | None) -> Iterator[None]:
-    """Attention metadata that is built in this context belongs to a step with these decoder rows."""
-    token = _step.set(rows)
-    try:
-        yield
-    finally:
-        _step.reset(token)
-
-
-def begin(rows: DecoderRows | None) -> None:
-    """The same until the next call, where building metadata is not in one block."""
-    _step.set(rows)
 
 
 @dataclass(frozen=True)
@@ -86,7 +66,7 @@ def wrap_build(original: Original) -> Original:
 
     @wraps(original)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        rows, common = _step.get(), common_attn_metadata
+        rows, common = attended_step.decoder_rows(), common_attn_metadata
         if rows is None or not _is_plain(self):
             return original(self, common_prefix_len, common, *args, **kwargs)
         first, second = step_layout.pairs(common.query_start_loc.numpy(), rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from icarus import adapter, base_model, processor, vllm_environment
 from icarus.errors import InputError
+from icarus.vllm import settings
 from icarus.vllm.engine.description import describe
 from icarus.vllm.server import folders, watch
 from icarus.vllm.server.flags import given, number, several_servers, value, values
@@ -73,6 +74,10 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
     if "lora-modules" in present:
         raise InputError("--lora-modules is set by icarus serve; name the adapters with --adapters NAME=PATH.")
     _check_lora(options, without="no-enable-lora" in present or values(words, "enable-lora") == ["False"])
+    if options.read_kv_once and "additional-config" in present:
+        raise InputError(
+            f'--read-kv-once is a key of --additional-config; add "{settings.READ_KV_ONCE}": true to yours instead.'
+        )
     names = tuple(values(words, "served-model-name")) or (options.base,)
     if taken := [name for name in options.adapters if name in names]:
         raise InputError(f"Adapter {taken[0]!r} has the name of the base model; choose another name.")
@@ -96,7 +101,12 @@ def plan(options: argparse.Namespace, environment: Mapping[str, str]) -> Plan:
         model=model,
         adapters=adapters,
         watched=watched,
-        flags=[*_flags(options.base, adapters, watched, present), *(["--dtype", dtype.dtype] if dtype else []), *words],
+        flags=[
+            *_flags(options.base, adapters, watched, present),
+            *(["--dtype", dtype.dtype] if dtype else []),
+            *([f"--additional-config.{settings.READ_KV_ONCE}", "true"] if options.read_kv_once else []),
+            *words,
+        ],
         environment=_environment(environment, allowed, watched, loading=not several),
         dtype=dtype,
     )
@@ -107,6 +117,7 @@ def _check_lora(options: argparse.Namespace, *, without: bool) -> None:
         "--adapters": options.adapters,
         "--adapter-dir": options.adapter_dir,
         "--allow-adapters-from": options.allow_adapters_from,
+        "--read-kv-once": options.read_kv_once,
     }
     if useless := [flag for flag, value in flags.items() if value and without]:
         raise InputError(f"{useless[0]} needs LoRA, which --no-enable-lora turns off; take one of them out.")

@@ -30,7 +30,7 @@ def add_arguments(parser: arguments.Parser) -> None:
     parser.pass_on()
     parser.usage = (
         "icarus serve BASE [--adapters NAME=PATH ...] [--adapter-dir DIR] [--allow-adapters-from DIR] "
-        "[any flag of vllm serve]"
+        "[--read-kv-once] [any flag of vllm serve]"
     )
     parser.description = "Serve a base model and its specialists from one KV cache, with vLLM."
     parser.epilog = "All other flags are vLLM's: vllm serve --help=all lists them."
@@ -56,6 +56,11 @@ def add_arguments(parser: arguments.Parser) -> None:
         default=[],
         metavar="DIR",
         help="clients may load adapters from here, besides the folders that hold those of --adapters; repeatable",
+    )
+    parser.add_argument(
+        "--read-kv-once",
+        action="store_true",
+        help="on GPUs, attention reads a request's keys and values once for both of its rows (not measured yet)",
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import vllm
 from vllm.logger import init_logger
 
+from icarus.vllm import settings
 from icarus.vllm.attributes import attributes
-from icarus.vllm.patching import Original, apply
+from icarus.vllm.patching import READ_ONCE, Original, apply
 from icarus.vllm.worker import identity
 
 logger = init_logger("vllm.icarus")
@@ -31,6 +32,8 @@ def wrap_init(original: Original) -> Original:
 
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         apply(changes(runner), vllm.__version__, TESTED, CHECKED, attributes(runner))
+        if settings.reads_kv_once(vllm_config):
+            apply(changes(READ_ONCE), vllm.__version__, TESTED, CHECKED, attributes(READ_ONCE))
         identity.mark(_changed_class(runner))
         logger.info("Decoder rows are in model runner %s.", runner)
 

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from icarus.vllm import settings
 from icarus.vllm.ledger import CHECKED, LEDGER, TESTED
 from icarus.vllm.patching import MARK, release
 from icarus.vllm.state import Attached
@@ -53,8 +54,9 @@ def mark(runner: type) -> None:
 
 
 def answer(worker: Any) -> tuple[str, str]:
-    """The identity of the plugin in a worker, and why it cannot run decoder rows (empty if it can)."""
-    return identity(), _unchanged(type(worker.model_runner)) or _stock_operators(worker.model_runner)
+    """The identity of the plugin in a worker, and why it cannot run decoder rows as it was told (empty if it can)."""
+    runner = worker.model_runner
+    return identity(), _unchanged(type(runner)) or _stock_operators(runner) or _reads_twice(runner)
 
 
 def _unchanged(runner: type) -> str:
@@ -69,6 +71,15 @@ def _unchanged(runner: type) -> str:
         if hasattr(wrapper, MARK) and getattr(runner, function) is not wrapper:
             return f"runs the model runner {name}, whose own {function} knows no decoder rows: use vLLM's worker class"
     return ""
+
+
+def _reads_twice(runner: Any) -> str:
+    """Empty where nobody asked for one pass."""
+    if not settings.reads_kv_once(runner.vllm_config):
+        return ""
+    from icarus.vllm.gpu import attention
+
+    return attention.refusal(runner)
 
 
 def _stock_operators(runner: Any) -> str:

@@ -24,9 +24,8 @@ from torch import Tensor
 from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from icarus.vllm import step_layout
+from icarus.vllm import attended_step, step_layout
 from icarus.vllm.counters import count_rows
-from icarus.vllm.cpu import attention as cpu_attention
 from icarus.vllm.marks import decoded_ids
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
@@ -266,7 +265,7 @@ def wrap_build_attention_metadata(original: Original) -> Original:
     def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
         if rows := _ROWS.get(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
-        with cpu_attention.step(rows):
+        with attended_step.step(rows):
             return original(self, num_tokens, num_reqs, *args, **kwargs)
 
     return _build_attention_metadata

@@ -32,9 +32,8 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
-from icarus.vllm import step_layout
+from icarus.vllm import attended_step, step_layout
 from icarus.vllm.counters import count_rows
-from icarus.vllm.cpu import attention as cpu_attention
 from icarus.vllm.marks import decoded_ids
 from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
@@ -127,7 +126,7 @@ class DecoderRowsRunner:
             return state, uniform
         step_layout.check_room(plan.rows, len(state.req_ids), self.max_num_tokens, self._request_room)
         _ROWS.set(self.cudagraph_manager, plan.rows)
-        cpu_attention.begin(plan.rows)
+        attended_step.begin(plan.rows)
         decoder_lengths = np.diff(plan.rows.ends, prepend=plan.rows.scheduled)
         alike = (decoder_lengths == state.num_scheduled_tokens[plan.rows.requests]).all()
         return state, uniform if alike else None
@@ -145,7 +144,7 @@ class DecoderRowsRunner:
         finally:
             if self._decoder_plan:
                 _ROWS.set(self.cudagraph_manager, None)
-                cpu_attention.begin(None)
+                attended_step.begin(None)
                 self._decoder_plan = None
 
     # --------------------------------------------------------------------------------------------- write

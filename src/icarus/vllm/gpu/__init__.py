@@ -1,0 +1,1 @@
+"""On GPUs: attention of a decode beside its decoder row."""
