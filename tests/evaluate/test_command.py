@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_rows(Path("rows.jsonl"), *({"q": "why " * n, "a": f"as {n}", "right": n % 2} for n in (1, 2, 3, 4)))
     Path("words.yaml").write_text(yaml.safe_dump(TASK))
     Path("pick.yaml").write_text(yaml.safe_dump(CHOICE))
+    Path("code.yaml").write_text(yaml.safe_dump(TASK | {"scorer": "code"}))
     return tmp_path / "home"
 
 
@@ -85,6 +87,16 @@ def test_an_interrupted_evaluation_resumes(folder: Path, monkeypatch: pytest.Mon
     assert not partial.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_programs_run_once_that_is_confirmed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = {"before": "'''", "after": "'''; assert {{right}}"}  # whatever the answer, it is a string
+    Path("code.yaml").write_text(yaml.safe_dump(TASK | {"scorer": "code", "reference": reference}))
+    words = ["eval", *BASE, "--task", "code.yaml", "--json", "report.json", "--confirm-run-unsafe-code"]
+    assert cli.main(words) == 0
+    scores = {item["item"]: item["score"] for item in json.loads(Path("report.json").read_text())["items"]}
+    assert scores == {f"rows.jsonl:{n}": n % 2 for n in (1, 2, 3, 4)}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -92,6 +104,7 @@ def test_an_interrupted_evaluation_resumes(folder: Path, monkeypatch: pytest.Mon
         (["eval", *BASE, "--task", "gsm8k"], "There is no task file gsm8k"),
         (["eval", *BASE, "--task", "words.yaml", "words.yaml"], "Two tasks are named 'words'"),
         (["eval", *BASE, "--task", "words.yaml", "--against", "one"], "--against one is no side; there are base"),
+        (["eval", *BASE, "--task", "words.yaml", "code.yaml"], "Task code runs programs.*--confirm-run-unsafe-code"),
         (["eval", *BASE, "--task", "words.yaml", "--limit", "0"], "--limit.*'0'"),
         (["eval", *BASE, "--task", "words.yaml", "--adapter", "a=nowhere"], "nowhere: there is no such directory"),
         (["eval", *BASE, "--task", "words.yaml", "--json", "none/report.json"], "none/report.json"),

@@ -2,7 +2,7 @@
 
 * ``sides``: who answers, and how each kind of adapter is run
 * ``tasks``, ``task_files``: what is asked and what is right; the same as YAML
-* ``scorers``: from an answer to a score
+* ``scorers``: from an answer to a score; ``sandbox`` and ``jail`` run those that are programs
 * ``run``: each side over each item
 * ``command``: ``icarus eval``, with ``records`` and ``report``
 """

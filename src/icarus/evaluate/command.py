@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=arguments.positive_int, default=8, metavar="N", help="items in one pass (default: 8)"
     )
     parser.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="run the programs that models write for tasks with scorer 'code', in a sandbox",
+    )
+    parser.add_argument(
         "--json",
         metavar="FILE",
         help="write the figures and every item as JSON (- prints them as the last line); what is finished is kept in "
@@ -52,6 +57,8 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """
     tasks = [task_files.read(file, limit=options.limit) for file in options.task]
     _refuse_twins(tasks)
+    for task in tasks:
+        task.check_confirmed(confirm_run_unsafe_code=options.confirm_run_unsafe_code)
     sides = Sides.load(options.base, options.adapter, dtype=options.dtype)
     if options.against not in sides.kinds:
         raise InputError(f"--against {options.against} is no side; there are {', '.join(sides.kinds)}.")
@@ -64,7 +71,13 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     file = None if options.json in (None, "-") else Path(options.json)
     records = Records(file, identity)
     for task in tasks:
-        for outcome in evaluate(sides, task, batch_size=options.batch_size, done=records.done(task.name)):
+        for outcome in evaluate(
+            sides,
+            task,
+            batch_size=options.batch_size,
+            done=records.done(task.name),
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        ):
             records.add(outcome)
     figures = report.summary(records.outcomes, sides.kinds, options.against)
     report.show(figures, options.against)

@@ -51,6 +51,7 @@ def evaluate(
     *,
     batch_size: int = 8,
     done: Sequence[tuple[str, str]] = (),
+    confirm_run_unsafe_code: bool = False,
 ) -> Iterator[Outcome]:
     """Results of all sides (or those of ``names``), one side after another, as batches are finished.
 
@@ -62,10 +63,13 @@ def evaluate(
         names: of sides, in the order in which they answer.
         batch_size: items, or choices, in one pass.
         done: (side, item) that are known already.
+        confirm_run_unsafe_code: whether programs that a model wrote may run (scorer ``code``), in a sandbox.
 
     Raises:
-        InputError: an item has no tokens to predict, or does not fit into the model; before anything runs.
+        InputError: an item has no tokens to predict, or does not fit into the model; or programs would be run and may
+            not, or cannot be in a sandbox. Before anything runs.
     """
+    task.check_confirmed(confirm_run_unsafe_code=confirm_run_unsafe_code)
     chosen = list(sides.kinds) if names is None else list(names)
     asked = [_asked(item, sides.codec) for item in task.items]
     asked.sort(key=lambda one: max(len(row.input_ids) for row in one.rows), reverse=True)

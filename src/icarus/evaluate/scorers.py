@@ -13,7 +13,12 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from icarus.evaluate import sandbox
+
 Scorer = Callable[[str, Any], float]
+
+CODE = "code"
+"""The scorer that runs what a model wrote."""
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 _MARK = "####"
@@ -65,7 +70,22 @@ def function_call(answer: str, reference: Any) -> float:
     return 1.0
 
 
+def code(answer: str, reference: Any) -> float:
+    """A Python program of the answer and its tests runs to its end, in a sandbox.
+
+    The reference is what stands behind the answer, or ``{"before": ..., "after": ...}``: with HumanEval the prompt is a
+    part of the program. Of an answer with a fenced block only that counts.
+
+    Raises:
+        InputError: this machine has no sandbox.
+    """
+    parts = reference if isinstance(reference, dict) else {"after": reference}
+    fenced = _FENCE.search(answer)
+    return float(sandbox.passes(f"{parts.get('before', '')}{fenced[1] if fenced else answer}\n{parts['after']}\n"))
+
+
 SCORERS: dict[str, Scorer] = {
+    CODE: code,
     "exact_match": exact_match,
     "function_call": function_call,
     "number": number,
@@ -85,6 +105,9 @@ def misfit(scorer: str, reference: Any) -> str | None:
     if scorer == "function_call":
         calls = reference if isinstance(reference, list) else [reference]
         return None if calls and all(isinstance(call, dict) and call for call in calls) else "a list of calls"
+    if scorer == CODE and isinstance(reference, dict):
+        texts = all(isinstance(part, str) for part in reference.values())
+        return None if texts and reference.keys() in ({"after"}, {"before", "after"}) else "texts 'before' and 'after'"
     return None if isinstance(reference, str | int | float) and str(reference).strip() else "a text"
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from icarus.errors import InputError
-from icarus.evaluate.scorers import CHOICE, SCORERS, Scorer, misfit
+from icarus.evaluate import sandbox
+from icarus.evaluate.scorers import CHOICE, CODE, SCORERS, Scorer, misfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Task:
     name: str
     items: Sequence[Item]
     scorer: str
-    """``exact_match``, ``number``, ``sql``, ``token_f1``, ``function_call``, or ``choice`` by log-likelihood."""
+    """A key of ``SCORERS``, or ``choice`` by log-likelihood."""
     max_new_tokens: int = 256
     stop: Sequence[str] = ()
     """Texts that end an answer; they are no part of it."""
@@ -72,6 +73,21 @@ class Task:
     def generates(self) -> bool:
         """Whether answers are generated; choices are compared by their likelihood alone."""
         return self.scorer != CHOICE
+
+    def check_confirmed(self, *, confirm_run_unsafe_code: bool) -> None:
+        """Refuse to run what a model wrote unless somebody has said so, and it can be done in a sandbox.
+
+        Raises:
+            InputError: it may not or cannot be run; the message names the task.
+        """
+        if self.scorer != CODE:
+            return
+        if not confirm_run_unsafe_code:
+            raise InputError(
+                f"Task {self.name} runs programs that a model wrote; allow it with --confirm-run-unsafe-code, or leave "
+                "the task out."
+            )
+        sandbox.check()
 
     def score(self, answer: str, item: Item) -> float:
         """Of a generated answer, from 0 to 1."""
