@@ -27,7 +27,7 @@ import torch
 import icarus
 from icarus.vllm.attributes import ATTRIBUTES
 from icarus.vllm.ledger import CHECKED, LEDGER, TESTED
-from icarus.vllm.patching import PatchError, apply
+from icarus.vllm.patching import Attributes, PatchError, apply, known_attributes
 from strict_skips import needs_vllm
 
 SOURCE = Path(icarus.__file__).parent
@@ -103,6 +103,14 @@ def test_every_attribute_that_our_code_uses_is_listed(file: str) -> None:
 )
 def test_one_that_is_not_listed_is_seen(line: str) -> None:
     assert unlisted("import numpy as np\nnp.arange(3)\n" + line) == (["a_new_buffer"] if "." in line else [])
+
+
+@needs_vllm
+@pytest.mark.parametrize("record", ATTRIBUTES, ids=lambda record: record.of)
+def test_the_installed_vllm_has_what_is_listed(record: Attributes) -> None:
+    module, _, kind = record.of.partition(":")
+    names = record.names.split()
+    assert set(names) - known_attributes(getattr(import_module(module), kind), names) == set()
 
 
 def test_each_class_is_listed_once() -> None:

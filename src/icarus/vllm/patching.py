@@ -187,7 +187,8 @@ def _check(record: Attributes, version: str, newest: str) -> None:
 def known_attributes(kind: type, names: Iterable[str]) -> set[str]:
     """Those of ``names`` that a class defines or annotates, or that its methods assign."""
     wanted = set(names)
-    known = wanted & set(dir(kind)).union(*(get_annotations(part) for part in kind.__mro__))
+    defined = ({*vars(part), *get_annotations(part)} for part in kind.__mro__)  # ``dir`` leaves out what enums define
+    known = wanted & set(dir(kind)).union(*defined)
     for part in kind.__mro__:
         for code in _codes(part):
             if (wanted - known).intersection(code.co_names):
