@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.soak import bodies, shop
 from benchmarks.soak.bodies import Sent
 
@@ -46,6 +48,15 @@ def test_what_was_sent_is_read() -> None:
     assert bodies._read(entry, "http://here") == Sent("POST", "/v1/load?x=1", "{", "a/b", 500, "no")
     bare = {"request": {"method": "GET", "url": "http://here/x"}, "response": {"status": 0}}
     assert bodies._read(bare, "http://here") == Sent("GET", "/x", "", "", 0, "")
+
+
+def test_what_was_too_slow_is_asked_again_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(bodies, "_status", lambda server, request, timeout_s: asked.append(timeout_s) or 200)
+    server: Any = None
+    assert bodies.answered(server, sent(status=0)).status == 200
+    assert bodies.answered(server, sent(status=500)).status == 500
+    assert asked == [bodies.PATIENCE_SECONDS]
 
 
 def test_a_500_is_ours_where_stock_has_none() -> None:
