@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from icarus.bench.agents.server import Server, free_port
 
 AT_ONCE = 8
 """Requests that clients have open."""
+
+PART = 75
+"""Requests to one server, so that little is lost where a run is interrupted."""
 
 STEP_SECONDS = 0.03
 START_SECONDS, PATIENCE_SECONDS = 1800, 1800
@@ -48,21 +52,39 @@ Say = Callable[[str], None]
 def run(
     shop: Shop, right: Callable[[], Right], tokenizer: Any, folder: Path, requests: int, seed: int, say: Say = print
 ) -> dict[str, Any]:
-    """So many requests to one server; the report. What was answered is kept in ``folder``, and compared from there."""
-    kept, asked = folder / "answers.json", {"requests": requests, "seed": seed}
-    if not kept.exists():
-        arguments.write_json({"asked": asked, **serve(shop, tokenizer, folder, requests, seed)}, str(kept))
-    answers = json.loads(kept.read_text(encoding="utf-8"))
-    if answers["asked"] != asked:
-        raise SystemExit(f"{kept} has the answers to {answers['asked']}; name another folder.")
-    say(f"{requests} requests served in {answers['seconds']} s; comparing")
-    return report(shop, answers, Judge(right()), seed)
+    """So many requests, a part of them to each of several servers; the report.
+
+    What was answered and what came of comparing it is kept in ``folder``, and an interrupted run goes on from there.
+    """
+    reports = []
+    for first in range(0, requests, PART):
+        count = min(PART, requests - first)
+        asked: dict[str, Any] = {"requests": count, "seed": f"{seed}/{first // PART}"}
+        answers = _kept(folder / f"answers-{first}.json", asked, partial(serve, shop, tokenizer, folder, **asked))
+        say(f"{first + count} requests served; comparing")
+        compare = partial(_compared, shop, right, answers)
+        reports.append(_kept(folder / f"report-{first}.json", asked, compare))
+    return together(reports, seed)
 
 
-def serve(shop: Shop, tokenizer: Any, folder: Path, requests: int, seed: int) -> dict[str, Any]:
+def _kept(file: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file has, or what is made and put there; ``asked`` says of what."""
+    if not file.exists():
+        arguments.write_json({"asked": asked, **make()}, str(file))
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if kept["asked"] != asked:
+        raise SystemExit(f"{file} is of {kept['asked']}; name another folder.")
+    return kept
+
+
+def _compared(shop: Shop, right: Callable[[], Right], answers: dict[str, Any]) -> dict[str, Any]:
+    return report(shop, answers, Judge(right()))
+
+
+def serve(shop: Shop, tokenizer: Any, folder: Path, requests: int, seed: str) -> dict[str, Any]:
     """So many requests to one server; what became of each."""
     draw = windows(tokenizer)
-    operations = Mix(str(seed), list(shop.specialists), list(shop.conventional), draw=draw).operations(requests)
+    operations = Mix(seed, list(shop.specialists), list(shop.conventional), draw=draw).operations(requests)
     port, started = free_port(), time.monotonic()
     words = [sys.executable, "-m", "icarus.cli", "serve", str(shop.base), "--adapters"]
     words += [f"{name}={folders[0]}" for name, folders in {**shop.specialists, **shop.conventional}.items()]
@@ -216,7 +238,7 @@ def preempted(url: str) -> int:
     return int(sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total"))
 
 
-def report(shop: Shop, answers: dict[str, Any], judge: Judge, seed: int) -> dict[str, Any]:
+def report(shop: Shop, answers: dict[str, Any], judge: Judge) -> dict[str, Any]:
     """What was asked and done, and all that is wrong with the ``Clients.answers``."""
     faults = list(answers["faults"])
     counts: Counter[str] = Counter(answers["counts"])
@@ -234,13 +256,19 @@ def report(shop: Shop, answers: dict[str, Any], judge: Judge, seed: int) -> dict
         if what := judge.fault(record):
             faults.append(f"request {request['number']}: {what}")
     return {
-        "faults": len(faults),
-        "seed": seed,
         "counts": dict(counts),
         "judged": dict(judge.counts),
         "seconds": answers["seconds"],
         "failed": faults,
     }
+
+
+def together(reports: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """One report of those of all parts."""
+    sums = {kind: dict(sum((Counter(part[kind]) for part in reports), Counter())) for kind in ("counts", "judged")}
+    failed = [f"part {number}, {fault}" for number, part in enumerate(reports) for fault in part["failed"]]
+    seconds = sum(part["seconds"] for part in reports)
+    return {"faults": len(failed), "seed": seed, "parts": len(reports), **sums, "seconds": seconds, "failed": failed}
 
 
 def _kind(shop: Shop, model: str) -> str:

@@ -59,17 +59,31 @@ def test_a_server_that_answers_wrongly_or_not_is_found() -> None:
 
 def judged(clients: real.Clients) -> dict[str, Any]:
     answers = json.loads(json.dumps(clients.answers({"preemptions": 3}) | {"seconds": 1}))
-    return real.report(SHOP, answers, Judge(AnyVersion()), 0)
+    return real.report(SHOP, answers, Judge(AnyVersion()))
 
 
-def test_answers_that_are_there_already_are_compared(tmp_path: Path) -> None:
-    answers = {"counts": {}, "faults": ["lost"], "records": [], "seconds": 7}
-    asked = {"requests": 5, "seed": 3}
-    (tmp_path / "answers.json").write_text(json.dumps(answers | {"asked": asked}))
-    report = real.run(SHOP, AnyVersion, None, tmp_path, 5, 3)
-    assert (report["failed"], report["seconds"]) == (["lost"], 7)
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the answers of a part, and from what came of comparing one."""
+    served: list[str] = []
+
+    def serve(shop: Any, tokenizer: Any, folder: Path, requests: int, seed: str) -> dict[str, Any]:
+        served.append(seed)
+        return {"counts": {"swaps": requests}, "faults": ["lost"], "records": [], "seconds": 7}
+
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(real, "serve", serve)
+    monkeypatch.setattr(real, "PART", 4)
+    with pytest.raises(KeyboardInterrupt):
+        real.run(SHOP, interrupted, None, tmp_path, 10, 3)
+    for _ in range(2):
+        report = real.run(SHOP, AnyVersion, None, tmp_path, 10, 3)
+        assert served == ["3/0", "3/1", "3/2"]
+        assert report["failed"] == ["part 0, lost", "part 1, lost", "part 2, lost"]
+        assert (report["faults"], report["seconds"], report["counts"]["swaps"]) == (3, 21, 10)
     with pytest.raises(SystemExit, match="another folder"):
-        real.run(SHOP, AnyVersion, None, tmp_path, 5, 4)
+        real.run(SHOP, AnyVersion, None, tmp_path, 10, 4)
 
 
 class AnyVersion(Arithmetic):
