@@ -32,7 +32,7 @@ STARTED = (
 WATCH_SECONDS = 600.0
 """Within which something is heard of an adapter in the watched folder."""
 
-AT_ONCE = 40
+AT_ONCE = 20
 """Adapters in the watched folder at a time."""
 
 Say = Callable[[str], None]
