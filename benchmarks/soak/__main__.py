@@ -28,6 +28,7 @@ def main() -> int:
     real.add_argument("--requests", type=int, default=300)
     adapters = parts.add_parser("adapters", help="malformed adapters by every way in")
     adapters.add_argument("--only", default="", help="a regular expression for the names of cases")
+    adapters.add_argument("--every", type=int, default=1, metavar="N", help="every Nth case, and those of real starts")
     bodies = parts.add_parser("bodies", help="malformed requests from schemathesis, compared with stock vLLM")
     bodies.add_argument(
         "--schemathesis", default="schemathesis", metavar="PATH", help="the command, of any environment"
@@ -113,6 +114,7 @@ def _adapters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     before = _earlier(options) or {"trials": [], "seconds": 0}
     tried = {trial["case"] for trial in before["trials"]}
     cases = [case for case in malformed.cases(options.seed) if re.search(options.only, case.name)]
+    cases = [case for n, case in enumerate(cases) if n % options.every == 0 or case.name in adapters.STARTED]
     cases = [case for case in cases if case.name not in tried][: options.most]
     with tempfile.TemporaryDirectory() as stock:
         report = adapters.run(shop.tiny(Path(stock)), cases, folder, before, _keeper(options))
