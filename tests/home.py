@@ -48,7 +48,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test runs in the folder, and leaves it as it was."""
     monkeypatch.chdir(home)
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # what ``main`` sets, put back afterwards
+    for name in ("TQDM_DISABLE", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "1")  # what ``main`` sets, put back afterwards
     before = sorted(home.rglob("*"))
     yield
     assert sorted(home.rglob("*")) == before, "a command left files behind"

@@ -106,6 +106,21 @@ def test_a_closed_pipe_is_silent() -> None:
 # -------------------------------------------------------------------------------------------- small commands
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_give_way_unless_the_user_says_how_they_wait(
+    given: dict[str, str], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["specialists"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == wanted
+
+
 def test_neither_import_nor_help_loads_torch() -> None:
     code = """if True:
         import sys, icarus

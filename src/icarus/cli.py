@@ -70,11 +70,18 @@ COMMANDS: dict[str, Command | Group] = {
 }
 
 
+_SPINS = "10000"
+"""Turns of the loop in which a thread of GNU's OpenMP waits for work before it sleeps. The default, 300,000, takes the
+cores from other processes for milliseconds at a time (docs/serve.md has figures)."""
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failed check or an unexpected error, 2 for bad input."""
     options = argparse.Namespace(debug=False)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for a terminal
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read once, when torch loads the library
     try:
         _parser().parse_args(words, options)
         _run(options)
