@@ -31,7 +31,7 @@ from icarus.bench.agents.server import Server, free_port
 AT_ONCE = 8
 """Requests that clients have open."""
 
-PART = 75
+PART = 100
 """Requests to one server, so that little is lost where a run is interrupted."""
 
 STEP_SECONDS = 0.03
@@ -56,14 +56,16 @@ def run(
 
     What was answered and what came of comparing it is kept in ``folder``, and an interrupted run goes on from there.
     """
-    reports = []
+    answers, reports = [], []
     for first in range(0, requests, PART):
-        count = min(PART, requests - first)
-        asked: dict[str, Any] = {"requests": count, "seed": f"{seed}/{first // PART}"}
-        answers = _kept(folder / f"answers-{first}.json", asked, partial(serve, shop, tokenizer, folder, **asked))
-        say(f"{first + count} requests served; comparing")
-        compare = partial(_compared, shop, right, answers)
-        reports.append(_kept(folder / f"report-{first}.json", asked, compare))
+        asked: dict[str, Any] = {"requests": min(PART, requests - first), "seed": f"{seed}/{first // PART}"}
+        ask = partial(serve, shop, tokenizer, folder, **asked)
+        answers.append(_kept(folder / f"answers-{first}.json", asked, ask))
+        say(f"{first + PART} requests served")
+    for number, part in enumerate(answers):
+        compare = partial(_compared, shop, right, part)
+        reports.append(_kept(folder / f"report-{number * PART}.json", part["asked"], compare))
+        say(f"{(number + 1) * PART} compared, {len(reports[-1]['failed'])} faults in the last {PART}")
     return together(reports, seed)
 
 
