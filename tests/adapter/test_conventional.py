@@ -131,16 +131,13 @@ def test_what_needs_a_shared_cache_alone_is_no_reason(damage: str, good: Path, b
         (tensors(lambda t: rename(t, ".lora_A.weight", ".lora_A.default.weight")), "is not a LoRA weight"),
         (setting(rank_pattern={"layers.0.self_attn.o_proj": 2}), "o_proj has rank 4 and the config says 2"),
         (setting(use_bdlora={"nblocks": 2}), "use_bdlora is set"),
-        (setting(target_modules=["nothing"], target_parameters=None), "nothing"),
+        (setting(target_modules=["nothing"], target_parameters=None), "which target_modules does not name"),
     ],
 )
 def test_what_vllm_would_leave_out_or_apply_elsewhere(
     damage: Damage, message: str, good: Path, base_folder: Path
 ) -> None:
     damage(good)
-    if message == "nothing":  # names that the base model lacks say nothing about the tensors
-        assert adapter.conventional_problems(good, base_folder) == []
-        return
     with pytest.raises(AdapterError, match=message):
         adapter.verify_conventional(good, base_folder)
 
@@ -216,6 +213,22 @@ def test_names_of_fused_projections(good: Path, base_folder: Path) -> None:
     """vLLM reads no targets: a config that names its fused projections is served by the tensors."""
     setting(target_modules=["qkv_proj", "gate_up_proj", "o_proj", "down_proj"])(good)
     assert adapter.conventional_problems(good, base_folder) == []
+
+
+@pytest.mark.parametrize("targets", [["nowhere"], ["W_pack"], ["attention", "o_proj"], ["nowhere\ud800"]])
+def test_targets_that_the_base_model_lacks(targets: list[str], good: Path, base_folder: Path) -> None:
+    """Other names than those of its weights; PEFT takes names of modules that are not there beside those that are."""
+    setting(target_modules=targets)(good)
+    assert "which target_modules does not name" in adapter.conventional_problems(good, base_folder)[0]
+    setting(target_modules=[*targets, *LINEAR])(good)
+    assert adapter.conventional_problems(good, base_folder) == []
+
+
+@pytest.mark.parametrize("name", [None, 1, ["q_proj"], 0])
+def test_targets_that_are_no_names(name: object, good: Path, base_folder: Path) -> None:
+    setting(target_modules=[*LINEAR, name])(good)
+    (problem, *_) = adapter.conventional_problems(good, base_folder)
+    assert "a target field holds neither names nor" in problem
 
 
 def test_names_without_pefts_prefix(good: Path, base_folder: Path) -> None:

@@ -187,12 +187,20 @@ def _strays(config: Config, pairs: list[weights.Pair]) -> list[str]:
 
 
 def _understood(config: Config, modules: Iterable[str]) -> bool:
-    """Whether the targets are modules of the base model, and not vLLM's names for several of them in one."""
+    """Whether the targets mean modules of the base model, and none may be vLLM's name for several of them in one.
+
+    Such a name (qkv_proj, gate_up_proj) is none of the base model's, and has a part that theirs have.
+    """
     targets = config["target_modules"]
     if isinstance(targets, str):
         return targets.lower() != settings.ALL_LINEAR
     ends = {module[start:] for module in modules for start in _starts(module)}
-    return bool(targets) and ends.issuperset(targets)
+    parts = {part for module in modules for part in _parts(module)}
+    return bool(targets) and all(parts.isdisjoint(_parts(target)) for target in set(targets) - ends)
+
+
+def _parts(module: str) -> list[str]:
+    return module.rpartition(".")[2].split("_")
 
 
 def _starts(module: str) -> list[int]:

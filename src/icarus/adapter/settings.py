@@ -144,6 +144,8 @@ def matches(names: str | Iterable[str], module: str) -> bool:
     """A regular expression for the whole path, or the ends of paths."""
     if isinstance(names, str):
         return regex.fullmatch(names, module, timeout=_MATCH_S) is not None
+    if others := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"{short(others[0])} is no name")
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
