@@ -1,0 +1,62 @@
+"""The driver: run after run, several at a time, until nothing is missing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+
+import torch
+
+from experiments.accuracy import plan, work
+
+Job = plan.Wanted | str
+"""A run, or a task on which the base model is to be scored."""
+
+
+def run(place: work.Place, jobs: int) -> int:
+    """Run after run until nothing is left; one that fails is said and left out."""
+    place.results.mkdir(parents=True, exist_ok=True)
+    place.work.mkdir(parents=True, exist_ok=True)
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):  # glibc gives memory back and takes it in each step
+        os.environ.setdefault(name, str(2**28))
+    running: dict[Future[None], Job] = {}
+    failed: set[Job] = set()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
+        while True:
+            for job in _jobs(place):
+                if len(running) == jobs:
+                    break
+                if job not in failed and job not in running.values():
+                    print("start", _name(job), flush=True)
+                    running[pool.submit(_perform, place, job)] = job
+            if not running:
+                return 1 if failed else 0
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                error = future.exception()
+                failed |= {job} if error else set()
+                print("failed" if error else "done", _name(job), error or "", flush=True)
+
+
+def _jobs(place: work.Place) -> list[Job]:
+    """What is missing, the most wanted first: a run, or a task whose base model is to be scored."""
+    tasks = list(dict.fromkeys(task for task, _ in place.settings.pairs))
+    runs = [wanted for wanted in plan.wanted(place.settings, place.loss) if not place.done(wanted)]
+    bases = [task for task in tasks if not work.base_done(place, task)]
+    scored = {wanted.cell.task for wanted in runs if wanted.scored}
+    return [*(task for task in bases if task in scored), *runs, *(task for task in bases if task not in scored)]
+
+
+def _perform(place: work.Place, job: Job) -> None:
+    if isinstance(job, str):
+        work.perform_base(place, job)
+    else:
+        work.perform(place, job)
+
+
+def _name(job: Job) -> str:
+    return f"{job}.base" if isinstance(job, str) else f"{job.cell.name}{' scored' if job.scored else ''}"

@@ -1,0 +1,90 @@
+"""What is compared: base model, arms, tasks and the order in which cells are run, from a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from experiments.accuracy.data import SOURCES, Form
+from icarus.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make a specialist."""
+
+    method: Literal["icarus", "lora", "distill"]
+    rank: int
+    targets: tuple[str, ...] | None = None
+    base: Literal["base", "team"] = "base"
+    """``team``: the base model that was prepared for the team."""
+    teacher: str | None = None
+    """The arm whose adapter of the same seed, at its best rate, is distilled."""
+    rates_of: str | None = None
+    """The arm whose best rate is taken; None: a search of its own."""
+    time_of: str | None = None
+    """The arm whose wall time is met by more steps; None: the steps of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """Ordinary LoRA on several tasks together, merged into the base model."""
+
+    tasks: tuple[str, ...]
+    steps: int
+    rate: float
+    rank: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The whole of one file; ``grid`` has pairs of tasks and arms."""
+
+    name: str
+    base: str
+    form: Form
+    dtype: Literal["float32", "bfloat16"]
+    steps: int
+    batch_size: int
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    test_items: int
+    team: Team
+    arms: dict[str, Arm]
+    grid: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(task, arm) in the order in which they are wanted."""
+        ordered = [(task, arm) for tasks, arms in self.grid for task in tasks for arm in arms]
+        return list(dict.fromkeys(ordered))
+
+
+def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
+    """Settings from YAML; of the grid the part with ``tasks``, if these are given.
+
+    Raises:
+        InputError: the file cannot be read, or names a task or an arm that does not exist.
+    """
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        team = Team(**raw["team"] | {"tasks": tuple(raw["team"]["tasks"])})
+        arms = {name: Arm(**arm) for name, arm in raw["arms"].items()}
+        grid = tuple(
+            (tuple(task for task in part["tasks"] if tasks is None or task in tasks), tuple(part["arms"]))
+            for part in raw["grid"]
+        )
+        settings = Settings(**raw | {"team": team, "arms": arms, "grid": grid})
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error}); name a YAML file of settings.") from error
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is no file of settings ({error}); see those beside this script.") from error
+    for task, arm in settings.pairs:
+        if task not in SOURCES or arm not in arms:
+            raise InputError(f"{file}: the grid has {task} with {arm}, one of which does not exist; correct the name.")
+    return settings

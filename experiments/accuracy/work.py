@@ -1,0 +1,344 @@
+"""One run: training by ``icarus train``'s own code, its curve, its loss on validation rows, its scores.
+
+A result is one JSON file. It carries what it depends on (``identity``), so one of other rows or settings is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import hashlib
+import json
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from experiments.accuracy import data
+from experiments.accuracy.plan import Cell, Wanted, best_rate
+from experiments.accuracy.settings import Arm, Settings
+from icarus import adapter as adapters
+from icarus import arguments, base_model
+from icarus.adapter.files import read_tensors
+from icarus.bench import measure
+from icarus.chat_template import Codec
+from icarus.evaluate import Sides, TokenRow, evaluate
+from icarus.evaluate.run import digest
+from icarus.train.config import IcarusSFTConfig, TrainConfig
+from icarus.train.data import tokenize
+from icarus.train.run import train
+
+_VALIDATIONS = 3
+_BATCH = 8
+_ROWS_PER_STEP = 4  # rows written for each row that an arm of the common number of steps sees; equal time needs more
+BASE_ARM = "base"
+"""The name of the base model's own scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where things are."""
+
+    settings: Settings
+    data: Path
+    work: Path
+    """Checkpoints, adapters, the team's base model."""
+    results: Path
+
+    def result(self, cell: Cell) -> Path:
+        """The file of a run's training."""
+        return self.results / f"{cell.name}.json"
+
+    def scores(self, cell: Cell) -> Path:
+        """The file of its answers' scores."""
+        return self.results / f"{cell.name}.scores.json"
+
+    def adapter(self, cell: Cell) -> Path:
+        """Where its adapter lies."""
+        return self.work / cell.name / "adapter"
+
+    def loss(self, cell: Cell) -> float | None:
+        """The loss on the validation rows; None where the run has not finished, or was another one."""
+        result = read(self.result(cell))
+        return result["validation_loss"] if result and result["identity"] == identity(self, cell) else None
+
+    def done(self, wanted: Wanted) -> bool:
+        """Whether nothing is left to do."""
+        if self.loss(wanted.cell) is None:
+            return False
+        scores = read(self.scores(wanted.cell)) if wanted.scored else None
+        return not wanted.scored or (scores is not None and scores["identity"] == identity(self, wanted.cell))
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A result; None where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+@cache
+def parts(place: Place, task: str) -> data.Parts:
+    """A task in this model's form."""
+    settings = place.settings
+    made = data.parts(task, place.data, settings.form, settings.test_items)
+    rows = made.train[: _ROWS_PER_STEP * settings.steps * settings.batch_size]
+    return data.Parts(rows, made.validation, made.test)
+
+
+@cache
+def _rows_digest(place: Place, task: str) -> str:
+    """Of the token ids and labels of all rows and items."""
+    codec = _codec(place.settings.base)
+    own = parts(place, task)
+    whole = hashlib.sha256(digest(own.test, codec).encode())
+    for row in (*own.train, *own.validation):
+        columns = tokenize(row, codec, None)
+        whole.update(repr((list(columns["input_ids"]), list(columns["labels"]))).encode())
+    return whole.hexdigest()[:16]
+
+
+@cache
+def _codec(base: str) -> Codec:
+    return Codec(AutoTokenizer.from_pretrained(base_model.folder(base)))  # type: ignore[no-untyped-call]
+
+
+@cache
+def _fingerprint(base: str) -> str:
+    return adapters.fingerprint(base_model.folder(base))
+
+
+def identity(place: Place, cell: Cell) -> dict[str, Any]:
+    """What a result depends on, besides code and machine."""
+    settings, arm = place.settings, place.settings.arms.get(cell.arm)
+    depends: dict[str, Any] = {
+        "base": _fingerprint(settings.base),
+        "rows": _rows_digest(place, cell.task),
+        "dtype": settings.dtype,
+    }
+    if arm is None:
+        return depends
+    depends |= {"arm": {key: value for key, value in asdict(arm).items() if value is not None}}
+    depends |= {"steps": settings.steps, "batch_size": settings.batch_size, "rate": cell.rate, "seed": cell.seed}
+    if arm.base == "team":
+        team = asdict(settings.team)
+        team["rows"] = [_rows_digest(place, task) for task in settings.team.tasks]
+        depends["team"] = json.loads(json.dumps(team))
+    return depends
+
+
+def perform(place: Place, wanted: Wanted) -> None:
+    """Train, unless it is done; score, if that is wanted."""
+    cell = wanted.cell
+    if place.loss(cell) is None or (wanted.scored and not place.adapter(cell).exists()):
+        _train(place, cell)
+    if wanted.scored and not place.done(wanted):
+        _score(place, cell.task, cell, {cell.arm: place.adapter(cell)}, _base(place, place.settings.arms[cell.arm]))
+
+
+def perform_base(place: Place, task: str) -> None:
+    """The scores of the base model itself."""
+    _score(place, task, base_cell(task), {}, place.settings.base)
+
+
+def base_cell(task: str) -> Cell:
+    """The name under which the base model's scores lie."""
+    return Cell(task, BASE_ARM, 0.0, 0)
+
+
+def base_done(place: Place, task: str) -> bool:
+    """Whether they are there."""
+    scores = read(place.scores(base_cell(task)))
+    return scores is not None and scores["identity"] == identity(place, base_cell(task))
+
+
+def _train(place: Place, cell: Cell) -> None:
+    settings, arm = place.settings, place.settings.arms[cell.arm]
+    assert arm.method != "distill"
+    base, output = _base(place, arm), place.adapter(cell)
+    shutil.rmtree(output, ignore_errors=True)
+    own = parts(place, cell.task)
+    files = [_write(place, f"{cell.task}.{part}", rows) for part, rows in (("t", own.train), ("v", own.validation))]
+    steps = round(settings.steps * _stretch(place, cell.task, arm))
+    report, history = _trained(place, cell.name, arm, base, output, files, steps, cell.rate, cell.seed)
+    gc.collect()
+    loss = _validation_loss(place, cell, base)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
+        "identity": identity(place, cell),
+        "task": cell.task,
+        "arm": cell.arm,
+        "steps": steps,
+        "validation_loss": loss,
+        "trainable": _parameters(output),
+        "tokens": max((entry.get("num_tokens", 0) for entry in history), default=0),
+        "seconds": report["seconds"],
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory,
+        "train": _curve(history, "loss"),
+        "validation": _curve(history, "eval_loss"),
+        "machine": measure.settings(),
+    }
+    arguments.write_json(result, str(place.result(cell)))
+
+
+def _trained(
+    place: Place,
+    name: str,
+    arm: Arm,
+    base: str,
+    output: Path,
+    files: Sequence[Path],
+    steps: int,
+    rate: float,
+    seed: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train by the product's code; it resumes from its own checkpoints."""
+    run = output.with_name(output.name + ".run")
+    every = -(-steps // _VALIDATIONS)
+    sft = IcarusSFTConfig(
+        output_dir=None,
+        learning_rate=rate,
+        max_steps=steps,
+        per_device_train_batch_size=place.settings.batch_size,
+        per_device_eval_batch_size=_BATCH,
+        seed=seed,
+        data_seed=seed,
+        eval_strategy="steps" if len(files) > 1 else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=5,
+        train_sampling_strategy="group_by_length",  # less padding, the same for all arms
+        disable_tqdm=True,
+    )
+    config = TrainConfig(
+        base=base,
+        data=str(files[0]),
+        eval_data=str(files[1]) if len(files) > 1 else None,
+        output=str(output),
+        method="lora" if arm.method == "lora" else "icarus",
+        rank=arm.rank,
+        targets=list(arm.targets) if arm.targets else None,
+        dtype=place.settings.dtype,
+        resume=any(run.glob("checkpoint-*/trainer_state.json")),
+    )
+    report = train(config, sft)
+    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
+    history = json.loads(states[-1].read_text())["log_history"]
+    shutil.rmtree(run)
+    return report, history
+
+
+def _curve(history: Sequence[dict[str, Any]], key: str) -> list[list[float]]:
+    """[step, loss], as the trainer logs it: the mean over the tokens of a batch, or over the batches of validation."""
+    return [[entry["step"], round(entry[key], 5)] for entry in history if key in entry]
+
+
+def _write(place: Place, name: str, rows: Sequence[data.Row]) -> Path:
+    file = place.work / f"{name}.jsonl"
+    with _alone(place.work / f"{name}.lock"):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+    return file
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Of several runs that need the same thing, one makes it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _base(place: Place, arm: Arm) -> str:
+    return str(base_model.folder(place.settings.base) if arm.base == "base" else _team_base(place))
+
+
+def _team_base(place: Place) -> Path:
+    """The base model that was prepared for the team: made once."""
+    settings, team = place.settings, place.settings.team
+    folder = place.work / f"team-{team.steps}-{team.rate:g}-{team.seed}"
+    with _alone(folder.with_suffix(".lock")):
+        if folder.exists():
+            return folder
+        share = -(-team.steps * settings.batch_size // len(team.tasks))
+        rows = [row for task in team.tasks for row in parts(place, task).train[:share]]
+        file = _write(place, "team", rows)
+        adapter, arm = place.work / "team-adapter", Arm(method="lora", rank=team.rank)
+        shutil.rmtree(adapter, ignore_errors=True)
+        _trained(place, "team", arm, _base(place, arm), adapter, [file], team.steps, team.rate, team.seed)
+        model, tokenizer = base_model.load(settings.base, dtype="float32", device="cpu")
+        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[operator]
+        half = folder.with_suffix(".tmp")
+        merged.to(torch.bfloat16).save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        half.rename(folder)
+    return folder
+
+
+def _stretch(place: Place, task: str, arm: Arm) -> float:
+    """How many more steps an arm has that trains as long as another one."""
+    if arm.time_of is None:
+        return 1.0
+    times = read(place.results / "times.json")
+    if times is None:
+        raise FileNotFoundError("times.json: measure step times first")
+    own, other = (times["tasks"][task][name]["median_ms"] for name in (arm.rates_of or "icarus", arm.time_of))
+    return float(other / own)
+
+
+def _parameters(adapter: Path) -> int:
+    """Trainable parameters: what the adapter's file holds."""
+    return sum(tensor.numel() for tensor in read_tensors(adapter).values())
+
+
+def _validation_loss(place: Place, cell: Cell, base: str) -> float:
+    """Mean over all tokens that carry loss, in nats."""
+    sides = Sides.load(base, {cell.arm: place.adapter(cell)}, dtype=place.settings.dtype)
+    columns = [tokenize(row, sides.codec, None) for row in parts(place, cell.task).validation]
+    rows = [TokenRow(column["input_ids"], column["labels"]) for column in columns]
+    rows.sort(key=lambda row: len(row.input_ids))
+    with sides.side(cell.arm) as side:
+        scored = [one for start in range(0, len(rows), _BATCH) for one in side.score(rows[start : start + _BATCH])]
+    values = [value for one in scored for value in one.log_probabilities]
+    return -sum(values) / len(values)
+
+
+def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: str) -> None:
+    """Of each item: score, loss per token of the reference, its tokens, drift."""
+    sides = Sides.load(base, sources, dtype=place.settings.dtype)
+    outcomes = sorted(
+        evaluate(sides, parts(place, task).test, [next(iter(sources), BASE_ARM)], batch_size=16), key=lambda o: o.item
+    )
+    result = {
+        "identity": identity(place, cell),
+        "task": task,
+        "arm": cell.arm,
+        "scorer": parts(place, task).test.scorer,
+        "items": {  # texts, which keep a file of 300 items short
+            "item": " ".join(o.item for o in outcomes),
+            "score": " ".join(f"{o.score:.4g}" for o in outcomes),
+            "loss": " ".join(f"{o.loss:.5f}" for o in outcomes),
+            "tokens": " ".join(str(o.tokens) for o in outcomes),
+            "drift": " ".join("-" if o.drift is None else f"{o.drift:.5f}" for o in outcomes),
+        },
+        "machine": measure.settings(),
+    }
+    arguments.write_json(result, str(place.scores(cell)))
+
+
+def teacher(place: Place, cell: Cell) -> Cell:
+    """The run whose adapter an arm distills."""
+    name = str(place.settings.arms[cell.arm].teacher)
+    rate = best_rate(place.settings, cell.task, name, place.loss)
+    assert rate is not None, "the plan waits for it"
+    return Cell(cell.task, name, rate, cell.seed)
