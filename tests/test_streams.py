@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import reference
@@ -330,6 +331,30 @@ def test_decode_of_the_last_rows_is_that_of_all(family: str) -> None:
     whole = streams.decode(ids, cache, "one")
     for rows in (1, 2, 7, 19):
         torch.testing.assert_close(streams.decode(ids[:, -rows:], cache, "one"), whole[:, -rows:], **ROUNDING)
+
+
+class _Products(TorchDispatchMode):
+    """Notes the shapes of batched products: torch's linear makes them, and copies the weight, where rows have gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.bmm.default:
+            self.shapes.append(out.shape)
+        return out
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_logits_of_several_sequences_do_not_copy_the_head(kept: int) -> None:
+    streams, ids = TwoStreams(tiny("llama").requires_grad_(False)), tokens(8).expand(3, -1)
+    whole = streams.encode(ids, EncoderCache(), logits_to_keep=8)
+    with _Products() as products:
+        last = streams.encode(ids, EncoderCache(), logits_to_keep=kept)
+    torch.testing.assert_close(last, whole[:, -kept:], **ROUNDING)
+    assert not [shape for shape in products.shapes if shape[-1] == VOCAB]
 
 
 def test_dropout_is_for_the_decoder_alone_and_modes_are_restored() -> None:

@@ -18,7 +18,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and adapters; may be kept")
     parser.add_argument("--results", type=Path, default=Path("results/accuracy"), help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores (default: 1)")
-    parser.add_argument("--tasks", nargs="+", help="these alone, so that several machines share the work (default: all)")
+    parser.add_argument(
+        "--tasks", nargs="+", help="these alone, so that several machines share the work (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="say what would be run next, and run nothing")
     options = parser.parse_args()
     try:

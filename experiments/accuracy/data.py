@@ -1,8 +1,8 @@
 """The tasks: rows to train on, rows for the choice of settings, items to score.
 
 Reads JSON lines (gzip) of WikiSQL, CommonsenseQA, OpenBookQA, GSM8K, BFCL and agent roles (LRAgent, from AutoAct).
-Their folder names are those of ``SOURCES``. Rows that settings are chosen by are cut from the training part; rows of one
-table, question or function never stand on both sides of a cut.
+Their folder names are those of ``SOURCES``. Rows that settings are chosen by are cut from the training part; rows of
+one table, question or function never stand on both sides of a cut.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def _bfcl(row: Row) -> Example | None:
     turns = row["question"][0]
     if len(turns) != 1 or len(json.dumps(row["function"])) > 3000:
         return None
-    calls = [{"name": name, "arguments": _allowed(wanted)} for call in row["ground_truth"] for name, wanted in call.items()]
+    calls = [
+        {"name": name, "arguments": _allowed(wanted)} for call in row["ground_truth"] for name, wanted in call.items()
+    ]
     question = f"Functions: {json.dumps(row['function'])}\nAnswer with a JSON list of calls.\n{turns[0]['content']}"
     group = json.dumps(sorted(function["name"] for function in row["function"]))
     return Example(group, question, json.dumps(calls), row["ground_truth"])

@@ -37,7 +37,7 @@ class Wanted:
 
 
 def wanted(settings: Settings, loss: Loss) -> Iterator[Wanted]:
-    """All runs that can be started, the most wanted first; ``loss`` says what is known of a run (None: not finished)."""
+    """All runs that can be started, the most wanted first; ``loss`` is that of a finished run, else None."""
     for task, arm in settings.pairs:
         best = best_rate(settings, task, arm, loss)
         teacher = settings.arms[arm].teacher

@@ -168,7 +168,9 @@ class Plain(Side):
             input_ids=batch.input_ids,
             attention_mask=(batch.document_ids >= 0).long(),
             position_ids=batch.position_ids,
-            logits_to_keep=batch.input_ids.shape[1] - first,
+            logits_to_keep=torch.arange(
+                first, batch.input_ids.shape[1], device=self.causal_lm.device
+            ),  # no gaps: see streams
             use_cache=False,
         ).logits
         places = (rows - first).clamp(min=0)  # those of the padding are anywhere
