@@ -30,9 +30,10 @@ from icarus import arguments, base_model
 from icarus.adapter.files import read_tensors
 from icarus.bench import measure
 from icarus.chat_template import Codec
+from icarus.errors import InputError
 from icarus.evaluate import Sides, TokenRow, evaluate
 from icarus.evaluate.run import digest
-from icarus.train.config import IcarusSFTConfig, TrainConfig
+from icarus.train.config import DistillConfig, IcarusDistillationConfig, IcarusSFTConfig, TrainConfig
 from icarus.train.data import tokenize
 from icarus.train.run import train
 
@@ -106,7 +107,7 @@ def _rows_digest(place: Place, task: str) -> str:
 
 @cache
 def _codec(base: str) -> Codec:
-    return Codec(AutoTokenizer.from_pretrained(base_model.folder(base)))  # type: ignore[no-untyped-call]
+    return Codec(AutoTokenizer.from_pretrained(base_model.folder(base)))
 
 
 @cache
@@ -158,25 +159,47 @@ def base_done(place: Place, task: str) -> bool:
     return scores is not None and scores["identity"] == identity(place, base_cell(task))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """What one call of the product's training is told."""
+
+    arm: Arm
+    base: str
+    output: Path
+    rows: Path
+    validation: Path | None = None
+    steps: int
+    rate: float
+    seed: int
+    teacher: Path | None = None
+
+
 def _train(place: Place, cell: Cell) -> None:
     settings, arm = place.settings, place.settings.arms[cell.arm]
-    assert arm.method != "distill"
     base, output = _base(place, arm), place.adapter(cell)
     shutil.rmtree(output, ignore_errors=True)
     own = parts(place, cell.task)
-    files = [_write(place, f"{cell.task}.{part}", rows) for part, rows in (("t", own.train), ("v", own.validation))]
-    steps = round(settings.steps * _stretch(place, cell.task, arm))
-    report, history = _trained(place, cell.name, arm, base, output, files, steps, cell.rate, cell.seed)
+    training = _Training(
+        arm=arm,
+        base=base,
+        output=output,
+        rows=_write(place, f"{cell.task}.train", own.train),
+        validation=_write(place, f"{cell.task}.validation", own.validation),
+        steps=round(settings.steps * _stretch(place, cell.task, arm)),
+        rate=cell.rate,
+        seed=cell.seed,
+        teacher=_teacher(place, cell) if arm.teacher else None,
+    )
+    report, history = _trained(settings, training)
     gc.collect()
-    loss = _validation_loss(place, cell, base)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "identity": identity(place, cell),
         "task": cell.task,
         "arm": cell.arm,
-        "steps": steps,
-        "validation_loss": loss,
-        "trainable": _parameters(output),
+        "steps": training.steps,
+        "validation_loss": _validation_loss(place, cell, base),
+        "trainable": sum(tensor.numel() for tensor in read_tensors(output).values()),
         "tokens": max((entry.get("num_tokens", 0) for entry in history), default=0),
         "seconds": report["seconds"],
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory,
@@ -187,53 +210,57 @@ def _train(place: Place, cell: Cell) -> None:
     arguments.write_json(result, str(place.result(cell)))
 
 
-def _trained(
-    place: Place,
-    name: str,
-    arm: Arm,
-    base: str,
-    output: Path,
-    files: Sequence[Path],
-    steps: int,
-    rate: float,
-    seed: int,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train by the product's code; it resumes from its own checkpoints."""
-    run = output.with_name(output.name + ".run")
-    every = -(-steps // _VALIDATIONS)
-    sft = IcarusSFTConfig(
-        output_dir=None,
-        learning_rate=rate,
-        max_steps=steps,
-        per_device_train_batch_size=place.settings.batch_size,
-        per_device_eval_batch_size=_BATCH,
-        seed=seed,
-        data_seed=seed,
-        eval_strategy="steps" if len(files) > 1 else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
-        logging_steps=5,
-        train_sampling_strategy="group_by_length",  # less padding, the same for all arms
-        disable_tqdm=True,
-    )
-    config = TrainConfig(
-        base=base,
-        data=str(files[0]),
-        eval_data=str(files[1]) if len(files) > 1 else None,
-        output=str(output),
-        method="lora" if arm.method == "lora" else "icarus",
-        rank=arm.rank,
-        targets=list(arm.targets) if arm.targets else None,
-        dtype=place.settings.dtype,
-        resume=any(run.glob("checkpoint-*/trainer_state.json")),
-    )
-    report = train(config, sft)
+def _trained(settings: Settings, training: _Training) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train by the product's code, which resumes from its own checkpoints; returns its report and its log."""
+    arm, run = training.arm, training.output.with_name(training.output.name + ".run")
+    every = -(-training.steps // _VALIDATIONS)
+    common: dict[str, Any] = {
+        "base": training.base,
+        "data": str(training.rows),
+        "eval_data": str(training.validation) if training.validation else None,
+        "output": str(training.output),
+        "rank": arm.rank,
+        "targets": list(arm.targets) if arm.targets else None,
+        "dtype": settings.dtype,
+        "resume": any(run.glob("checkpoint-*/trainer_state.json")),
+    }
+    trainer: dict[str, Any] = {
+        "output_dir": None,
+        "learning_rate": training.rate,
+        "max_steps": training.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": _BATCH,
+        "train_sampling_strategy": "group_by_length",  # less padding, the same for all arms
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "eval_strategy": "steps" if training.validation else "no",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 1,
+        "logging_steps": 5,
+        "disable_tqdm": True,
+    }
+    if training.teacher:
+        report = train(DistillConfig(teacher=str(training.teacher), **common), IcarusDistillationConfig(**trainer))
+    else:
+        method: Any = "lora" if arm.method == "lora" else "icarus"
+        report = train(TrainConfig(method=method, **common), IcarusSFTConfig(**trainer))
     states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
     history = json.loads(states[-1].read_text())["log_history"]
     shutil.rmtree(run)
     return report, history
+
+
+def _teacher(place: Place, cell: Cell) -> Path:
+    """The adapter that an arm distils: of the same seed, at its arm's best rate; made again where it was not kept."""
+    name = str(place.settings.arms[cell.arm].teacher)
+    rate = best_rate(place.settings, cell.task, name, place.loss)
+    assert rate is not None, "the plan waits for it"
+    teacher = Cell(cell.task, name, rate, cell.seed)
+    if not place.adapter(teacher).exists():
+        _train(place, teacher)
+    return place.adapter(teacher)
 
 
 def _curve(history: Sequence[dict[str, Any]], key: str) -> list[list[float]]:
@@ -272,12 +299,20 @@ def _team_base(place: Place) -> Path:
             return folder
         share = -(-team.steps * settings.batch_size // len(team.tasks))
         rows = [row for task in team.tasks for row in parts(place, task).train[:share]]
-        file = _write(place, "team", rows)
         adapter, arm = place.work / "team-adapter", Arm(method="lora", rank=team.rank)
         shutil.rmtree(adapter, ignore_errors=True)
-        _trained(place, "team", arm, _base(place, arm), adapter, [file], team.steps, team.rate, team.seed)
+        training = _Training(
+            arm=arm,
+            base=_base(place, arm),
+            output=adapter,
+            rows=_write(place, "team", rows),
+            steps=team.steps,
+            rate=team.rate,
+            seed=team.seed,
+        )
+        _trained(settings, training)
         model, tokenizer = base_model.load(settings.base, dtype="float32", device="cpu")
-        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[operator]
+        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         half = folder.with_suffix(".tmp")
         merged.to(torch.bfloat16).save_pretrained(half)
         tokenizer.save_pretrained(half)
@@ -290,15 +325,10 @@ def _stretch(place: Place, task: str, arm: Arm) -> float:
     if arm.time_of is None:
         return 1.0
     times = read(place.results / "times.json")
-    if times is None:
-        raise FileNotFoundError("times.json: measure step times first")
-    own, other = (times["tasks"][task][name]["median_ms"] for name in (arm.rates_of or "icarus", arm.time_of))
+    if times is None or task not in times["tasks"]:
+        raise InputError(f"{place.results / 'times.json'} is missing; measure step times first (times).")
+    own, other = (times["tasks"][task][name]["median_ms"] for name in (arm.rates_of, arm.time_of))
     return float(other / own)
-
-
-def _parameters(adapter: Path) -> int:
-    """Trainable parameters: what the adapter's file holds."""
-    return sum(tensor.numel() for tensor in read_tensors(adapter).values())
 
 
 def _validation_loss(place: Place, cell: Cell, base: str) -> float:
@@ -329,16 +359,9 @@ def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: 
             "score": " ".join(f"{o.score:.4g}" for o in outcomes),
             "loss": " ".join(f"{o.loss:.5f}" for o in outcomes),
             "tokens": " ".join(str(o.tokens) for o in outcomes),
+            "generated": " ".join(str(o.generated_tokens) for o in outcomes),
             "drift": " ".join("-" if o.drift is None else f"{o.drift:.5f}" for o in outcomes),
         },
         "machine": measure.settings(),
     }
     arguments.write_json(result, str(place.scores(cell)))
-
-
-def teacher(place: Place, cell: Cell) -> Cell:
-    """The run whose adapter an arm distills."""
-    name = str(place.settings.arms[cell.arm].teacher)
-    rate = best_rate(place.settings, cell.task, name, place.loss)
-    assert rate is not None, "the plan waits for it"
-    return Cell(cell.task, name, rate, cell.seed)

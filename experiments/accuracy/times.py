@@ -1,0 +1,66 @@
+"""Step times of the arms on the rows of each task, alternating in one process: what equal wall time means.
+
+A step is what the product's trainers do: forward, backward and the optimizer's step on one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTTrainer
+
+from experiments.accuracy import work
+from experiments.accuracy.data import Row
+from experiments.accuracy.settings import Arm
+from icarus import adapter, arguments, base_model
+from icarus.bench import measure
+from icarus.train import IcarusSFTTrainer
+from icarus.train.config import IcarusSFTConfig
+from icarus.train.data import token_rows
+
+
+def run(place: work.Place, tasks: Sequence[str], arms: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure, and write ``times.json``; tasks that were measured before are kept."""
+    file = place.results / "times.json"
+    report = work.read(file) or {"tasks": {}}
+    for task in tasks:
+        rows = work.parts(place, task).train[: place.settings.batch_size * (repeats + 1)]
+        steps = {name: _step(place, place.settings.arms[name], rows) for name in arms}
+        seconds = measure.alternate(steps, repeats, task)
+        report["tasks"][task] = {name: measure.summary(values) for name, values in seconds.items()}
+    report["machine"] = measure.settings(repeats=repeats, batch_size=place.settings.batch_size)
+    arguments.write_json(report, str(file))
+    return report
+
+
+def _step(place: work.Place, arm: Arm, rows: Sequence[Row]) -> Callable[[], None]:
+    """A function that makes one training step after another."""
+    settings = place.settings
+    base, tokenizer = base_model.load(settings.base, dtype=settings.dtype)
+    tokens: Dataset = token_rows(rows, tokenizer, None)[0]
+    sft: Any = IcarusSFTConfig(
+        output_dir=str(place.work / "times"),
+        learning_rate=1e-3,
+        max_steps=1000,
+        per_device_train_batch_size=settings.batch_size,
+        dataloader_pin_memory=False,
+    )
+    kind: Any = IcarusSFTTrainer
+    if arm.method == "lora":
+        kind, tokens = SFTTrainer, tokens.select_columns(["input_ids", "labels"])
+    attach = adapter.attach_conventional if arm.method == "lora" else adapter.attach
+    model = attach(base, rank=arm.rank)
+    trainer = kind(model=model, args=sft, train_dataset=tokens, processing_class=tokenizer)
+    trainer.create_optimizer()
+    trainer.model.train()
+    batches = cycle(list(islice(trainer.get_train_dataloader(), len(rows) // settings.batch_size)))
+
+    def step() -> None:
+        trainer.training_step(trainer.model, next(batches))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
