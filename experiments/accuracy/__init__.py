@@ -7,6 +7,7 @@
 * ``work``: one run: training, its curve, its scores
 * ``times``: step times of two arms, alternating
 * ``report``: tables and plots
+* ``gemma``: the second base model, from its packages
 
 ``python -m experiments.accuracy run experiments/accuracy/smollm2.yaml --data DATA --work WORK``
 """
