@@ -1,10 +1,10 @@
 """float32 beside bfloat16 in vLLM on this processor, and where the time of a decode step goes.
 
     python -m experiments.cpu.dtypes --json results/cpu-dtypes/as-it-is.json
-    python -m experiments.cpu.dtypes --avx2 --json results/cpu-dtypes/avx2-emulated.json
+    python -m experiments.cpu.dtypes --avx2 --dtypes float32 --repeats 3 --json results/cpu-dtypes/avx2-emulated.json
 
-Two engines with ICaRus adapters take turns, one for each dtype: prefill of 1,000 tokens, and decoding at batch 1, 2 and
-8, of specialists and of the base model. Beside each figure stands the least time that the machine needs to read what
+Engines with ICaRus adapters take turns, one for each dtype: prefill, and decoding at batch 1, 2 and 8, of specialists
+and of the base model. Beside each figure stands the least time that the machine needs to read what
 must be read, by the bandwidth that was measured in the same run (``benchmarks.serve_micro.bounds``). Decoding of two
 specialists' requests runs once more under PyTorch's profiler, whose tables lie beside the JSON file.
 
@@ -47,11 +47,13 @@ runpy.run_path({COMMAND[-1]!r}, run_name="__main__")
 """
 
 
-def start(base: str, adapters: dict[str, str], folder: Path, avx2: bool, stack: ExitStack) -> dict[str, EngineProcess]:
+def start(
+    dtypes: list[str], base: str, adapters: dict[str, str], folder: Path, avx2: bool, stack: ExitStack
+) -> dict[str, EngineProcess]:
     """An engine for each dtype, ready."""
     command = [sys.executable, "-P", "-c", AS_AVX2] if avx2 else COMMAND
     started = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         environment = engines.environment("icarus", os.environ)
         process = EngineProcess(dtype, folder / f"{dtype}.log", environment, command)
         started[dtype] = stack.enter_context(process)
@@ -67,8 +69,8 @@ def rounds(started: dict[str, EngineProcess], sizes: Sizes) -> dict[str, dict[st
     for number in range(-1, sizes.repeats):
         for one in PLANNED:
             for side in one.sides:
-                taken = seconds.setdefault(f"{one.name}: {side.name}", {dtype: [] for dtype in DTYPES})
-                for dtype in DTYPES[:: 1 if number % 2 == 0 else -1]:
+                taken = seconds.setdefault(f"{one.name}: {side.name}", {dtype: [] for dtype in started})
+                for dtype in list(started)[:: 1 if number % 2 == 0 else -1]:
                     answer = started[dtype].ask(one.command(side, number, sizes))
                     if number >= 0:
                         taken[dtype].append(one.seconds(answer))
@@ -77,8 +79,9 @@ def rounds(started: dict[str, EngineProcess], sizes: Sizes) -> dict[str, dict[st
 
 def figures(seconds: dict[str, dict[str, list[float]]], sizes: Sizes, base: str, weights: int) -> dict[str, Any]:
     """Medians in milliseconds and tokens a second, and what they are bound by."""
-    machines = {dtype: bounds.Machine.measured(dtype) for dtype in DTYPES}
-    shapes = {dtype: bounds.Shape.of(base_model.load(base, dtype=dtype, device="cpu")[0]) for dtype in DTYPES}
+    dtypes = list(next(iter(seconds.values())))
+    machines = {dtype: bounds.Machine.measured(dtype) for dtype in dtypes}
+    shapes = {dtype: bounds.Shape.of(base_model.load(base, dtype=dtype, device="cpu")[0]) for dtype in dtypes}
     results: dict[str, Any] = {}
     for one in PLANNED:
         for side in one.sides:
@@ -92,8 +95,9 @@ def figures(seconds: dict[str, dict[str, list[float]]], sizes: Sizes, base: str,
                 }
                 for dtype, taken in seconds[name].items()
             }
-            float32, bfloat16 = (statistics.median(seconds[name][dtype]) for dtype in ("float32", "bfloat16"))
-            results[name]["float32_over_bfloat16"] = round(float32 / bfloat16, 3)
+            if set(dtypes) == set(DTYPES):
+                float32, bfloat16 = (statistics.median(seconds[name][dtype]) for dtype in ("float32", "bfloat16"))
+                results[name]["float32_over_bfloat16"] = round(float32 / bfloat16, 3)
     return {"machine": {dtype: vars(machine) for dtype, machine in machines.items()}, "results": results}
 
 
@@ -101,16 +105,18 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=base_model.PACKAGED)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--prompt", type=int, default=1000, help="tokens of each prompt whose prefill is measured")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--avx2", action="store_true", help="as on a processor with AVX2 alone")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
     os.environ.update(AVX2 if options.avx2 else {})
     vocabulary = base_model.load(options.base)[0].config.get_text_config().vocab_size
-    sizes = Sizes(prompt=1000, steps=16, starts=1, repeats=options.repeats, vocabulary=vocabulary, seed=0)
+    sizes = Sizes(prompt=options.prompt, steps=16, starts=1, repeats=options.repeats, vocabulary=vocabulary, seed=0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         adapters = engines.make_adapters(options.base, Path(folder), ["icarus"])["icarus"]
-        started = start(options.base, adapters, Path(folder), options.avx2, stack)
+        started = start(options.dtypes, options.base, adapters, Path(folder), options.avx2, stack)
         report = figures(rounds(started, sizes), sizes, options.base, engines.weights(adapters))
         settings = measure.settings(base=options.base, avx2_emulated=options.avx2, **vars(sizes))
         arguments.write_json({"settings": settings, **report}, str(options.json))
