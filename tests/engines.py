@@ -98,12 +98,14 @@ class Shop:
         min_paired_keys: int = 0,
         variables: dict[str, str] | None = None,
         as_on_a_gpu: bool = False,
+        triton_attention: bool = False,
         **engine: Any,
     ) -> Any:
         """What one engine answers to steps, taken one after another.
 
         ``min_paired_keys``: from how many keys on decodes are computed together with their decoder rows;
-        ``variables`` are of its environment; ``as_on_a_gpu``: with buffers of a device, and scheduling ahead of it.
+        ``variables`` are of its environment; ``as_on_a_gpu``: with buffers of a device, and scheduling ahead of it;
+        ``triton_attention``: on model runner V2, with vLLM's Triton backend.
         """
         options = {
             "model": str(self.base),
@@ -125,7 +127,7 @@ class Shop:
         }
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "icarus" if plugin else "", **(variables or {})}
         job = {"engine": options, "adapters": adapters, "steps": steps, "min_paired_keys": min_paired_keys}
-        job["as_on_a_gpu"] = as_on_a_gpu
+        job |= {"as_on_a_gpu": as_on_a_gpu, "triton_attention": triton_attention}
         return self.launcher.run(self.folder, job, environment)
 
     def serve_parts(self, parts: dict[str, list[Step]], **options: Any) -> dict[str, Any]:

@@ -221,7 +221,41 @@ def check_as_on_a_gpu(llm: Any) -> None:
     assert all(buffer.gpu.data_ptr() != buffer.cpu.data_ptr() for buffer in buffers)
 
 
+def attend_with_triton() -> None:
+    """Have layers use vLLM's Triton backend, as on GPUs; on CPUs its interpreter runs the kernels."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    torch.cuda.get_device_capability = lambda *args: (9, 0)  # the kernel that writes K/V asks
+    CpuPlatform.get_attn_backend_cls = lambda *args, **kwargs: AttentionBackendEnum.TRITON_ATTN.get_path()
+
+
+def count_pairs(llm: Any, adapters: dict[str, dict[str, Any]], given: None) -> None:
+    """From now on, see how many pairs of rows are attended together."""
+    from icarus.vllm import step_layout
+
+    found, pairs = PAIRS, step_layout.pairs
+
+    def watched(*args: Any) -> Any:
+        first, second = pairs(*args)
+        found.append(len(first))
+        return first, second
+
+    step_layout.pairs = watched
+
+
+PAIRS: list[int] = []
+
+
+def counted_pairs(llm: Any, adapters: dict[str, dict[str, Any]], given: None) -> list[int]:
+    """Of each step since then."""
+    return PAIRS
+
+
 ACTIONS = {
+    "count pairs": count_pairs,
+    "counted pairs": counted_pairs,
     "sample scheduled rows": sample_scheduled_rows,
     "ask": ask,
     "written": written,
@@ -244,6 +278,8 @@ def run(job: dict[str, Any]) -> None:
 
     if job["as_on_a_gpu"]:
         as_on_a_gpu()
+    if job["triton_attention"]:
+        attend_with_triton()
     llm = LLM(**job["engine"])
     if job["as_on_a_gpu"]:
         check_as_on_a_gpu(llm)
