@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
-import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
+from harness_tasks import save_tasks, scores
 from icarus import Specialists, adapter
 from icarus.errors import InputError
 from icarus.evaluate import harness
 from icarus.evaluate.harness import IcarusLM
-from saved import save_adapter, save_base, save_rows
+from saved import save_adapter, save_base
 from tiny_models import tiny
 
 PAIRS = [
@@ -40,37 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             weight.data.normal_(0, 0.3)
     adapter.save_conventional(model, folder / "theirs")
-    rows = [
-        {"q": f"{n} + {n} = ", "choices": [f"{2 * n}", f"{2 * n + 1}"], "right": 0, "text": "abc " * n}
-        for n in range(1, 6)
-    ]
-    save_rows(folder / "rows.jsonl", *rows)
-    files = {"data_files": {"test": str(folder / "rows.jsonl")}}
-    shared = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
-    tasks: dict[str, dict[str, Any]] = {
-        "sums": {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{q}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "{{right}}",
-        },
-        "said": {
-            "output_type": "generate_until",
-            "doc_to_text": "{{q}}",
-            "doc_to_target": "{{choices[0]}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-        "prose": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "word_perplexity"}],
-        },
-    }
-    for name, task in tasks.items():
-        (folder / "tasks").mkdir(exist_ok=True)
-        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **shared, **task}))
+    save_tasks(folder)
     return folder
 
 
@@ -85,16 +52,6 @@ def ours(folder: Path, **options: Any) -> IcarusLM:
 
 def theirs(folder: Path, **options: Any) -> HFLM:
     return HFLM(str(folder / "base"), dtype="float32", device="cpu", batch_size=2, **options)
-
-
-def scores(model: Any, folder: Path) -> dict[str, Any]:
-    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    report = lm_eval.simple_evaluate(model, tasks=["sums", "said", "prose"], task_manager=manager, bootstrap_iters=0)
-    samples = {
-        task: [(s["resps"], s["filtered_resps"]) for s in sorted(items, key=lambda s: s["doc_id"])]
-        for task, items in report["samples"].items()
-    }
-    return json.loads(json.dumps(samples))
 
 
 def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

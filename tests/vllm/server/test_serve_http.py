@@ -100,6 +100,43 @@ def test_cached_tokens_are_in_answers_of_beam_search_too(server: Server, chat: b
         assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
 
 
+@pytest.mark.parametrize("model", ["base", "sql", "plain"])
+def test_lm_eval_over_http_gives_the_scores_in_process(
+    model: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of a prompt, a whole text and an answer, by ``local-completions`` and by ``icarus.evaluate.harness``."""
+    pytest.importorskip("tenacity")  # of lm-eval's class
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from harness_tasks import save_tasks, scores
+    from icarus.evaluate.harness import IcarusLM
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tasks(tmp_path)
+    address = f"{server.openai.base_url}completions"
+    options = {"tokenizer_backend": "huggingface", "tokenizer": str(server.shop.base), "max_length": CONTEXT}
+    over_http = LocalCompletionsAPI(base_url=address, model=model, **options)
+    named = {} if model == "base" else {"adapter": str(server.shop.folder / model)}
+    in_process = IcarusLM(str(server.shop.base), dtype="float32", device="cpu", **named)
+    served = scores(over_http, tmp_path)
+    assert_close(served, scores(in_process, tmp_path))
+    if named:  # of whom others' scores are far
+        with pytest.raises(AssertionError):
+            assert_close(served, scores(IcarusLM(str(server.shop.base), dtype="float32", device="cpu"), tmp_path))
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """The same but for the rounding of floats."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), [other[name] for name in one]
+    if isinstance(one, list):
+        for part, its in zip(one, other, strict=True):
+            assert_close(part, its)
+    else:
+        assert one == (pytest.approx(other, abs=2e-3) if isinstance(other, float) else other)
+
+
 def test_hand_over_without_prefill(server: Server) -> None:
     """A conversation goes from one model to the next; all that was generated is in the cache, too."""
     size = len(
