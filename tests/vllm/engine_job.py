@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import numpy as np
 from safetensors.torch import load_file
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # errors of the core arrive as exceptions
@@ -188,7 +187,7 @@ def sample_scheduled_rows(llm: Any, adapters: dict[str, dict[str, Any]], given: 
     """From now on this engine samples from scheduled rows, as if there were no decoder rows."""
     from icarus.vllm import step_layout
 
-    step_layout.predicting_rows = lambda rows: np.arange(rows.scheduled)
+    step_layout.predicting_rows = step_layout.scheduled_rows
 
 
 def as_on_a_gpu() -> None:

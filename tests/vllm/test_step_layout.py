@@ -37,10 +37,12 @@ def requests(draw: st.DrawFn) -> Request:
 
 
 BATCHES = st.lists(requests(), min_size=1, max_size=8)
+BEHIND = st.one_of(st.none(), st.integers(0, 8))  # how many requests stand before decoder requests; None for all
 
 
-def batch_of(requests: list[Request]) -> Batch:
+def batch_of(requests: list[Request], behind: int | None = None) -> Batch:
     return Batch(
+        behind=None if behind is None else min(behind, len(requests)),
         starts=np.cumsum([0, *(len(request.tokens) for request in requests)]),
         sampled=np.array([request.sampled for request in requests]),
         lora_ids=np.array([request.lora_id for request in requests]),
@@ -58,11 +60,13 @@ class Row:
     predicts: bool
 
 
-def naive(requests: list[Request]) -> list[Row]:
+def naive(requests: list[Request], behind: int | None = None) -> list[Row]:
     """Every row of the step, by the definition: encoder rows write, decoder rows predict, others do both."""
     rows = []
-    for decoder in (False, True):
-        for index, request in enumerate(requests):
+    numbered = list(enumerate(requests))
+    behind = len(requests) if behind is None else behind
+    for decoder, part in ((False, numbered[:behind]), (True, numbered), (False, numbered[behind:])):
+        for index, request in part:
             for offset, token in enumerate(request.tokens):
                 sampled = offset >= len(request.tokens) - request.sampled
                 if decoder and not (request.shares and sampled):
@@ -73,26 +77,27 @@ def naive(requests: list[Request]) -> list[Row]:
     return rows
 
 
-@given(BATCHES)
-def test_rows_are_those_of_the_definition(step: list[Request]) -> None:
-    batch, wanted = batch_of(step), naive(step)
-    planned = step_layout.plan(batch)
+@given(BATCHES, BEHIND)
+def test_rows_are_those_of_the_definition(step: list[Request], behind: int | None) -> None:
+    batch, wanted = batch_of(step, behind), naive(step, behind)
+    planned, scheduled = step_layout.plan(batch), naive(step)[: batch_of(step).scheduled]
     assert len(wanted) == batch.scheduled + len(planned)
     assert planned.scheduled == batch.scheduled
     assert planned.lora_ids.tolist() == [row.lora_id for row in wanted]
-    appended = wanted[batch.scheduled :]
-    scheduled = wanted[: batch.scheduled]
-    assert [scheduled[source].token for source in planned.sources] == [row.token for row in appended]
-    assert [scheduled[source].position for source in planned.sources] == [row.position for row in appended]
-    bounds = [batch.scheduled, *planned.ends.tolist()]
+    added = wanted[planned.first : planned.first + len(planned)]
+    assert [scheduled[source].token for source in planned.sources] == [row.token for row in added]
+    assert [scheduled[source].position for source in planned.sources] == [row.position for row in added]
+    bounds = [planned.first, *planned.ends.tolist()]
     for request, start, end in zip(planned.requests, bounds[:-1], bounds[1:], strict=True):
         assert [row.request for row in wanted[start:end]] == [request] * (end - start)
+        assert not any(row.writes for row in wanted[start:end])
 
 
-@given(BATCHES)
-def test_what_is_read_is_what_predicts(step: list[Request]) -> None:
-    batch, wanted = batch_of(step), naive(step)
-    table = step_layout.predicting_rows(step_layout.plan(batch))
+@given(BATCHES, BEHIND)
+def test_what_is_read_is_what_predicts(step: list[Request], behind: int | None) -> None:
+    batch, wanted = batch_of(step, behind), naive(step, behind)
+    planned, scheduled = step_layout.plan(batch), naive(step)
+    table, stands = step_layout.predicting_rows(planned), step_layout.scheduled_rows(planned)
     sampled = [
         end - request.sampled + row
         for end, request in zip(batch.starts[1:].tolist(), step, strict=True)
@@ -102,31 +107,37 @@ def test_what_is_read_is_what_predicts(step: list[Request]) -> None:
     assert all(wanted[row].predicts for row in read)
     assert sorted(read) == [index for index, row in enumerate(wanted) if row.predicts]
     assert [(wanted[r].token, wanted[r].position, wanted[r].request) for r in read] == [
-        (wanted[s].token, wanted[s].position, wanted[s].request) for s in sampled
+        (scheduled[s].token, scheduled[s].position, scheduled[s].request) for s in sampled
     ]
+    assert [wanted[row] for row in stands] == scheduled[: batch.scheduled]
 
 
-@given(BATCHES, st.integers(0, 5))
-def test_buffers_hold_decoder_requests_behind_the_scheduled_ones(step: list[Request], padding: int) -> None:
-    batch = batch_of(step)
+@given(BATCHES, st.integers(0, 5), BEHIND)
+def test_buffers_hold_decoder_requests_where_they_belong(step: list[Request], padding: int, behind: int | None) -> None:
+    batch, wanted = batch_of(step, behind), naive(step, behind)
     planned = step_layout.plan(batch)
     count, extra = batch.requests, len(planned.requests)
     starts = np.full(count + extra + padding + 1, 77)
     starts[: count + 1] = batch.starts
     step_layout.extend_starts(starts, count, planned)
     assert (np.diff(starts) >= 0).all(), "attention kernels need this of the padding too"
-    assert starts[: count + 1].tolist() == batch.starts.tolist()
+    assert starts[: planned.behind + 1].tolist() == batch.starts[: planned.behind + 1].tolist()
     assert set(starts[count + extra :].tolist()) == {batch.scheduled + len(planned)}
 
     lengths = [request.cached + len(request.tokens) for request in step]
     seq_lens = torch.tensor([*lengths, *[-5] * (extra + padding)])
-    step_layout.append_copies(seq_lens, count, torch.from_numpy(planned.requests))
-    assert seq_lens[: count + extra].tolist() == [*lengths, *(lengths[request] for request in planned.requests)]
+    tail, tail_rows = step_layout.tails(planned, count)
+    step_layout.append_copies(seq_lens, planned.behind, torch.from_numpy(tail))
+    owners = [*range(planned.behind), *tail]
+    assert seq_lens[: count + extra].tolist() == [lengths[request] for request in owners]
     assert seq_lens[count + extra :].tolist() == [-5] * padding, "padding is the engine's"
+    assert np.repeat(owners, np.diff(starts[: count + extra + 1])).tolist() == [row.request for row in wanted]
+    tokens = torch.tensor([*(token for request in step for token in request.tokens), *[-5] * len(planned)])
+    step_layout.append_copies(tokens, planned.first, torch.from_numpy(tail_rows))
+    assert tokens.tolist() == [row.token for row in wanted]
     # The last row of a decoder request sees exactly the context of the row that it doubles.
-    scheduled = naive(step)[: batch.scheduled]
     for request, end in zip(planned.requests, planned.ends, strict=True):
-        assert scheduled[planned.sources[end - batch.scheduled - 1]].position == lengths[request] - 1
+        assert wanted[end - 1].position == lengths[request] - 1
 
 
 @given(BATCHES)
@@ -151,15 +162,20 @@ def test_more_samples_than_rows_is_an_error() -> None:
         step_layout.plan(batch_of([Request(0, (1,), 2, 1, True)]))
 
 
-@given(BATCHES, st.integers(0, 3))
-def test_pairs_are_decodes_and_their_decoder_rows(step: list[Request], padding: int) -> None:
-    batch = batch_of(step)
+@given(BATCHES, st.integers(0, 3), BEHIND)
+def test_pairs_are_decodes_and_their_decoder_rows(step: list[Request], padding: int, behind: int | None) -> None:
+    batch, wanted = batch_of(step, behind), naive(step, behind)
     planned = step_layout.plan(batch)
-    starts = np.concatenate([batch.starts, planned.ends, [batch.scheduled + len(planned)] * padding]).astype(np.int32)
+    starts = np.zeros(batch.requests + len(planned.requests) + padding + 1, dtype=np.int32)
+    starts[: batch.requests + 1] = batch.starts
+    step_layout.extend_starts(starts, batch.requests, planned)
     first, second = step_layout.pairs(starts, planned)
-    wanted = [i for i, request in enumerate(step) if request.shares and len(request.tokens) == request.sampled == 1]
-    assert first.tolist() == wanted
-    assert planned.sources[starts[second] - planned.scheduled].tolist() == starts[first].tolist()
+    decodes = [i for i, request in enumerate(step) if request.shares and len(request.tokens) == request.sampled == 1]
+    scheduled, decoders = ([wanted[row] for row in starts[part]] for part in (first, second))
+    assert [row.request for row in scheduled] == [row.request for row in decoders] == decodes
+    assert all(row.writes for row in scheduled)
+    assert not any(row.writes for row in decoders)
+    assert (np.diff(starts)[first] == 1).all()
     assert (np.diff(starts)[second] == 1).all()
 
 

@@ -11,7 +11,12 @@ block table and the same context length. Attention backends that read the cache 
     decoder                         | b | c |  ends                7 8     (a is in mid-prefill: it samples nothing)
 
 Requests for the base model and for conventional LoRA adapters have no decoder rows; the latter run with their LoRA on
-scheduled rows. No decoder row reads what another one computes, so their order does not matter.
+scheduled rows. No decoder row reads what another one computes, so their order does not matter. Some attention backends
+have a kernel for requests of a row or two, which they expect in front of longer ones. So decoder requests may also
+stand between scheduled ones, which are then moved on:
+
+    scheduled   | b | a a a | c c |            starts      0 1 4 6
+    the step    | b | b | c | a a a | c c |    ends            2 3        (behind one request)
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ class Batch:
     sampled: Ints  # how many of its last rows each request samples from or scores; 0 if the sample is discarded
     lora_ids: Ints  # BASE_LORA_ID for the base model
     shares: Bools  # whether the request's adapter shares the cache
+    behind: int | None = None  # how many requests stand before decoder requests; None for all
 
     @property
     def requests(self) -> int:
@@ -53,17 +59,19 @@ class Batch:
 class DecoderRows:
     """The decoder rows of one step."""
 
-    requests: Ints  # for each decoder request: its source request
-    sources: Ints  # for each decoder row: its source row
+    requests: Ints  # for each decoder request: its source, among the scheduled requests
+    sources: Ints  # for each decoder row: its source, among the scheduled rows
     ends: Ints  # for each decoder request: the row behind its last one, counted from the step's first row
-    lora_ids: Ints  # for each row of the step, scheduled ones first
+    lora_ids: Ints  # for each row of the step
+    behind: int  # how many scheduled requests stand before them
+    first: int  # how many scheduled rows do
 
     def __len__(self) -> int:
         return len(self.sources)
 
     @property
     def scheduled(self) -> int:
-        """Number of scheduled rows, which stand before them."""
+        """Number of scheduled rows."""
         return len(self.lora_ids) - len(self.sources)
 
 
@@ -83,8 +91,11 @@ def plan(batch: Batch) -> DecoderRows:
     # The source of a decoder request's row j is row j among the last ``count`` rows of its source request.
     sources = np.arange(counts.sum()) + np.repeat(batch.starts[1:][requests] - ends, counts)
     scheduled_ids = np.repeat(np.where(batch.shares, BASE_LORA_ID, batch.lora_ids), lengths)
-    lora_ids = np.concatenate([scheduled_ids, np.repeat(batch.lora_ids[requests], counts)])
-    return DecoderRows(requests, sources, batch.scheduled + ends, lora_ids)
+    behind = batch.requests if batch.behind is None else batch.behind
+    first = int(batch.starts[behind])
+    decoder_ids = np.repeat(batch.lora_ids[requests], counts)
+    lora_ids = np.concatenate([scheduled_ids[:first], decoder_ids, scheduled_ids[first:]])
+    return DecoderRows(requests, sources, first + ends, lora_ids, behind, first)
 
 
 def check_room(rows: DecoderRows, scheduled_requests: int, most_rows: int, most_requests: int) -> None:
@@ -101,11 +112,32 @@ def check_room(rows: DecoderRows, scheduled_requests: int, most_rows: int, most_
         )
 
 
+def scheduled_rows(rows: DecoderRows) -> Ints:
+    """For each scheduled row, where it stands in the step."""
+    table = np.arange(rows.scheduled)
+    table[rows.first :] += len(rows)
+    return table
+
+
 def predicting_rows(rows: DecoderRows) -> Ints:
     """For each scheduled row, the row whose hidden state predicts the next token: its decoder row, or itself."""
-    table = np.arange(rows.scheduled)
-    table[rows.sources] = rows.scheduled + np.arange(len(rows))
+    table = scheduled_rows(rows)
+    table[rows.sources] = rows.first + np.arange(len(rows))
     return table
+
+
+def tails(rows: DecoderRows, requests: int) -> tuple[Ints, Ints]:
+    """What stands in the step from the first decoder request on, as scheduled: repeated, or moved on.
+
+    Args:
+        rows: of the step.
+        requests: how many are scheduled.
+
+    Returns:
+        Which of the scheduled requests, and which of the scheduled rows.
+    """
+    moved, moved_rows = np.arange(rows.behind, requests), np.arange(rows.first, rows.scheduled)
+    return np.concatenate([rows.requests, moved]), np.concatenate([rows.sources, moved_rows])
 
 
 def pairs(starts: Ints, rows: DecoderRows) -> tuple[Ints, Ints]:
@@ -120,10 +152,12 @@ def pairs(starts: Ints, rows: DecoderRows) -> tuple[Ints, Ints]:
     """
     lengths = np.diff(starts)
     decoders = np.searchsorted(starts, rows.ends) - 1
-    single = (lengths[rows.requests] == 1) & (lengths[decoders] == 1)
+    requests = rows.requests + len(rows.requests) * (rows.requests >= rows.behind)
+    single = (lengths[requests] == 1) & (lengths[decoders] == 1)
     # Chunked attention (Llama 4) splits a request into several and renumbers all of them: leave those out.
-    single &= starts[rows.requests] == rows.sources[rows.ends - rows.scheduled - 1]
-    return rows.requests[single], decoders[single]
+    last = rows.sources[rows.ends - rows.first - 1]
+    single &= starts[requests] == last + len(rows) * (last >= rows.first)
+    return requests[single], decoders[single]
 
 
 def side_by_side(starts: Ints, first: Ints, second: Ints) -> tuple[Ints, Ints]:
@@ -166,14 +200,16 @@ def _starts(lengths: Ints) -> Ints:
 
 
 def extend_starts(starts: Ints, requests: int, rows: DecoderRows) -> None:
-    """Write decoder requests into a buffer of ``starts``, behind ``requests`` requests, and pad with the last end.
+    """Write decoder requests into a buffer of ``starts`` that has ``requests`` requests, and pad with the last end.
 
     Attention kernels need padding of ``query_start_loc`` that does not decrease (v1/worker/gpu_model_runner.py:2018).
     """
-    starts[requests + 1 : requests + 1 + len(rows.ends)] = rows.ends
-    starts[requests + 1 + len(rows.ends) :] = rows.ends[-1] if len(rows.ends) else starts[requests]
+    first, more = rows.behind + 1, len(rows.ends)
+    starts[first + more : requests + more + 1] = starts[first : requests + 1] + len(rows)
+    starts[first : first + more] = rows.ends
+    starts[requests + more + 1 :] = starts[requests + more]
 
 
 def append_copies(values: Tensor, count: int, sources: Tensor) -> None:
-    """Copy rows ``sources`` of a buffer to the places behind its first ``count`` rows."""
+    """Copy rows ``sources`` of a buffer to the places behind its first ``count`` rows, which may be among them."""
     values[count : count + len(sources)] = values[sources]

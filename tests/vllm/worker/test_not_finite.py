@@ -117,7 +117,7 @@ def test_blocks_from_the_prefix_cache_are_left(runner: Runner) -> None:
 
 def test_decoder_rows_write_nothing_and_are_reported(runner: Runner, said: list[str]) -> None:
     requests, sources, ends = (np.array(values) for values in ([0], [0], [2]))
-    rows = DecoderRows(requests, sources, ends, np.array([0, 1]))
+    rows = DecoderRows(requests, sources, ends, np.array([0, 1]), behind=1, first=1)
     for _ in range(2):
         runner.step((0, [8], [1.0]), (0, [-1], [NAN]), decoders=rows)
     assert runner.hand_out(*range(BLOCKS)) == set()

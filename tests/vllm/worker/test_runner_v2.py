@@ -22,12 +22,14 @@ from icarus.vllm.worker.runner_v2 import DecoderRowsRunner
 
 TOKENS, REQUESTS = 24, 5
 CPU = torch.device("cpu")
-# As in test_runner_v1.py: a long prompt in pieces, base, two that share, conventional. Here each has another state.
-SCHEDULED = np.array([3, 1, 1, 4, 2], dtype=np.int32)
-STATES = np.array([4, 0, 2, 1, 3])
+# In vLLM's order, each with another state: base, two that share, and between them conventional and a long prompt in
+# pieces. With decoder requests: b c c' d' e a d, and their rows b c c' d' ee aaa dddd.
+NAMES = "bcead"
+SCHEDULED = np.array([1, 1, 2, 3, 4], dtype=np.int32)
+STATES = np.array([0, 2, 3, 4, 1])
 ADAPTERS = {"a": 1, "c": 2, "d": 1, "e": 3}
-CACHED = np.array([5, 9, 7, 0, 3], dtype=np.int32)
-PREFILL = np.array([20, 9, 7, 4, 5], dtype=np.int32)
+CACHED = np.array([9, 7, 3, 5, 0], dtype=np.int32)
+PREFILL = np.array([9, 7, 5, 20, 4], dtype=np.int32)
 COUNT, TOTAL = len(SCHEDULED), int(SCHEDULED.sum())
 
 
@@ -48,6 +50,7 @@ class Vllms:
         self.vllm_config, self.scheduler_config = config, config.scheduler_config
         self.max_num_reqs, self.max_num_tokens = self.scheduler_config.max_num_seqs, TOKENS
         self.device, self.lora_config, self.uses_inputs_embeds = device, "on", False
+        self.decode_query_len = 1
         self.input_buffers = InputBuffers(self.max_num_reqs, TOKENS, device)
         self.cudagraph_manager = SimpleNamespace()
         self.model_state = SimpleNamespace(num_new_sampled_tokens_per_step=1)
@@ -59,7 +62,7 @@ class Vllms:
         )
         kinds = {"e": LoRARequest}
         self.lora_state = SimpleNamespace(
-            lora_ids=by_state([ADAPTERS.get(name, 0) for name in "abcde"]),
+            lora_ids=by_state([ADAPTERS.get(name, 0) for name in NAMES]),
             lora_requests={
                 name: kinds.get(name, SharedLoRARequest)(lora_name=str(number), lora_int_id=number, lora_path="/no")
                 for name, number in ADAPTERS.items()
@@ -79,7 +82,7 @@ class Vllms:
 
     def gather_batch_req_state(self, output: Any, dummy_run: bool) -> Any:
         state = SimpleNamespace(
-            req_ids=list("abcde"), num_scheduled_tokens=SCHEDULED, idx_mapping_np=STATES, prefill_len_np=PREFILL,
+            req_ids=list(NAMES), num_scheduled_tokens=SCHEDULED, idx_mapping_np=STATES, prefill_len_np=PREFILL,
             num_draft_tokens_np=None,
         )  # fmt: skip
         return (None if dummy_run else state), 7
@@ -96,9 +99,9 @@ class Vllms:
         )
         buffers.positions[TOTAL:] = -7
         buffers.seq_lens[:COUNT] = torch.from_numpy(CACHED + SCHEDULED)
-        is_prefilling = np.array([True, False, False, True, True])
+        is_prefilling = np.array([False, False, True, True, True])
         return InputBatch(
-            req_ids=list("abcde"), num_reqs=COUNT, num_reqs_after_padding=COUNT, idx_mapping=torch.from_numpy(STATES),
+            req_ids=list(NAMES), num_reqs=COUNT, num_reqs_after_padding=COUNT, idx_mapping=torch.from_numpy(STATES),
             idx_mapping_np=STATES, expanded_idx_mapping=torch.from_numpy(STATES), expanded_local_pos=torch.zeros(COUNT),
             num_scheduled_tokens=SCHEDULED, num_tokens=TOTAL, num_tokens_after_padding=TOTAL, num_draft_tokens=0,
             num_draft_tokens_per_req=None, query_start_loc=buffers.query_start_loc[: COUNT + 1],
@@ -154,33 +157,69 @@ OUTPUT = SimpleNamespace(scheduled_new_reqs=[])
 
 def test_a_step(runner: Any) -> None:
     runner.execute_model(OUTPUT)
-    # The sources of decoder rows 11 and 12 are rows 4 (request c) and 8 (the last of request d).
+    # The sources of decoder rows 2 and 3 are rows 1 (request c) and 10 (the last of request d).
     batch, sampled = runner.batch, runner.execute_model_state.input_batch
-    assert sampled.logits_indices.tolist() == [2, 3, 11, 12, 10]
-    assert (sampled.num_reqs, sampled.num_tokens, sampled.req_ids) == (5, 11, list("abcde"))
+    assert sampled.logits_indices.tolist() == [0, 2, 5, 8, 3]
+    assert (sampled.num_reqs, sampled.num_tokens, sampled.req_ids) == (5, 11, list(NAMES))
+    assert sampled.query_start_loc.tolist() == [0, 1, 2, 4, 7, 11]
+    assert sampled.seq_lens.tolist() == [10, 8, 5, 8, 4]
+    assert sampled.positions[sampled.logits_indices].tolist() == [9, 7, 4, 7, 3]
+    assert sampled.input_ids[sampled.logits_indices].tolist() == [100, 101, 103, 106, 110]
     assert runner.dispatched == ((7, 13), {"num_active_loras": 4})
-    assert batch.req_ids == [*"abcde", "c", "d"]
+    assert batch.req_ids == list("bccdead")
     assert (batch.num_reqs, batch.num_reqs_after_padding) == (7, 7)
     assert (batch.num_tokens, batch.num_tokens_after_padding) == (13, 13)
-    assert batch.idx_mapping.tolist() == batch.idx_mapping_np.tolist() == [4, 0, 2, 1, 3, 2, 1]
-    assert batch.query_start_loc.tolist() == batch.query_start_loc_np.tolist() == [0, 3, 4, 5, 9, 11, 12, 13]
-    assert runner.input_buffers.query_start_loc.tolist() == [0, 3, 4, 5, 9, 11, 12, 13, 13, 13, 13]
-    assert batch.num_scheduled_tokens.tolist() == [3, 1, 1, 4, 2, 1, 1]
-    assert batch.seq_lens.tolist() == batch.seq_lens_cpu_upper_bound.tolist() == [8, 10, 8, 4, 5, 8, 4]
-    assert batch.num_computed_tokens_np.tolist() == [5, 9, 7, 0, 3, 7, 3]
-    assert batch.input_ids[11:].tolist() == [104, 108]
-    assert batch.positions[11:].tolist() == [7, 3]
-    assert batch.is_prefilling_np.tolist() == [True, False, False, True, True, False, True]
+    assert batch.idx_mapping.tolist() == batch.idx_mapping_np.tolist() == [0, 2, 2, 1, 3, 4, 1]
+    assert batch.query_start_loc.tolist() == batch.query_start_loc_np.tolist() == [0, 1, 2, 3, 4, 6, 9, 13]
+    assert runner.input_buffers.query_start_loc.tolist() == [0, 1, 2, 3, 4, 6, 9, 13, 13, 13, 13]
+    assert batch.num_scheduled_tokens.tolist() == [1, 1, 1, 1, 2, 3, 4]
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu_upper_bound.tolist() == [10, 8, 8, 4, 5, 8, 4]
+    assert batch.num_computed_tokens_np.tolist() == [9, 7, 7, 3, 3, 5, 0]
+    assert batch.input_ids.tolist() == [100, 101, 101, 110, *range(102, 111)]
+    assert batch.positions.tolist() == [9, 7, 7, 3, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    assert batch.is_prefilling_np.tolist() == [False, False, False, True, True, True, True]
     [(per_sample, per_row, active)] = runner.mapped
-    assert per_sample == (1, 0, 2, 1, 3)
-    assert per_row == (0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 2, 1)
+    assert per_sample == (0, 2, 3, 1, 1)
+    assert per_row == (0, 0, 2, 1, 3, 3, 0, 0, 0, 0, 0, 0, 0)
     assert sorted(request.lora_int_id for request in active) == [1, 2, 3]
 
 
 def test_decoder_requests_read_their_sources_blocks_and_write_nothing(runner: Any) -> None:
     runner.execute_model(OUTPUT)
-    assert runner.attended.tolist() == [4, 0, 2, 1, 3, 2, 1]
-    assert runner.written.tolist() == 2 * [11 * [50] + 2 * [-1]]
+    assert runner.attended.tolist() == [0, 2, 2, 1, 3, 4, 1]
+    assert runner.written.tolist() == 2 * [2 * [50] + 2 * [-1] + 9 * [50]]
+
+
+def test_attention_kernels_for_decodes_get_all_decoder_rows_of_a_mixed_step(runner: Any) -> None:
+    from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+    runner.execute_model(OUTPUT)
+    starts = torch.from_numpy(runner.batch.query_start_loc_np)
+    seen = SimpleNamespace(max_query_len=4, num_reqs=7, num_actual_tokens=13, query_start_loc_cpu=starts)
+    assert split_decodes_and_prefills(seen) == (4, 3, 4, 9), "b, c, and the decoder requests of c and d"
+
+
+def test_with_drafts_decoder_requests_have_the_length_of_decodes(runner: Any) -> None:
+    """Behind all that are as short, whatever comes first."""
+    assert runner_v2._decodes(np.array([3, 3, 2, 3, 1, 2, 9, 30]), 3) == 6
+    assert runner_v2._decodes(np.array([3, 3]), 3) == 2
+    assert runner_v2._decodes(np.array([30, 40]), 1) == 0
+
+
+def test_steps_that_are_laid_out_alike_share_plan_and_indices(runner: Any) -> None:
+    plans: list[Any] = []
+    prepare = runner.prepare_inputs
+    runner.prepare_inputs = lambda *given: plans.append(runner._decoder_plan.layout) or prepare(*given)
+    runner.execute_model(OUTPUT)
+    runner.req_states.num_computed_tokens_np[STATES[:2]] += 1
+    runner.execute_model(OUTPUT)
+    assert plans[0] is plans[1]
+    assert runner.mapped[0][1] is runner.mapped[1][1]
+    assert runner.batch.query_start_loc_np is not plans[0].starts, "vLLM may write to what it is given"
+    runner.lora_state.lora_ids[STATES[1]] = 1  # request c is of another adapter
+    runner.execute_model(OUTPUT)
+    assert plans[2] is not plans[1]
+    assert runner.mapped[2][1] == (0, 0, 1, 1, 3, 3, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_a_plan_ends_with_its_step(runner: Any) -> None:
@@ -205,18 +244,18 @@ def test_without_requests_that_share_all_is_stock(runner: Any) -> None:
     assert runner.dispatched == ((5, 11), {"num_active_loras": 3})
     assert (runner.written == 50).all()
     [(_, per_row, _)] = runner.mapped
-    assert per_row == (1, 1, 1, 0, 2, 1, 1, 1, 1, 3, 3)
+    assert per_row == (0, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1)
 
 
 def test_a_prompt_in_pieces_runs_on_base_weights(runner: Any) -> None:
     """No decoder row, but rows that must not run on the adapter."""
     for name in "cde":
         del runner.lora_state.lora_requests[name]
-    runner.lora_state.lora_ids[:] = by_state([1, 0, 0, 0, 0])
+    runner.lora_state.lora_ids[:] = by_state([0, 0, 0, 1, 0])
     runner.execute_model(OUTPUT)
     assert runner.batch.num_reqs == COUNT
     [(per_sample, per_row, _)] = runner.mapped
-    assert per_sample == (1, 0, 0, 0, 0)
+    assert per_sample == (0, 0, 0, 1, 0)
     assert per_row == (0,) * 11
 
 
@@ -224,14 +263,22 @@ def test_a_prompt_in_pieces_runs_on_base_weights(runner: Any) -> None:
 def test_a_scored_prompt_has_a_decoder_row_for_each_of_its_rows(runner: Any, by: str) -> None:
     worker = runner.prompt_logprobs_worker
     if by == "prompt_logprobs":
-        worker.uses_prompt_logprobs[STATES[:2]] = True
+        worker.uses_prompt_logprobs[[4, 0]] = True  # the states of a and b
     else:
         worker.token_id_scores = {"a": None, "b": None}
     runner.execute_model(OUTPUT)
-    assert runner.mapped[0][1] == (0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 1, 1, 1, 2, 1)
+    assert runner.mapped[0][1] == (0, 0, 3, 3, 0, 0, 0, 0, 0, 0, 0, 2, 1, 1, 1, 1), "vLLM counts scheduled rows"
     state = runner.execute_model_state
-    assert state.input_batch.logits_indices.tolist() == [13, 3, 14, 15, 10], "b is the base model's"
-    assert state.hidden_states[:11, 0].tolist() == [11, 12, 13, 3, 14, 5, 6, 7, 15, 9, 10]
+    assert state.input_batch.logits_indices.tolist() == [0, 11, 3, 14, 15], "b is the base model's"
+    assert state.hidden_states[:11, 0].tolist() == [0, 11, 2, 3, 12, 13, 14, 7, 8, 9, 15]
+
+
+def test_rows_stay_where_they_are_beside_the_scored_prompt_of_another_model(runner: Any) -> None:
+    runner.prompt_logprobs_worker.uses_prompt_logprobs[3] = True
+    runner.execute_model(OUTPUT)
+    assert runner.batch.req_ids == list("bceadcd")
+    assert runner.execute_model_state.input_batch.logits_indices.tolist() == [0, 11, 3, 6, 12]
+    assert runner.written.tolist() == 2 * [11 * [50] + 2 * [-1]]
 
 
 def test_rows_without_room_are_an_error_and_not_a_write_beyond_the_end(runner: Any) -> None:
@@ -252,7 +299,7 @@ def test_states_are_kept_for_scheduled_requests_and_buffers_for_decoder_requests
 
 def test_a_batch_of_decodes_stays_uniform(runner: Any) -> None:
     assert runner.gather_batch_req_state(OUTPUT, False)[1] is None, "d samples one of four rows"
-    runner.req_states.num_computed_tokens_np[STATES[3]] = -9  # now it is in the middle of its prompt
+    runner.req_states.num_computed_tokens_np[STATES[4]] = -9  # now it is in the middle of its prompt
     assert runner.gather_batch_req_state(OUTPUT, False)[1] == 7
     assert runner.gather_batch_req_state(OUTPUT, True) == (None, 7)
 
@@ -270,7 +317,8 @@ def test_with_several_positions_for_each_row(runner: Any) -> None:
     prepare = runner_v2.wrap_prepare_inputs(original)
     inputs = prepare(SimpleNamespace(rope_state="M-RoPE"), runner.batch, None)
     assert seen == [(5, 13)]
-    assert inputs["positions"][:, 11:].T.tolist() == [[4, 20, 36], [8, 24, 40]]
+    assert inputs["positions"][0].tolist() == [0, 1, 1, 10, *range(2, 11)]
+    assert inputs["positions"][:, 2:4].T.tolist() == [[1, 17, 33], [10, 26, 42]]
     prepare(SimpleNamespace(rope_state=None), runner.batch, None)
     assert seen[-1] == (7, 13), "there is nothing to do"
 
@@ -279,11 +327,12 @@ def test_embeddings(runner: Any) -> None:
     runner.execute_model(OUTPUT)
 
     def original(self: Any, inputs: Any, batch: Any, states: Any) -> Any:
-        assert batch.req_ids == list("abcde"), "images are gathered by request"
+        assert batch.req_ids == list(NAMES), "images are gathered by request"
+        assert batch.input_ids[: batch.num_tokens].tolist() == list(range(100, 111)), "as they were"
         return torch.arange(float(batch.num_tokens_after_padding))[:, None]
 
     embeddings = runner_v2.wrap_prepare_inputs_embeds(original)(SimpleNamespace(), {}, runner.batch, None)
-    assert embeddings[11:, 0].tolist() == [4, 8]
+    assert embeddings[:, 0].tolist() == [0, 1, 1, 10, *range(2, 11)]
 
 
 @pytest.mark.parametrize("worker", ["gpu", "cpu"])

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.lora.request import LoRARequest
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from icarus.vllm import attended_step, step_layout
 from icarus.vllm.counters import count_rows
@@ -31,9 +30,19 @@ from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
 from icarus.vllm.step_layout import Batch, DecoderRows, Ints
 from icarus.vllm.worker import not_finite
+from icarus.vllm.worker.planned import Planned, Planner
 
-_ROWS = Attached[DecoderRows]("rows")
-"""On a runner: the decoder rows of its step. None during warm-up, in idle steps, and if no request needs any."""
+_PLANNED = Attached[Planned]("planned")
+"""On a runner: its step with decoder rows. None during warm-up, in idle steps, and if no request needs any."""
+
+_PLANNER = Attached[Planner]("planner")
+"""On a runner."""
+
+
+def _rows(runner: Any) -> DecoderRows | None:
+    """The decoder rows of a step."""
+    planned = _PLANNED.get(runner)
+    return planned.rows if planned else None
 
 
 # ------------------------------------------------------------------------------------------------- plan
@@ -52,21 +61,22 @@ def wrap_set_active_loras(original: Original) -> Original:
             return original(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kw)
         count = input_batch.num_reqs
         sampled = np.ones(count, dtype=np.int32) if num_sampled_tokens is None else num_sampled_tokens
-        rows = _plan(self, input_batch, shared, num_scheduled_tokens, sampled)
+        planned = _plan(self, input_batch, shared, num_scheduled_tokens, sampled)
+        rows = planned.rows
         count_rows(self, rows.scheduled, len(rows))
         if len(rows):
             step_layout.check_room(rows, count, self.max_num_tokens, self.max_num_reqs)
-            _ROWS.set(self, rows)
+            _PLANNED.set(self, planned)
         # A list, where vLLM has a set: requests are equal by name, and an adapter that was loaded again has two ids.
         requests = list(input_batch.lora_id_to_lora_request.values())
         per_sample = tuple(np.repeat(input_batch.request_lora_mapping[:count], sampled).tolist())
-        return self._set_active_loras(per_sample, tuple(rows.lora_ids.tolist()), requests, *args, **kw)
+        return self._set_active_loras(per_sample, planned.lora_ids, requests, *args, **kw)
 
     return set_active_loras
 
 
-def _plan(runner: Any, batch: Any, shared: set[int], scheduled: Any, sampled: Any) -> DecoderRows:
-    """The decoder rows of a step.
+def _plan(runner: Any, batch: Any, shared: set[int], scheduled: Any, sampled: Any) -> Planned:
+    """The plan of a step.
 
     Args:
         runner: vLLM's model runner.
@@ -83,7 +93,8 @@ def _plan(runner: Any, batch: Any, shared: set[int], scheduled: Any, sampled: An
     if scored := runner.num_prompt_logprobs:
         needed = np.where([request_id in scored for request_id in batch.req_ids], scheduled, needed)
     starts = np.concatenate([[0], np.cumsum(scheduled)])
-    return step_layout.plan(Batch(starts, needed, lora_ids, shares))
+    planner = _PLANNER.get_or_make(runner, lambda: Planner(runner.max_num_reqs, runner.device))
+    return planner.plan(Batch(starts, needed, lora_ids, shares))
 
 
 def wrap_execute_model(original: Original) -> Original:
@@ -98,7 +109,7 @@ def wrap_execute_model(original: Original) -> Original:
         try:
             return original(self, scheduler_output, *args, **kwargs)
         finally:
-            _ROWS.set(self, None)
+            _PLANNED.set(self, None)
 
     return execute_model
 
@@ -112,16 +123,16 @@ def wrap_prepare_inputs(original: Original) -> Original:
     @wraps(original)
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         logits_indices, *others = original(self, scheduler_output, num_scheduled_tokens)
-        if rows := _ROWS.get(self):
-            _write_requests(self, rows)
-            logits_indices = _on_device(self, step_layout.predicting_rows(rows))[logits_indices]
+        if planned := _PLANNED.get(self):
+            _write_requests(self, planned)
+            logits_indices = planned.predicting[logits_indices]
         return logits_indices, *others
 
     return _prepare_inputs
 
 
-def _write_requests(runner: Any, rows: DecoderRows) -> None:
-    batch, count = runner.input_batch, runner.input_batch.num_reqs
+def _write_requests(runner: Any, planned: Planned) -> None:
+    batch, count, rows = runner.input_batch, runner.input_batch.num_reqs, planned.rows
     step_layout.extend_starts(runner.query_start_loc.np, count, rows)
     runner.query_start_loc.copy_to_gpu()
     on_host = torch.from_numpy(rows.requests)
@@ -132,11 +143,10 @@ def _write_requests(runner: Any, rows: DecoderRows) -> None:
         batch.num_prompt_tokens_cpu_tensor,
     ):
         step_layout.append_copies(values, count, on_host)
-    on_device = _on_device(runner, rows.requests)
-    step_layout.append_copies(runner.seq_lens, count, on_device)
+    step_layout.append_copies(runner.seq_lens, count, planned.requests)
     for table in batch.block_table.block_tables:
         longest = int(table.num_blocks_per_row[rows.requests].max())
-        step_layout.append_copies(table.block_table.gpu[:, :longest], count, on_device)
+        step_layout.append_copies(table.block_table.gpu[:, :longest], count, planned.requests)
 
 
 def wrap_preprocess(original: Original) -> Original:
@@ -148,8 +158,8 @@ def wrap_preprocess(original: Original) -> Original:
     @wraps(original)
     def _preprocess(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, scheduler_output, *args, **kwargs)
-        if rows := _ROWS.get(self):
-            _write_rows(self, rows.scheduled, _on_device(self, rows.sources))
+        if planned := _PLANNED.get(self):
+            _write_rows(self, planned.rows.scheduled, planned.sources)
         return result
 
     return _preprocess
@@ -174,12 +184,11 @@ def wrap_model_forward(original: Original) -> Original:
     @wraps(original)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        not_finite.note(self, hidden, _Step(self, _ROWS.get(self)))
-        if (rows := _ROWS.get(self)) and self.num_prompt_logprobs:
-            decoded = hidden[
-                rows.scheduled : rows.scheduled + len(rows)
-            ].clone()  # a view of the tensor that is written to
-            hidden[_on_device(self, rows.sources)] = decoded
+        not_finite.note(self, hidden, _Step(self, _rows(self)))
+        if (planned := _PLANNED.get(self)) and self.num_prompt_logprobs:
+            rows = planned.rows
+            decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # a view of what is written to
+            hidden[planned.sources] = decoded
         return hidden
 
     return _model_forward
@@ -219,11 +228,6 @@ class _Step:
             yield table.slot_mapping.gpu, group.kv_cache_spec.block_size
 
 
-def _on_device(runner: Any, values: Ints) -> Tensor:
-    tensor: Tensor = async_tensor_h2d(values.astype(np.int64, copy=False), device=runner.device)
-    return tensor
-
-
 # ------------------------------------------------------------------------------------------------- size
 
 
@@ -235,7 +239,7 @@ def wrap_determine_batch_execution_and_padding(original: Original) -> Original:
 
     @wraps(original)
     def _determine_batch_execution_and_padding(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kw: Any) -> Any:
-        if rows := _ROWS.get(self):
+        if rows := _rows(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
             kw["force_num_active_loras"] = len(self.input_batch.lora_id_to_lora_request) + 1
         return original(self, num_tokens, num_reqs, *args, **kw)
@@ -250,7 +254,7 @@ def wrap_get_slot_mappings(original: Original) -> Original:
     def _get_slot_mappings(
         self: Any, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, *args: Any, **kw: Any
     ) -> Any:
-        if rows := _ROWS.get(self):
+        if rows := _rows(self):
             num_tokens_padded = max(num_tokens_padded, num_tokens_unpadded + len(rows))
             num_reqs_padded = max(num_reqs_padded, self.input_batch.num_reqs + len(rows.requests))
         return original(self, num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kw)
@@ -263,7 +267,7 @@ def wrap_build_attention_metadata(original: Original) -> Original:
 
     @wraps(original)
     def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
-        if rows := _ROWS.get(self):
+        if rows := _rows(self):
             num_tokens, num_reqs = num_tokens + len(rows), num_reqs + len(rows.requests)
         with attended_step.step(rows):
             return original(self, num_tokens, num_reqs, *args, **kwargs)
@@ -276,7 +280,7 @@ def wrap_prepare_padding_mask(original: Original) -> Original:
 
     @wraps(original)
     def _prepare_padding_mask(self: Any, num_tokens_unpadded: int, num_tokens_padded: int) -> Any:
-        rows = _ROWS.get(self)
+        rows = _rows(self)
         return original(self, num_tokens_unpadded + (len(rows) if rows else 0), num_tokens_padded)
 
     return _prepare_padding_mask

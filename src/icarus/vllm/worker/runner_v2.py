@@ -1,13 +1,15 @@
 """Decoder rows in vLLM's model runner V2 (``vllm/v1/worker/gpu/model_runner.py``), on any device.
 
-V2 passes one ``InputBatch`` through a step. So decoder rows are a transformation of that batch: its requests are
-appended once more, with the rows that predict, and attention, padding and CUDA graphs see one ordinary batch. Sampling
-gets the batch as it was, with indices that point at decoder rows. vLLM's manager of prefill context parallelism has the
-same shape (``pcp_manager.py``): it replaces the batch before the forward pass, and restores it before sampling.
+V2 passes one ``InputBatch`` through a step. So decoder rows are a transformation of that batch: it gets requests once
+more, with the rows that predict, and attention, padding and CUDA graphs see one ordinary batch. Sampling gets the batch
+as it was, with indices that point at decoder rows. vLLM's manager of prefill context parallelism has the same shape
+(``pcp_manager.py``): it replaces the batch before the forward pass, and restores it before sampling.
+
+Decoder requests stand behind scheduled decodes and before prefills. Where a prompt is scored they stand behind all.
 
     gather_batch_req_state    plans the step, when the order of requests is known and nothing has been sized
     dispatch_cg_and_sync_dp   counts decoder rows into padding, CUDA graphs and data-parallel ranks
-    prepare_inputs            appends decoder requests and their rows
+    prepare_inputs            adds decoder requests and their rows
     prepare_attn              block tables for all requests, slots for scheduled rows alone
     _set_active_loras         scheduled rows on base weights, decoder rows on the adapter
     execute_model             hands the batch as it was to sampling, and ends the plan
@@ -29,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.lora.request import LoRARequest
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from icarus.vllm import attended_step, step_layout
@@ -39,24 +40,29 @@ from icarus.vllm.patching import Original
 from icarus.vllm.state import Attached
 from icarus.vllm.step_layout import Batch, DecoderRows, Ints
 from icarus.vllm.worker import not_finite
+from icarus.vllm.worker.planned import Planned, Planner
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Of a step with requests that share."""
 
-    rows: DecoderRows  # there may be none: a prompt in pieces has rows on base weights alone
+    layout: Planned  # there may be no decoder rows: a prompt in pieces has rows on base weights alone
     requests: dict[int, LoRARequest]  # of all its requests, by LoRA id
     scores: bool  # whether one of these requests scores its prompt
+
+    @property
+    def rows(self) -> DecoderRows:
+        return self.layout.rows
 
 
 @dataclass(frozen=True)
 class _Extension:
     """Of a batch that has decoder requests."""
 
-    batch: Any  # as it was, with indices of decoder rows to sample from
-    rows: DecoderRows
-    sources: Tensor  # of the rows, on the device
+    batch: Any  # as it was
+    sampled: Any  # the same, with indices of decoder rows to sample from
+    layout: Planned
 
 
 _ROWS = Attached[DecoderRows]("rows")
@@ -96,6 +102,7 @@ class DecoderRowsRunner:
         super().__init__(_without_room(vllm_config), device)  # type: ignore[call-arg]
         self.vllm_config = vllm_config
         self._request_room = vllm_config.scheduler_config.max_num_seqs
+        self._planner = Planner(self._request_room, device)
         self.input_buffers = InputBuffers(self._request_room, self.max_num_tokens, device)
 
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +134,7 @@ class DecoderRowsRunner:
         step_layout.check_room(plan.rows, len(state.req_ids), self.max_num_tokens, self._request_room)
         _ROWS.set(self.cudagraph_manager, plan.rows)
         attended_step.begin(plan.rows)
-        decoder_lengths = np.diff(plan.rows.ends, prepend=plan.rows.scheduled)
+        decoder_lengths = np.diff(plan.rows.ends, prepend=plan.rows.first)
         alike = (decoder_lengths == state.num_scheduled_tokens[plan.rows.requests]).all()
         return state, uniform if alike else None
 
@@ -150,11 +157,11 @@ class DecoderRowsRunner:
     # --------------------------------------------------------------------------------------------- write
 
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Appends decoder requests and their rows to the batch."""
+        """Adds decoder requests and their rows to the batch."""
         with _room_for_decoder_requests(self):
             batch = super().prepare_inputs(*args, **kwargs)  # type: ignore[misc]
             return (
-                _extend(self, batch, self._decoder_plan.rows)
+                _extend(self, batch, self._decoder_plan.layout)
                 if self._decoder_plan and len(self._decoder_plan.rows)
                 else batch
             )
@@ -163,15 +170,15 @@ class DecoderRowsRunner:
         """Decoder requests read the blocks of their sources, and their rows have slot -1: they write nothing."""
         tables, slots = super().prepare_attn(input_batch)  # type: ignore[misc]
         if extension := _EXTENSION.get(input_batch):
-            rows = extension.rows
-            slots[:, rows.scheduled : rows.scheduled + len(rows)] = _NO_SLOT
+            rows = extension.layout.rows
+            slots[:, rows.first : rows.first + len(rows)] = _NO_SLOT
         return tables, slots
 
     def _set_active_loras(self: Any, per_sample: Any, per_row: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
         """Maps the rows of a planned step; sampled rows are mapped by request, as in vLLM."""
         if plan := self._decoder_plan:
-            per_row = tuple(plan.rows.lora_ids.tolist())
-            per_sample = per_sample[: len(per_sample) - len(plan.rows.requests)]
+            per_row, rows = plan.layout.lora_ids, plan.rows
+            per_sample = per_sample[: rows.behind] + per_sample[rows.behind + len(rows.requests) :]
             # vLLM has a set, in which requests are equal by name, and an adapter that was loaded again has two ids.
             requests = list(plan.requests.values())
         return super()._set_active_loras(per_sample, per_row, requests, *args, **kwargs)  # type: ignore[misc]
@@ -251,8 +258,20 @@ def _plan(runner: Any, state: Any, requests: dict[int, LoRARequest], shared: set
     scored = _scored(runner, state) & (computed < runner.req_states.prompt_len.np[index])
     sampled = np.where(scored, scheduled, sampled)
     starts = np.concatenate([[0], np.cumsum(scheduled)])
-    rows = step_layout.plan(Batch(starts, sampled, lora_ids, shares))
-    return _Plan(rows, requests, bool((scored & shares).any()))
+    # vLLM scores prompts by the numbers of scheduled rows, which must not move then.
+    behind = None if scored.any() else _decodes(scheduled, runner.decode_query_len)
+    layout = runner._planner.plan(Batch(starts, sampled, lora_ids, shares, behind))
+    return _Plan(layout, requests, bool((scored & shares).any()))
+
+
+def _decodes(lengths: Ints, most: int) -> int:
+    """How many requests at the front have ``most`` rows or fewer: vLLM's order (``sort_batch_req_ids``) has all there.
+
+    Decoder requests have no more. Behind these, attention backends with a kernel for decodes (FlashInfer) take them for
+    decodes (``split_decodes_and_prefills``), and behind prefills for prefills.
+    """
+    longer = lengths > most
+    return int(longer.argmax()) if longer.any() else len(lengths)
 
 
 def _scored(runner: Any, state: Any) -> Any:
@@ -267,62 +286,63 @@ def _scored(runner: Any, state: Any) -> Any:
 # ------------------------------------------------------------------------------------------------- write
 
 
-def _extend(runner: Any, batch: Any, rows: DecoderRows) -> Any:
-    """An ``InputBatch`` with decoder requests behind the scheduled ones, and their rows behind the scheduled rows."""
-    count, scheduled, again = batch.num_reqs, batch.num_tokens, rows.requests
-    requests, tokens = count + len(again), scheduled + len(rows)
+def _extend(runner: Any, batch: Any, layout: Planned) -> Any:
+    """An ``InputBatch`` with decoder requests behind the scheduled decodes, and their rows behind their rows."""
+    rows = layout.rows
+    requests, tokens = batch.num_reqs + len(rows.requests), batch.num_tokens + len(rows)
     padded_requests = max(batch.num_reqs_after_padding, requests)
     padded_tokens = max(batch.num_tokens_after_padding, tokens)
-    starts = np.empty(runner.max_num_reqs + 1, dtype=np.int32)
-    starts[: count + 1] = batch.query_start_loc_np[: count + 1]
-    step_layout.extend_starts(starts, count, rows)
-    sources, source_requests = _on_device(runner, rows.sources), _on_device(runner, again)
-    _write(runner.input_buffers, starts, batch, sources, source_requests)
-    lengths = np.diff(starts[count : requests + 1])
+    if rows.behind < batch.num_reqs:  # scheduled rows will move in buffers of which these are views
+        views = ("query_start_loc", "seq_lens", "input_ids")
+        batch = replace(batch, **{name: getattr(batch, name).clone() for name in views})
+    buffers, starts, spread = runner.input_buffers, layout.starts.copy(), _spread(layout)
+    _write(buffers, layout, batch.num_reqs, tokens)
+    lengths = np.diff(starts[: requests + 1])
     longest = np.zeros(padded_requests, dtype=np.int32)
-    longest[:count] = batch.seq_lens_cpu_upper_bound[:count]
-    longest[count:requests] = longest[again]
-    buffers, twice = runner.input_buffers, _appended(again)
+    longest[:requests] = spread(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].numpy())
+    computed = spread(batch.num_computed_tokens_np)
+    decoders = slice(rows.behind, rows.behind + len(rows.requests))
+    computed[decoders] = longest[decoders] - lengths[decoders]
+    of_rows = {name: getattr(buffers, name)[:padded_tokens] for name in ("input_ids", "positions", "is_padding")}
     extended = replace(
         batch,
-        req_ids=batch.req_ids + [batch.req_ids[request] for request in again],
+        req_ids=[batch.req_ids[request] for request in spread(np.arange(batch.num_reqs))],
         num_reqs=requests,
         num_reqs_after_padding=padded_requests,
-        idx_mapping=torch.cat([batch.idx_mapping, batch.idx_mapping[source_requests]]),
-        idx_mapping_np=twice(batch.idx_mapping_np),
-        num_scheduled_tokens=np.concatenate([batch.num_scheduled_tokens, lengths]),
+        idx_mapping=torch.cat([batch.idx_mapping[: rows.behind], batch.idx_mapping[layout.requests]]),
+        idx_mapping_np=spread(batch.idx_mapping_np),
+        num_scheduled_tokens=lengths,
         num_tokens=tokens,
         num_tokens_after_padding=padded_tokens,
         query_start_loc=buffers.query_start_loc[: padded_requests + 1],
         query_start_loc_np=starts[: padded_requests + 1],
         seq_lens=buffers.seq_lens[:padded_requests],
         seq_lens_cpu_upper_bound=torch.from_numpy(longest),
-        num_computed_tokens_np=np.concatenate([batch.num_computed_tokens_np, longest[again] - lengths]),
-        prefill_len_np=twice(batch.prefill_len_np),
-        num_computed_prefill_tokens_np=twice(batch.num_computed_prefill_tokens_np),
-        is_prefilling_np=twice(batch.is_prefilling_np),
-        input_ids=buffers.input_ids[:padded_tokens],
-        positions=buffers.positions[:padded_tokens],
-        is_padding=buffers.is_padding[:padded_tokens],
+        num_computed_tokens_np=computed,
+        prefill_len_np=spread(batch.prefill_len_np),
+        num_computed_prefill_tokens_np=spread(batch.num_computed_prefill_tokens_np),
+        is_prefilling_np=spread(batch.is_prefilling_np),
+        **of_rows,
     )
-    predicting = _on_device(runner, step_layout.predicting_rows(rows))
-    before = replace(batch, logits_indices=predicting[batch.logits_indices])
-    _EXTENSION.set(extended, _Extension(before, rows, sources))
+    sampled = replace(batch, logits_indices=layout.predicting[batch.logits_indices], **of_rows)
+    _EXTENSION.set(extended, _Extension(batch, sampled, layout))
     return extended
 
 
-def _write(buffers: Any, starts: Ints, batch: Any, sources: Tensor, source_requests: Tensor) -> None:
-    """Write decoder requests and rows behind those of a batch."""
-    async_tensor_h2d(starts, out=buffers.query_start_loc)
-    step_layout.append_copies(buffers.input_ids, batch.num_tokens, sources)
-    step_layout.append_copies(buffers.positions, batch.num_tokens, sources)
-    step_layout.append_copies(buffers.seq_lens, batch.num_reqs, source_requests)
-    buffers.is_padding[: batch.num_tokens + len(sources)] = False
+def _write(buffers: Any, layout: Planned, requests: int, tokens: int) -> None:
+    """Write decoder requests and rows between those of a batch, or behind them."""
+    first, sources = layout.rows.first, layout.sources
+    buffers.query_start_loc.copy_(layout.starts_on_device)
+    step_layout.append_copies(buffers.input_ids, first, sources)
+    step_layout.append_copies(buffers.positions, first, sources)
+    step_layout.append_copies(buffers.seq_lens, layout.rows.behind, layout.requests)
+    buffers.is_padding[:tokens] = False
 
 
-def _appended(again: Ints) -> Any:
-    """A function that appends to an array by request the entries of some requests."""
-    return lambda values: np.concatenate([values, values[again]])
+def _spread(layout: Planned) -> Any:
+    """A function from an array by scheduled request to one by request of the step."""
+    behind, (tail, _) = layout.rows.behind, layout.tails
+    return lambda values: np.concatenate([values[:behind], values[tail]])
 
 
 def wrap_prepare_inputs_embeds(original: Original) -> Original:
@@ -335,7 +355,7 @@ def wrap_prepare_inputs_embeds(original: Original) -> Original:
             return original(self, scheduled_encoder_inputs, input_batch, req_states)
         padded = replace(extension.batch, num_tokens_after_padding=input_batch.num_tokens_after_padding)
         embeddings = original(self, scheduled_encoder_inputs, padded, req_states)
-        step_layout.append_copies(embeddings, extension.rows.scheduled, extension.sources)
+        step_layout.append_copies(embeddings, extension.layout.rows.first, extension.layout.sources)
         return embeddings
 
     return prepare_inputs_embeds
@@ -351,7 +371,7 @@ def wrap_prepare_inputs(original: Original) -> Original:
             return original(self, input_batch, req_states)
         padded = replace(extension.batch, num_tokens_after_padding=input_batch.num_tokens_after_padding)
         inputs = original(self, padded, req_states)
-        step_layout.append_copies(inputs["positions"].T, extension.rows.scheduled, extension.sources)
+        step_layout.append_copies(inputs["positions"].T, extension.layout.rows.first, extension.layout.sources)
         return inputs
 
     return prepare_inputs
@@ -364,11 +384,11 @@ def _finish(runner: Any, state: Any, hidden: Any) -> None:
     extension = _EXTENSION.get(state.input_batch)
     if extension is None:
         return
-    if plan.scores:  # vLLM computes them from scheduled rows
-        rows = extension.rows
+    if plan.scores:  # vLLM computes them from scheduled rows, which have not moved
+        rows = plan.rows
         decoded = hidden[rows.scheduled : rows.scheduled + len(rows)].clone()  # a view of what is written to
-        hidden[extension.sources] = decoded
-    runner.execute_model_state = state._replace(input_batch=extension.batch)
+        hidden[plan.layout.sources] = decoded
+    runner.execute_model_state = state._replace(input_batch=extension.sampled)
 
 
 @dataclass(frozen=True)
@@ -399,8 +419,3 @@ class _Step:
     def slots(self) -> Iterator[tuple[Tensor, int]]:
         tables = self.runner.block_tables
         yield from zip(tables.slot_mappings, tables.block_sizes, strict=True)
-
-
-def _on_device(runner: Any, values: Ints) -> Tensor:
-    tensor: Tensor = async_tensor_h2d(values.astype(np.int64, copy=False), device=runner.device)
-    return tensor
