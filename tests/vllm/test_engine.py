@@ -417,7 +417,7 @@ def test_stock_operators_are_refused_on_a_cpu(shop: Shop) -> None:
     assert base["tokens"] == shop.reference("base", SHARED)
 
 
-def test_a_worker_with_another_runner_is_refused_adapters_that_share(shop: Shop, stock: Any) -> None:
+def test_a_worker_with_another_runner_is_refused_adapters_that_share(either: Shop, stock: Any) -> None:
     """It would serve them as plain LoRA, and leave their K/V to others; everything else goes on there."""
     [asked_of_stock] = in_turn()[0]["ask"]
     steps = [
@@ -425,8 +425,8 @@ def test_a_worker_with_another_runner_is_refused_adapters_that_share(shop: Shop,
         ask(("base", SHARED), ("plain", asked_of_stock["prompt"])),
         ask(("sql", SHARED)),
     ]
-    loaded, [base, plain], asked = shop.serve(steps, worker_cls="unchanged_worker.UnchangedWorker", max_loras=5)
+    loaded, [base, plain], asked = either.serve(steps, worker_cls="unchanged_worker.UnchangedWorker", max_loras=5)
     for refused in (asked, loaded):
         assert "rank 0 runs the model runner unchanged_worker.UnchangedRunner" in refused["error"]
-    assert base["tokens"] == shop.reference("base", SHARED)
+    assert base["tokens"] == either.reference("base", SHARED)
     assert plain["tokens"] == stock["in turn"][0][0]["tokens"]
