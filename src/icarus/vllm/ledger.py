@@ -14,8 +14,8 @@ TESTED = ("0.31.0", "0.32.0")
 
 CHECKED = ("0.33.0",)
 """Versions without a build for the machines that the suite runs on. Their source was compared with that of the newest
-tested one (``make check-vllm``), all that had changed was read, and the suite ran on their Python files over compiled
-files of that version (``make test-sources``); docs/inside-vllm.md has what was found."""
+tested one (``make check-vllm``), all that had changed was read, and tests ran on their Python files over compiled files
+of that version (``make test-sources``); docs/inside-vllm.md has which, and what was found."""
 
 ROOM = Hook(
     until="plugins can change the configuration before it is checked",
