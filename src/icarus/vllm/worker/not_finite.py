@@ -6,8 +6,9 @@ adapter (or prompt of embeddings) that turns NaN would spoil the answers of ever
 
 A row whose V is not finite in some layer has a last hidden state that is not finite either, since a row attends to
 itself. (K alone may be infinite where a row then gives itself no weight; kernels put something else in the place of a
-masked score, so K that others left changes nothing.) So the hidden states of all rows of a step tell which blocks have to be cleaned when they are handed out again,
-of prompts that are cut into chunks and of requests that end before they sample as well.
+masked score, so K that others left changes nothing.) So the hidden states of all rows of a step tell which blocks have
+to be cleaned when they are handed out again, of prompts that are cut into chunks and of requests that end before they
+sample as well.
 """
 
 from __future__ import annotations
