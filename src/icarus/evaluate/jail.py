@@ -18,16 +18,16 @@ from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-_AT_FDCWD, _AT_RECURSIVE, _MOUNT_SETATTR, _RDONLY = -100, 0x8000, 442, 1  # linux/fcntl.h, linux/mount.h
-_NOSUID_NODEV = 2 | 4
+_AT_FDCWD, _AT_RECURSIVE, _MOUNT_SETATTR = -100, 0x8000, 442  # linux/fcntl.h
+_RDONLY, _NOSUID, _NODEV = 1, 2, 4  # linux/mount.h
 _CAPABILITIES_3 = 0x20080522
 _SET_SECCOMP, _SECCOMP_FILTER, _NO_NEW_PRIVS = 22, 2, 38  # linux/prctl.h
 
 # linux/audit.h and the system calls' numbers, by machine: those that start a process, open a socket (one in the file
-# system is no part of a network namespace), or lead around this.
+# system is no part of a network namespace), make memory that no limit counts (shmget) or keys, or lead around this.
 _MACHINES = {
-    "x86_64": (0xC000003E, {"clone": 56, "clone3": 435}, (57, 58, 41, 272, 308, 425, 101)),
-    "aarch64": (0xC00000B7, {"clone": 220, "clone3": 435}, (198, 97, 268, 425, 117)),
+    "x86_64": (0xC000003E, {"clone": 56, "clone3": 435}, (57, 58, 41, 272, 308, 425, 101, 29, 248, 249, 250)),
+    "aarch64": (0xC00000B7, {"clone": 220, "clone3": 435}, (198, 97, 268, 425, 117, 194, 217, 218, 219)),
 }
 _CLONE_THREAD = 0x10000
 _ALLOW, _FAIL, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -40,12 +40,12 @@ def _called(result: int, what: str) -> None:
 
 
 def _seal_files(folder: str, size: int) -> None:
-    """Everything read-only, but for an empty folder in memory."""
-    attributes = struct.pack("QQQQ", _RDONLY, 0, 0, 0)
+    """Everything read-only and without devices, such as the user's terminal, but for an empty folder in memory."""
+    attributes = struct.pack("QQQQ", _RDONLY | _NODEV, 0, 0, 0)
     found = _LIBC.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes))
     _called(found, "mount_setattr")
     options = f"size={size},nr_inodes=1000,mode=700".encode()
-    _called(_LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", _NOSUID_NODEV, options), "mount")
+    _called(_LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", _NOSUID | _NODEV, options), "mount")
     os.chdir(folder)
 
 
@@ -94,12 +94,12 @@ def _filter_calls() -> None:
     _called(_LIBC.prctl(_SET_SECCOMP, _SECCOMP_FILTER, program, 0, 0), "seccomp")
 
 
-def _run(task: dict[str, Any]) -> None:
-    """In a process of its own: limits do not end the first one of a namespace."""
+def _run(task: dict[str, Any], nothing: int) -> None:
+    """In a process of its own: limits do not end the first one of a namespace. ``nothing`` is /dev/null."""
     _limit(task["seconds"], task["memory"], task["files"])
     _drop_privileges()
     _filter_calls()
-    verdict, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    verdict = os.dup(1)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     exec(compile(task["program"], "program", "exec"), {"__name__": "program"})
@@ -109,10 +109,10 @@ def _run(task: dict[str, Any]) -> None:
 
 def main() -> None:
     """Read the task, shut the doors, run the program, and say the proof if it came to its end."""
-    task = json.load(sys.stdin)
+    task, nothing = json.load(sys.stdin), os.open(os.devnull, os.O_RDWR)
     _seal_files(task["folder"], task["files"])
     if os.fork() == 0:
-        _run(task)
+        _run(task, nothing)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
     signal.alarm(task["seconds"] + 1)  # of wall time; the kernel ends whoever is left in the namespace
     os.wait()

@@ -96,10 +96,10 @@ ATTRIBUTES = (
     Attributes("vllm.v1.utils:CpuGpuBuffer", "copy_to_gpu gpu np", runner="V1"),
     Attributes(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
-        "_init_kv_zero_meta attn_groups block_tables compilation_config cudagraph_manager decode_query_len device "
-        "execute_model_state input_buffers kv_block_zeroer kv_cache_config lora_config lora_manager lora_state "
-        "max_num_reqs max_num_tokens model_state prompt_logprobs_worker req_states scheduler_config "
-        "uses_inputs_embeds vllm_config",
+        "_init_kv_zero_meta attn_groups aux_output_connector block_tables compilation_config cudagraph_manager "
+        "decode_query_len device execute_model_state input_buffers kv_block_zeroer kv_cache_config lora_config "
+        "lora_manager lora_state max_num_reqs max_num_tokens model_state prompt_logprobs_worker req_states "
+        "scheduler_config supports_mm_inputs uses_inputs_embeds vllm_config",
         runner="V2",
     ),
     Attributes(

@@ -98,10 +98,10 @@ class Layer:
         self.cache = torch.randn(BLOCKS, KV_HEADS, BLOCK, 2 * SIZE)
         self.build, self.forward = (getattr(f, "__wrapped__", f) for f in (builder_class.build, impl_class.forward))
 
-    def metadata(self, step: Step, *, paired: bool, dummy: bool = False) -> Any:
+    def metadata(self, step: Step, *, paired: bool, dummy: bool = False, prefix: int = 0) -> Any:
         build = attention.wrap_build(self.build) if paired else self.build
         with attended_step.step(None if dummy else step.rows):
-            return build(self.builder, 0, step.common)
+            return build(self.builder, prefix, step.common)
 
     def attend(self, metadata: Any, query: Tensor) -> Tensor:
         """(rows, heads, size), with two rows of padding that stay as they are."""
@@ -356,6 +356,11 @@ def test_so_are_other_backends_drafts_and_graphs_of_prefills(change: Any, said: 
 def test_layers_that_can_be_paired_are_enough() -> None:
     groups = [[Layer(FLASH, sliding_window=(15, 0))], [Layer(FLASH)]]
     assert attention.refusal(runner_of(*itertools.chain(*groups))) == ""
+
+
+def test_a_prefix_in_a_call_of_its_own_keeps_two_requests() -> None:
+    """Cascade attention of vLLM 0.31.0, whose other call is causal."""
+    assert attention.PAIRED.get(Layer(FLASH).metadata(STEPS["decodes"], paired=True, prefix=16)) is None
 
 
 def test_without_the_setting_nothing_changes() -> None:

@@ -51,6 +51,7 @@ class Vllms:
         self.max_num_reqs, self.max_num_tokens = self.scheduler_config.max_num_seqs, TOKENS
         self.device, self.lora_config, self.uses_inputs_embeds = device, "on", False
         self.decode_query_len = 1
+        self.supports_mm_inputs, self.aux_output_connector = False, None
         self.input_buffers = InputBuffers(self.max_num_reqs, TOKENS, device)
         self.cudagraph_manager = SimpleNamespace()
         self.model_state = SimpleNamespace(num_new_sampled_tokens_per_step=1)
@@ -279,6 +280,14 @@ def test_rows_stay_where_they_are_beside_the_scored_prompt_of_another_model(runn
     assert runner.batch.req_ids == list("bceadcd")
     assert runner.execute_model_state.input_batch.logits_indices.tolist() == [0, 11, 3, 6, 12]
     assert runner.written.tolist() == 2 * [11 * [50] + 2 * [-1]]
+
+
+@pytest.mark.parametrize(("name", "value"), [("supports_mm_inputs", True), ("aux_output_connector", object())])
+def test_rows_stay_where_they_are_where_something_counts_them(runner: Any, name: str, value: Any) -> None:
+    """Qwen3-VL keeps DeepStack features by row, from embedding to forward pass; a report of experts counts rows."""
+    setattr(runner, name, value)
+    runner.execute_model(OUTPUT)
+    assert runner.batch.req_ids == list("bceadcd")
 
 
 def test_rows_without_room_are_an_error_and_not_a_write_beyond_the_end(runner: Any) -> None:

@@ -145,7 +145,8 @@ def wrap_build(original: Original) -> Original:
     @wraps(original)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         common, rows = common_attn_metadata, attended_step.decoder_rows()
-        if not settings.reads_kv_once(self.vllm_config) or obstacle(self):
+        # vLLM 0.31.0 attends a prefix that all requests share in a call of its own, and the rest always causally.
+        if common_prefix_len or not settings.reads_kv_once(self.vllm_config) or obstacle(self):
             return original(self, common_prefix_len, common, *args, **kwargs)
         starts = common.query_start_loc_cpu.numpy()
         first, second = step_layout.pairs(starts, rows) if rows else (_NONE, _NONE)

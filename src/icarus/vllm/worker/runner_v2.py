@@ -258,10 +258,19 @@ def _plan(runner: Any, state: Any, requests: dict[int, LoRARequest], shared: set
     scored = _scored(runner, state) & (computed < runner.req_states.prompt_len.np[index])
     sampled = np.where(scored, scheduled, sampled)
     starts = np.concatenate([[0], np.cumsum(scheduled)])
-    # vLLM scores prompts by the numbers of scheduled rows, which must not move then.
-    behind = None if scored.any() else _decodes(scheduled, runner.decode_query_len)
+    behind = None if scored.any() or _counts_rows(runner) else _decodes(scheduled, runner.decode_query_len)
     layout = runner._planner.plan(Batch(starts, sampled, lora_ids, shares, behind))
     return _Plan(layout, requests, bool((scored & shares).any()))
+
+
+def _counts_rows(runner: Any) -> bool:
+    """Whether something keeps values by the numbers of scheduled rows, which must not move then.
+
+    vLLM's scores of prompts do as well (``_scored``). Multimodal models do from the embedding of a step to its forward
+    pass (DeepStack, masks of images), and so does the report of a mixture's experts
+    (``--enable-return-routed-experts``).
+    """
+    return bool(runner.supports_mm_inputs or runner.aux_output_connector is not None)
 
 
 def _decodes(lengths: Ints, most: int) -> int:
