@@ -85,7 +85,7 @@ def test_what_is_done_is_not_done_again(sides: Sides) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scorer": "bleu"}, "no known scorer 'bleu'; take one of choice, exact_match"),
+        ({"scorer": "bleu"}, "no known scorer 'bleu'; take one of choice, code, exact_match"),
         ({"items": []}, "Task chats has no items"),
         ({"scorer": "choice"}, "1: scorer 'choice' needs choices"),
         ({"items": CHOICES.items}, "choice 1: scorer 'token_f1' needs one completion"),
