@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from icarus import vllm_environment
 from icarus.bench.agents import load, plan, records, settings, systems, tables
 from icarus.bench.agents.plan import Unit
 from icarus.bench.agents.records import CallRecord, Records, Run
@@ -241,6 +242,7 @@ def test_systems_differ_in_adapters_and_plugin_alone() -> None:
 
 
 def test_servers_get_what_the_caller_has_set_and_the_protocol_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_environment, "has_accelerator", lambda: False)
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     kind = systems.ServerKind("icarus", 2, 6400)
