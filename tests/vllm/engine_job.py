@@ -200,11 +200,11 @@ def as_on_a_gpu() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     CPUModelRunner._postprocess_tensors = lambda self: None
-    check = CpuPlatform.check_and_update_config
+    check = CpuPlatform.check_and_update_config.__func__  # the plugin looks at its parameters
 
     @wraps(check)
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        check(vllm_config)
+        check(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
