@@ -15,7 +15,8 @@ import pytest
 NO_VLLM = "vLLM has no build for this system"
 NO_CPU_TORCH = "about CPU builds of torch"
 NO_CPU_VLLM = "about vLLM's CPU build"
-ALLOWED = frozenset({NO_VLLM, NO_CPU_TORCH, NO_CPU_VLLM})
+NO_NAMESPACES = "this system gives programs no namespaces of their own"
+ALLOWED = frozenset({NO_VLLM, NO_CPU_TORCH, NO_CPU_VLLM, NO_NAMESPACES})
 
 # The folder tests/vllm is a namespace package of that name where vLLM is missing; it has no origin.
 VLLM = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None

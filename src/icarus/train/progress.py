@@ -45,7 +45,9 @@ class Progress(TrainerCallback):
         if self.bar is None or not logs or "train_runtime" in logs:
             return
         shown: dict[str, float] = {
-            name: logs[name] for name in ("loss", "kd_loss", "eval_loss", "mean_token_accuracy") if name in logs
+            name: logs[name]
+            for name in ("loss", "kd_loss", "ce_loss", "eval_loss", "mean_token_accuracy")
+            if name in logs
         }
         seconds = max(time.monotonic() - self.started, 1e-9)
         if "num_tokens" in logs:
