@@ -13,7 +13,7 @@ from experiments.accuracy.settings import Settings
 Loss = Callable[["Cell"], float | None]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Cell:
     """One training run."""
 

@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 from experiments.accuracy import work
 from experiments.accuracy.plan import Cell, best_rate
 from icarus import arguments, atomic
+from icarus.context import BASE
 from icarus.evaluate import Outcome
-from icarus.evaluate.report import summary
+from icarus.evaluate.report import shown, summary
 
 PEER = "conventional"
 """The arm that the others are compared with."""
@@ -41,7 +42,7 @@ def _tasks(place: work.Place) -> list[str]:
 def _task(place: work.Place, task: str) -> dict[str, Any]:
     """Of each arm: its search, its runs at the best rate, and how these compare with the peer's of the same seed."""
     arms = [arm for name, arm in place.settings.pairs if name == task]
-    report: dict[str, Any] = {work.BASE_ARM: {"seeds": _seeds(place, task, work.BASE_ARM, 0.0)}}
+    report: dict[str, Any] = {BASE: {"seeds": _seeds(place, task, BASE, 0.0)}}
     for arm in arms:
         rate = best_rate(place.settings, task, arm, place.loss)
         report[arm] = {"search": _search(place, task, arm), "rate": rate, "seeds": {}}
@@ -63,7 +64,7 @@ def _seeds(place: work.Place, task: str, arm: str, rate: float) -> dict[str, Any
     """By seed: loss and score on held-back items, and the differences to the peer's run of that seed."""
     peer_rate = best_rate(place.settings, task, PEER, place.loss)
     found: dict[str, Any] = {}
-    for seed in place.settings.seeds if arm != work.BASE_ARM else (0,):
+    for seed in place.settings.seeds if arm != BASE else (0,):
         cell = Cell(task, arm, rate, seed)
         training, own = work.read(place.result(cell)), _outcomes(place, cell)
         if not own:
@@ -126,9 +127,9 @@ def _table(task: str, arms: Mapping[str, Any]) -> str:
             arm,
             f"{own['rate']:g}" if own.get("rate") else "",
             _both(f"{seed['loss']:.3f}" for seed in seeds),
-            _both(_interval(seed, "loss", 1, ".3f") for seed in seeds),
+            _both(shown(seed.get("difference", {}).get("loss"), 1, ".3f") for seed in seeds),
             _both(f"{100 * seed['score']:.1f}" for seed in seeds),
-            _both(_interval(seed, "score", 100, ".1f") for seed in seeds),
+            _both(shown(seed.get("difference", {}).get("score"), 100, ".1f") for seed in seeds),
             _both(f"{seed['drift']:.2f}" if "drift" in seed else "" for seed in seeds),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -137,14 +138,6 @@ def _table(task: str, arms: Mapping[str, Any]) -> str:
 
 def _both(texts: Iterator[str] | Sequence[str]) -> str:
     return "; ".join(text for text in texts if text)
-
-
-def _interval(seed: Mapping[str, Any], name: str, scale: int, form: str) -> str:
-    if "difference" not in seed:
-        return ""
-    value, interval = seed["difference"][name]["value"], seed["difference"][name]["interval"]
-    low, high = (format(scale * bound, f"+{form}") for bound in interval)
-    return f"{format(scale * value, f'+{form}')} [{low}, {high}]"
 
 
 # ------------------------------------------------------------------------------------------------- plots

@@ -19,7 +19,6 @@ class Arm:
 
     method: Literal["icarus", "lora", "distill"]
     rank: int
-    targets: tuple[str, ...] | None = None
     base: Literal["base", "team"] = "base"
     """``team``: the base model that was prepared for the team."""
     teacher: str | None = None

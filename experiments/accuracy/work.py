@@ -30,6 +30,7 @@ from icarus import arguments, base_model
 from icarus.adapter.files import read_tensors
 from icarus.bench import measure
 from icarus.chat_template import Codec
+from icarus.context import BASE
 from icarus.errors import InputError
 from icarus.evaluate import Sides, TokenRow, evaluate
 from icarus.evaluate.run import digest
@@ -40,8 +41,6 @@ from icarus.train.run import train
 _VALIDATIONS = 3
 _BATCH = 8
 _ROWS_PER_STEP = 4  # rows written for each row that an arm of the common number of steps sees; equal time needs more
-BASE_ARM = "base"
-"""The name of the base model's own scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +149,7 @@ def perform_base(place: Place, task: str) -> None:
 
 def base_cell(task: str) -> Cell:
     """The name under which the base model's scores lie."""
-    return Cell(task, BASE_ARM, 0.0, 0)
+    return Cell(task, BASE, 0.0, 0)
 
 
 def base_done(place: Place, task: str) -> bool:
@@ -220,7 +219,6 @@ def _trained(settings: Settings, training: _Training) -> tuple[dict[str, Any], l
         "eval_data": str(training.validation) if training.validation else None,
         "output": str(training.output),
         "rank": arm.rank,
-        "targets": list(arm.targets) if arm.targets else None,
         "dtype": settings.dtype,
         "resume": any(run.glob("checkpoint-*/trainer_state.json")),
     }
@@ -347,7 +345,7 @@ def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: 
     """Of each item: score, loss per token of the reference, its tokens, drift."""
     sides = Sides.load(base, sources, dtype=place.settings.dtype)
     outcomes = sorted(
-        evaluate(sides, parts(place, task).test, [next(iter(sources), BASE_ARM)], batch_size=16), key=lambda o: o.item
+        evaluate(sides, parts(place, task).test, [next(iter(sources), BASE)], batch_size=16), key=lambda o: o.item
     )
     result = {
         "identity": identity(place, cell),

@@ -444,7 +444,7 @@ def _last(count: int, input_ids: Tensor) -> int | Tensor:
     """The last positions of tokens (B, T), in the form in which Transformers models take them.
 
     A number makes a slice of the hidden states. With several sequences that slice has gaps, and torch's linear then
-    copies lm_head for each of them: a third of a small model's training step on a CPU. Indices make a copy without.
+    copies lm_head for each of them. Indices make a copy of the hidden states without gaps.
     """
     length = input_ids.shape[1]
     return count if len(input_ids) == 1 else torch.arange(length - count, length, device=input_ids.device)

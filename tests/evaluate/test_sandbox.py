@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -68,7 +69,6 @@ CONTAINED = {
     "a file elsewhere": "open(PLACE, 'w')",
     "a device": "open('/dev/zero', 'rb')",
     "shared memory": "import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0",
-    "a flood": "import os\nfor n in range(3, 64):\n try:\n  while 1: os.write(n, bytes(2**20))\n except OSError: 0",
     "a file in /tmp": "open('/tmp/icarus-was-here', 'w')",
     "more rights": "import os; os.setuid(1)",
     "another mount": "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/mnt', b'tmpfs', 0, b'') == 0",
@@ -88,6 +88,23 @@ def test_a_program_is_contained(attempt: str, tmp_path: Path, monkeypatch: pytes
     head = f"PLACE = {str(tmp_path / 'x')!r}; PIDS = [1, 2, {os.getpid()}]\n"
     assert not passes(head + CONTAINED[attempt], FEW)
     assert not list(tmp_path.iterdir())
+
+
+@linux
+def test_what_a_program_says_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the number of the verdict's file, which a program can find; a pipe would fill the evaluator's memory."""
+    flood = (
+        "import os\nfor n in range(3, 64):\n try:\n  for _ in range(4): os.write(n, bytes(2**20))\n except OSError: 0"
+    )
+    sizes, begin = [], sandbox._begin
+
+    def watched(file: IO[bytes], count: int) -> str:
+        sizes.append(os.fstat(file.fileno()).st_size)
+        return begin(file, count)
+
+    monkeypatch.setattr(sandbox, "_begin", watched)
+    assert not passes(flood, FEW)
+    assert max(sizes) == FEW.files
 
 
 @pytest.fixture

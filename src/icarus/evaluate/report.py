@@ -92,15 +92,16 @@ def show(figures: Mapping[str, Mapping[str, Any]], against: str) -> None:
                 side,
                 own["kind"],
                 f"{100 * own['score']:.1f}",
-                _shown(difference.get("score"), 100, ".1f"),
+                shown(difference.get("score"), 100, ".1f"),
                 f"{own['loss']:.4f}",
-                _shown(difference.get("loss"), 1, ".4f"),
+                shown(difference.get("loss"), 1, ".4f"),
                 f"{own['drift']:.3f}" if "drift" in own else "",
             )
         Console().print(table)
 
 
-def _shown(difference: Mapping[str, Any] | None, scale: int, form: str) -> str:
+def shown(difference: Mapping[str, Any] | None, scale: int, form: str) -> str:
+    """A difference times ``scale`` with its interval, each number in the format ``form``."""
     if difference is None:
         return ""
     value = format(scale * difference["value"], f"+{form}")
