@@ -18,7 +18,7 @@ ROOT = Path(icarus.__file__).parent
 # is the package's front door, whose names are lazy, and stands on top of all.
 LEVELS = [
     {"errors"},
-    {"atomic", "hub", "vllm_environment", "processor"},
+    {"atomic", "hub", "vllm_environment", "processor", "memory"},
     {"arguments"},
     {"base_model", "chat_template", "shipped_specialists"},
     {"adapter"},

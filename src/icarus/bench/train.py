@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icarus import adapter, base_model
+from icarus import adapter, base_model, memory
 from icarus.bench import measure
 from icarus.bench.measure import Step
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print tables, and return the report."""
+    if not torch.cuda.is_available():
+        memory.keep()  # as icarus train does
     base, dtype, repeats = options.base, options.dtype, options.repeats
     torch.manual_seed(0)
     icarus = adapter.attach(base_model.load(base, dtype=dtype)[0], rank=RANK).train()

@@ -19,7 +19,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from icarus import adapter, arguments, base_model, processor
+from icarus import adapter, arguments, base_model, memory, processor
 from icarus.errors import InputError
 from icarus.train import data, fields, tokenizer
 from icarus.train.config import LEARNING_RATES, TRAIN, AdapterConfig, DistillConfig, IcarusSFTConfig, TrainConfig
@@ -59,6 +59,8 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, and an adapter is a directory; choose another --output.")
     checkpoint = _checkpoint(output, config.resume)
+    if sft.use_cpu or not torch.cuda.is_available():
+        memory.keep()
     rows = data.read(config.data)
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     model, codes = base_model.load(
