@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from icarus import adapter
+from icarus import adapter, turns
 from saved import save_adapter, save_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -44,3 +44,7 @@ def test_a_team_works_in_one_context(
     assert len(turns) == 3
     assert all(sum(before) == after[1] for before, after in pairwise(turns))  # nothing is encoded twice
     assert out.splitlines()[-1].endswith("one copy for 4 models")
+
+
+def test_turns_can_be_read() -> None:
+    assert [turn["model"] for turn in turns.read(str(EXAMPLES / "turns.json"))] == ["planner", "sql"]

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 import torch
 
 from experiments.accuracy import plan, work
+from icarus import memory
 
 Job = plan.Wanted | str
 """A run, or a task on which the base model is to be scored."""
@@ -20,8 +21,6 @@ def run(place: work.Place, jobs: int) -> int:
     place.work.mkdir(parents=True, exist_ok=True)
     threads = max((os.cpu_count() or 1) // jobs, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):  # glibc gives memory back and takes it in each step
-        os.environ.setdefault(name, str(2**28))
     running: dict[Future[None], Job] = {}
     failed: set[Job] = set()
     spawn = multiprocessing.get_context("spawn")
@@ -52,6 +51,8 @@ def _jobs(place: work.Place) -> list[Job]:
 
 
 def _perform(place: work.Place, job: Job) -> None:
+    if not torch.cuda.is_available():
+        memory.keep()
     if isinstance(job, str):
         work.perform_base(place, job)
     else:

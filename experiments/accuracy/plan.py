@@ -44,7 +44,8 @@ def wanted(settings: Settings, loss: Loss) -> Iterator[Wanted]:
         if teacher and best_rate(settings, task, teacher, loss) is None:
             continue
         if best is not None:
-            yield from (Wanted(Cell(task, arm, best, seed), True) for seed in settings.seeds)
+            scored = not settings.arms[arm].in_process
+            yield from (Wanted(Cell(task, arm, best, seed), scored) for seed in settings.seeds)
         elif settings.arms[arm].rates_of is None:
             yield from (Wanted(cell, False) for cell in _search(settings, task, arm, loss))
 

@@ -61,25 +61,28 @@ def _search(place: work.Place, task: str, arm: str) -> dict[str, float]:
 
 
 def _seeds(place: work.Place, task: str, arm: str, rate: float) -> dict[str, Any]:
-    """By seed: loss and score on held-back items, and the differences to the peer's run of that seed."""
+    """By seed: cost, loss and score on held-back items, and differences to the run of the peer with that seed."""
     peer_rate = best_rate(place.settings, task, PEER, place.loss)
     found: dict[str, Any] = {}
     for seed in place.settings.seeds if arm != BASE else (0,):
         cell = Cell(task, arm, rate, seed)
-        training, own = work.read(place.result(cell)), _outcomes(place, cell)
-        if not own:
-            continue
+        figures = _training(place, cell) if arm != BASE else {}
         peer = [] if peer_rate is None else _outcomes(place, Cell(task, PEER, peer_rate, seed))
-        against = PEER if peer else arm
-        figures = summary(
-            [*own, *([] if arm == PEER else peer)], {arm: arm, PEER: PEER} if peer else {arm: arm}, against
-        )
-        found[str(seed)] = figures[task][arm] | (
-            {}
-            if training is None
-            else {name: training[name] for name in ("validation_loss", "trainable", "tokens", "seconds", "peak_bytes")}
-        )
+        if own := _outcomes(place, cell):
+            sides = {arm: arm, PEER: PEER} if peer else {arm: arm}
+            outcomes = [*own, *([] if arm == PEER else peer)]
+            figures |= summary(outcomes, sides, PEER if peer else arm)[task][arm]
+        if figures:
+            found[str(seed)] = figures
     return found
+
+
+def _training(place: work.Place, cell: Cell) -> dict[str, Any]:
+    if place.loss(cell) is None:
+        return {}
+    result = work.read(place.result(cell)) or {}
+    names = ("validation_loss", "trainable", "tokens", "seconds", "cpu_seconds", "peak_bytes")
+    return {name: result[name] for name in names if name in result}
 
 
 def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
@@ -111,29 +114,31 @@ def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
 
 def _table(task: str, arms: Mapping[str, Any]) -> str:
     """A table in Markdown: a row for each arm, with both seeds' figures in each cell."""
-    lines = [
-        f"### {task}",
-        "",
-        f"| arm | rate | loss | over {PEER} | score | over {PEER} | drift |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    over = f"over {PEER}"
+    heads = ["arm", "trainable, M", "rate", "validation loss", "test loss", over, "score", over, "drift"]
+    lines = [f"### {task}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, own in arms.items():
         seeds = list(own["seeds"].values())
+        cells = [arm, *_cells(own, seeds)]
         if not seeds:
-            tried = ", ".join(f"{rate}: {loss}" for rate, loss in own["search"].items()) or "not run"
-            lines.append(f"| {arm} | search: {tried} | | | | | |")
-            continue
-        cells = [
-            arm,
-            f"{own['rate']:g}" if own.get("rate") else "",
-            _both(f"{seed['loss']:.3f}" for seed in seeds),
-            _both(shown(seed.get("difference", {}).get("loss"), 1, ".3f") for seed in seeds),
-            _both(f"{100 * seed['score']:.1f}" for seed in seeds),
-            _both(shown(seed.get("difference", {}).get("score"), 100, ".1f") for seed in seeds),
-            _both(f"{seed['drift']:.2f}" if "drift" in seed else "" for seed in seeds),
-        ]
+            tried = ", ".join(f"{rate}: {loss}" for rate, loss in own["search"].items())
+            cells[3] = f"search: {tried}" if tried else "not run"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cells(own: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    differences = [seed.get("difference", {}) for seed in seeds]
+    return [
+        next((f"{seed['trainable'] / 1e6:.2f}" for seed in seeds if "trainable" in seed), ""),
+        f"{own['rate']:g}" if own.get("rate") else "",
+        _both(f"{seed['validation_loss']:.3f}" for seed in seeds if "validation_loss" in seed),
+        _both(f"{seed['loss']:.3f}" for seed in seeds if "loss" in seed),
+        _both(shown(difference.get("loss"), 1, ".3f") for difference in differences),
+        _both(f"{100 * seed['score']:.1f}" for seed in seeds if "score" in seed),
+        _both(shown(difference.get("score"), 100, ".1f") for difference in differences),
+        _both(f"{seed['drift']:.2f}" for seed in seeds if "drift" in seed),
+    ]
 
 
 def _both(texts: Iterator[str] | Sequence[str]) -> str:

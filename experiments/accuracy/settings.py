@@ -9,7 +9,9 @@ from typing import Literal
 
 import yaml
 
-from experiments.accuracy.data import SOURCES, Form
+from experiments.accuracy.data import SOURCES
+from experiments.accuracy.data import Form as Template
+from experiments.accuracy.forms import Form
 from icarus.errors import InputError
 
 
@@ -19,8 +21,14 @@ class Arm:
 
     method: Literal["icarus", "lora", "distill"]
     rank: int
-    base: Literal["base", "team"] = "base"
-    """``team``: the base model that was prepared for the team."""
+    base: Literal["base", "team", "together"] = "base"
+    """``team`` and ``together``: the base model that was prepared for the team in one of two ways (bases.py)."""
+    ranks: dict[str, int] | None = None
+    """Of the projections with these names, in place of ``rank``."""
+    form: Form | None = None
+    """What else the decoder has (forms.py)."""
+    form_rank: int | None = None
+    """Of what the form adds; None: ``rank``."""
     teacher: str | None = None
     """The arm whose adapter of the same seed, at its best rate, is distilled."""
     rates_of: str | None = None
@@ -28,10 +36,15 @@ class Arm:
     time_of: str | None = None
     """The arm whose wall time is met by more steps; None: the steps of all."""
 
+    @property
+    def in_process(self) -> bool:
+        """Whether only the experiment can run it, so that losses alone compare it with others."""
+        return bool(self.form or self.ranks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Team:
-    """Ordinary LoRA on several tasks together, merged into the base model."""
+    """The tasks that a base model is prepared for, and how long."""
 
     tasks: tuple[str, ...]
     steps: int
@@ -46,7 +59,7 @@ class Settings:
 
     name: str
     base: str
-    form: Form
+    form: Template
     dtype: Literal["float32", "bfloat16"]
     steps: int
     batch_size: int

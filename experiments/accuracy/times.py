@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
-from experiments.accuracy import work
+from experiments.accuracy import peer, work
 from experiments.accuracy.data import Row
 from experiments.accuracy.settings import Arm
-from icarus import adapter, arguments, base_model
+from icarus import adapter, arguments, base_model, memory
 from icarus.bench import measure
 from icarus.train import IcarusSFTTrainer
 from icarus.train.config import IcarusSFTConfig
@@ -26,6 +27,9 @@ def run(place: work.Place, tasks: Sequence[str], arms: Sequence[str], repeats: i
     """Measure, and write ``times.json``; tasks that were measured before are kept."""
     file = place.results / "times.json"
     report = work.read(file) or {"tasks": {}}
+    peer.score_labels_alone()
+    if not torch.cuda.is_available():
+        memory.keep()
     for task in tasks:
         rows = work.parts(place, task).train[: place.settings.batch_size * (repeats + 1)]
         steps = {name: _step(place, place.settings.arms[name], rows) for name in arms}
@@ -55,6 +59,7 @@ def _step(place: work.Place, arm: Arm, rows: Sequence[Row]) -> Callable[[], None
     model = attach(base, rank=arm.rank)
     trainer = kind(model=model, args=sft, train_dataset=tokens, processing_class=tokenizer)
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # set by Trainer's loop, read by its training_step
     trainer.model.train()
     batches = cycle(list(islice(trainer.get_train_dataloader(), len(rows) // settings.batch_size)))
 

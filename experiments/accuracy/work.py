@@ -19,26 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer
 
-from experiments.accuracy import data
+from experiments.accuracy import bases, data, training
 from experiments.accuracy.plan import Cell, Wanted, best_rate
 from experiments.accuracy.settings import Arm, Settings
 from icarus import adapter as adapters
 from icarus import arguments, base_model
-from icarus.adapter.files import read_tensors
 from icarus.bench import measure
 from icarus.chat_template import Codec
 from icarus.context import BASE
 from icarus.errors import InputError
 from icarus.evaluate import Sides, TokenRow, evaluate
 from icarus.evaluate.run import digest
-from icarus.train.config import DistillConfig, IcarusDistillationConfig, IcarusSFTConfig, TrainConfig
 from icarus.train.data import tokenize
-from icarus.train.run import train
 
-_VALIDATIONS = 3
 _BATCH = 8
 _ROWS_PER_STEP = 4  # rows written for each row that an arm of the common number of steps sees; equal time needs more
 
@@ -126,7 +121,7 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
         return depends
     depends |= {"arm": {key: value for key, value in asdict(arm).items() if value is not None}}
     depends |= {"steps": settings.steps, "batch_size": settings.batch_size, "rate": cell.rate, "seed": cell.seed}
-    if arm.base == "team":
+    if arm.base != "base":
         team = asdict(settings.team)
         team["rows"] = [_rows_digest(place, task) for task in settings.team.tasks]
         depends["team"] = json.loads(json.dumps(team))
@@ -158,27 +153,12 @@ def base_done(place: Place, task: str) -> bool:
     return scores is not None and scores["identity"] == identity(place, base_cell(task))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Training:
-    """What one call of the product's training is told."""
-
-    arm: Arm
-    base: str
-    output: Path
-    rows: Path
-    validation: Path | None = None
-    steps: int
-    rate: float
-    seed: int
-    teacher: Path | None = None
-
-
 def _train(place: Place, cell: Cell) -> None:
     settings, arm = place.settings, place.settings.arms[cell.arm]
     base, output = _base(place, arm), place.adapter(cell)
     shutil.rmtree(output, ignore_errors=True)
     own = parts(place, cell.task)
-    training = _Training(
+    told = training.Training(
         arm=arm,
         base=base,
         output=output,
@@ -189,65 +169,27 @@ def _train(place: Place, cell: Cell) -> None:
         seed=cell.seed,
         teacher=_teacher(place, cell) if arm.teacher else None,
     )
-    report, history = _trained(settings, training)
+    trained = training.run(settings, told)
     gc.collect()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    form = trained.form
+    loss = training.form_loss(form, own.validation) if form else _validation_loss(place, cell, base)
     result = {
         "identity": identity(place, cell),
         "task": cell.task,
         "arm": cell.arm,
-        "steps": training.steps,
-        "validation_loss": _validation_loss(place, cell, base),
-        "trainable": sum(tensor.numel() for tensor in read_tensors(output).values()),
-        "tokens": max((entry.get("num_tokens", 0) for entry in history), default=0),
-        "seconds": report["seconds"],
+        "steps": told.steps,
+        "validation_loss": loss,
+        "trainable": trained.trainable,
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "cpu_seconds": trained.cpu_seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory,
-        "train": _curve(history, "loss"),
-        "validation": _curve(history, "eval_loss"),
+        "train": trained.curve("loss"),
+        "validation": trained.curve("eval_loss"),
         "machine": measure.settings(),
     }
     arguments.write_json(result, str(place.result(cell)))
-
-
-def _trained(settings: Settings, training: _Training) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train by the product's code, which resumes from its own checkpoints; returns its report and its log."""
-    arm, run = training.arm, training.output.with_name(training.output.name + ".run")
-    every = -(-training.steps // _VALIDATIONS)
-    common: dict[str, Any] = {
-        "base": training.base,
-        "data": str(training.rows),
-        "eval_data": str(training.validation) if training.validation else None,
-        "output": str(training.output),
-        "rank": arm.rank,
-        "dtype": settings.dtype,
-        "resume": any(run.glob("checkpoint-*/trainer_state.json")),
-    }
-    trainer: dict[str, Any] = {
-        "output_dir": None,
-        "learning_rate": training.rate,
-        "max_steps": training.steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": _BATCH,
-        "train_sampling_strategy": "group_by_length",  # less padding, the same for all arms
-        "seed": training.seed,
-        "data_seed": training.seed,
-        "eval_strategy": "steps" if training.validation else "no",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": every,
-        "save_total_limit": 1,
-        "logging_steps": 5,
-        "disable_tqdm": True,
-    }
-    if training.teacher:
-        report = train(DistillConfig(teacher=str(training.teacher), **common), IcarusDistillationConfig(**trainer))
-    else:
-        method: Any = "lora" if arm.method == "lora" else "icarus"
-        report = train(TrainConfig(method=method, **common), IcarusSFTConfig(**trainer))
-    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
-    history = json.loads(states[-1].read_text())["log_history"]
-    shutil.rmtree(run)
-    return report, history
 
 
 def _teacher(place: Place, cell: Cell) -> Path:
@@ -259,11 +201,6 @@ def _teacher(place: Place, cell: Cell) -> Path:
     if not place.adapter(teacher).exists():
         _train(place, teacher)
     return place.adapter(teacher)
-
-
-def _curve(history: Sequence[dict[str, Any]], key: str) -> list[list[float]]:
-    """[step, loss], as the trainer logs it: the mean over the tokens of a batch, or over the batches of validation."""
-    return [[entry["step"], round(entry[key], 5)] for entry in history if key in entry]
 
 
 def _write(place: Place, name: str, rows: Sequence[data.Row]) -> Path:
@@ -285,36 +222,22 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _base(place: Place, arm: Arm) -> str:
-    return str(base_model.folder(place.settings.base) if arm.base == "base" else _team_base(place))
+    return str(base_model.folder(place.settings.base) if arm.base == "base" else _team_base(place, arm.base))
 
 
-def _team_base(place: Place) -> Path:
+def _team_base(place: Place, kind: str) -> Path:
     """The base model that was prepared for the team: made once."""
     settings, team = place.settings, place.settings.team
-    folder = place.work / f"team-{team.steps}-{team.rate:g}-{team.seed}"
+    folder = place.work / f"{kind}-{team.steps}-{team.rate:g}-{team.seed}"
     with _alone(folder.with_suffix(".lock")):
-        if folder.exists():
-            return folder
-        share = -(-team.steps * settings.batch_size // len(team.tasks))
-        rows = [row for task in team.tasks for row in parts(place, task).train[:share]]
-        adapter, arm = place.work / "team-adapter", Arm(method="lora", rank=team.rank)
-        shutil.rmtree(adapter, ignore_errors=True)
-        training = _Training(
-            arm=arm,
-            base=_base(place, arm),
-            output=adapter,
-            rows=_write(place, "team", rows),
-            steps=team.steps,
-            rate=team.rate,
-            seed=team.seed,
-        )
-        _trained(settings, training)
-        model, tokenizer = base_model.load(settings.base, dtype="float32", device="cpu")
-        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        half = folder.with_suffix(".tmp")
-        merged.to(torch.bfloat16).save_pretrained(half)
-        tokenizer.save_pretrained(half)
-        half.rename(folder)
+        if not folder.exists():
+            share = -(-team.steps * settings.batch_size // len(team.tasks))
+            rows = {task: parts(place, task).train[:share] for task in team.tasks}
+            if kind == "together":
+                bases.together(settings, rows, folder)
+            else:
+                file = _write(place, "team", [row for own in rows.values() for row in own])
+                bases.merged(settings, file, place.work / "team-adapter", folder)
     return folder
 
 

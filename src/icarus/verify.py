@@ -75,7 +75,10 @@ def _served(directory: str, base: Path | None) -> dict[str, Any]:
         return {"kind": "conventional", "served": False, "serving_problems": problems}
     info = adapter.verify_conventional(directory, base)
     size = f"rank {info.rank} on {', '.join(info.targets)}, {info.bytes / 1e6:.1f} MB"
-    print(f"{directory}: a conventional adapter, {size}; it can be served, with a cache of its own")
+    print(
+        f"{directory}: a conventional adapter, {size}; it can be served, with a cache of its own, "
+        "and icarus distill makes an ICaRus adapter of it"
+    )
     if info.patterns:
         print(_PATTERNS.format(" and ".join(info.patterns)))
     if base is None:

@@ -1,0 +1,176 @@
+"""One training run: by the product's code, or for a form that only the experiment has, by its trainer alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from experiments.accuracy import forms, peer
+from experiments.accuracy.settings import Arm, Settings
+from icarus import adapter, base_model
+from icarus.adapter.files import read_tensors
+from icarus.streams import IGNORED, Batch, TwoStreams
+from icarus.train.config import DistillConfig, IcarusDistillationConfig, IcarusSFTConfig, TrainConfig
+from icarus.train.data import read, token_rows
+from icarus.train.run import train
+from icarus.train.trainer import Collator
+
+_VALIDATIONS = 3
+_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one run is told."""
+
+    arm: Arm
+    base: str
+    output: Path
+    rows: Path
+    validation: Path | None = None
+    steps: int
+    rate: float
+    seed: int
+    teacher: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of it, besides the adapter."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of the processor: a run that had to share its core took longer."""
+    trainable: int
+    """Parameters."""
+    history: list[dict[str, Any]]
+    """The trainer's log."""
+    form: tuple[TwoStreams, Any] | None = None
+    """Streams and tokenizer of a form, which is not written."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows that were trained on."""
+        return int(max((entry.get("num_tokens", 0) for entry in self.history), default=0))
+
+    def curve(self, key: str) -> list[list[float]]:
+        """[step, loss], as the trainer logs it: the mean over the tokens of a batch, or over those of validation."""
+        return [[entry["step"], round(entry[key], 5)] for entry in self.history if key in entry]
+
+
+def run(settings: Settings, training: Training) -> Trained:
+    """Train, and write the adapter unless it is a form's."""
+    started, used = time.perf_counter(), time.process_time()
+    form, history = _train_form(settings, training) if training.arm.in_process else (None, _train(settings, training))
+    return Trained(
+        seconds=round(time.perf_counter() - started, 1),
+        cpu_seconds=round(time.process_time() - used, 1),
+        trainable=_trainable(training.output, form),
+        history=history,
+        form=form,
+    )
+
+
+def _trainable(output: Path, form: tuple[TwoStreams, Any] | None) -> int:
+    if form:
+        return sum(parameter.numel() for parameter in form[0].model.parameters() if parameter.requires_grad)
+    return sum(tensor.numel() for tensor in read_tensors(output).values())
+
+
+def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
+    """By ``icarus train`` or ``distill``, which resume from their own checkpoints."""
+    arm, folder = training.arm, training.output.with_name(training.output.name + ".run")
+    common: dict[str, Any] = {
+        "base": training.base,
+        "data": str(training.rows),
+        "eval_data": str(training.validation) if training.validation else None,
+        "output": str(training.output),
+        "rank": arm.rank,
+        "dtype": settings.dtype,
+        "resume": any(folder.glob("checkpoint-*/trainer_state.json")),
+    }
+    trainer = _trainer_settings(settings, training)
+    if training.teacher:
+        train(DistillConfig(teacher=str(training.teacher), **common), IcarusDistillationConfig(**trainer))
+    else:
+        peer.score_labels_alone()
+        method: Any = "lora" if arm.method == "lora" else "icarus"
+        train(TrainConfig(method=method, **common), IcarusSFTConfig(**trainer))
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda one: int(one.parent.name.split("-")[1]))
+    history: list[dict[str, Any]] = json.loads(states[-1].read_text())["log_history"]
+    shutil.rmtree(folder)
+    return history
+
+
+def _trainer_settings(settings: Settings, training: Training) -> dict[str, Any]:
+    every = -(-training.steps // _VALIDATIONS)
+    return {
+        "output_dir": None,
+        "learning_rate": training.rate,
+        "max_steps": training.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": _BATCH,
+        "train_sampling_strategy": "group_by_length",  # less padding, the same for all arms
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "eval_strategy": "steps" if training.validation else "no",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 1,
+        "logging_steps": 5,
+        "disable_tqdm": True,
+    }
+
+
+def _train_form(settings: Settings, training: Training) -> tuple[tuple[TwoStreams, Any], list[dict[str, Any]]]:
+    arm = training.arm
+    model, codes = base_model.load(training.base, dtype=settings.dtype)
+    torch.manual_seed(training.seed)
+    adapted = adapter.attach(model, _lora(arm, model))
+    if arm.form:
+        forms.add(adapted, arm.form, arm.form_rank or arm.rank)
+    changed = {"output_dir": str(training.output), "save_strategy": "no", "dataloader_pin_memory": False}
+    trainer = forms.FormTrainer(
+        adapted,
+        IcarusSFTConfig(**_trainer_settings(settings, training) | changed),
+        train_dataset=token_rows(read(str(training.rows)), codes, None)[0],
+        eval_dataset=token_rows(read(str(training.validation)), codes, None)[0],
+        processing_class=codes,
+    )
+    trainer.train()
+    adapted.eval()
+    return (forms.FormStreams(adapted), codes), trainer.state.log_history
+
+
+def _lora(arm: Arm, model: Any) -> LoraConfig:
+    ranks = arm.ranks or {}
+    return LoraConfig(
+        r=arm.rank,
+        lora_alpha=2 * arm.rank,
+        rank_pattern=ranks,
+        alpha_pattern={name: 2 * rank for name, rank in ranks.items()},
+        target_modules=adapter.decoder_targets(model),
+        task_type="CAUSAL_LM",
+    )
+
+
+@torch.no_grad()
+def form_loss(form: tuple[TwoStreams, Any], rows: Sequence[dict[str, Any]]) -> float:
+    """Mean over all tokens of rows that carry loss, in nats."""
+    streams, codes = form
+    tokens = sorted(token_rows(rows, codes, None)[0], key=lambda row: len(row["input_ids"]))
+    device, collate, total, count = next(streams.model.parameters()).device, Collator(0), 0.0, 0
+    for start in range(0, len(tokens), _BATCH):
+        columns = collate(tokens[start : start + _BATCH])
+        loss, _, targets = streams.loss(Batch.of(**{name: values.to(device) for name, values in columns.items()}))
+        total, count = total + float(loss), count + int((targets != IGNORED).sum())
+    return total / count
