@@ -25,8 +25,8 @@ ATTRIBUTES = (
     ),
     Attributes(
         _CONFIG + "ParallelConfig",
-        "data_parallel_index decode_context_parallel_size pipeline_parallel_size prefill_context_parallel_size "
-        "use_ubatching",
+        "data_parallel_index decode_context_parallel_size enable_batch_sharded_sampling pipeline_parallel_size "
+        "prefill_context_parallel_size use_ubatching",
     ),
     Attributes(
         _CONFIG + "SchedulerConfig",
@@ -122,6 +122,7 @@ ATTRIBUTES = (
         runner="V2",
     ),
     Attributes("vllm.v1.worker.gpu.states:RequestState", "num_computed_tokens_np prompt_len", runner="V2"),
+    Attributes("vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor", "np", runner="V2"),
     Attributes("vllm.v1.worker.gpu.lora_utils:LoraState", "lora_ids lora_requests", runner="V2"),
     Attributes(
         "vllm.v1.worker.gpu.block_table:BlockTables",

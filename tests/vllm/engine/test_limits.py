@@ -45,6 +45,7 @@ def config(**changes: Any) -> SimpleNamespace:
         "parallel_config": {
             "pipeline_parallel_size": 1,
             "use_ubatching": False,
+            "enable_batch_sharded_sampling": False,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
         },
@@ -80,6 +81,7 @@ def test_an_ordinary_engine_is_not_refused() -> None:
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
         ({"use_ubatching": True}, "--enable-dbo"),
+        ({"enable_batch_sharded_sampling": True}, "--enable-batch-sharded-sampling"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 1"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "--speculative-config"),

@@ -80,6 +80,25 @@ def test_a_runner_that_another_version_has_changed_is_not(monkeypatch: pytest.Mo
     assert "which has no decoder rows" in unfit(Runner())
 
 
+class Inputs:
+    """A model state whose two functions the plugin has changed."""
+
+    prepare_inputs = prepare_inputs_embeds = patched()
+
+
+class OwnInputs(Inputs):
+    def prepare_inputs(self) -> str:
+        return "its own"
+
+
+def test_a_model_that_prepares_its_inputs_itself_is_not() -> None:
+    runner: Any = Runner()
+    runner.model_state = Inputs()
+    assert unfit(runner) == ""
+    runner.model_state = OwnInputs()
+    assert "OwnInputs, whose own prepare_inputs knows no decoder rows" in unfit(runner)
+
+
 def test_on_cpus_the_operator_must_be_ours() -> None:
     assert unfit(Runner("cpu", RowsWrapper.__new__(RowsWrapper))) == ""
     assert "ICARUS_CPU_LORA" in unfit(Runner("cpu", object()))

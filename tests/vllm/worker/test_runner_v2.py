@@ -127,7 +127,8 @@ class Vllms:
         self.gather_batch_req_state(output, False)
         sizes = lambda manager, *given, **named: (given, named)  # noqa: E731
         dispatch = runner_v2.wrap_dispatch_cg_and_sync_dp(sizes)
-        self.dispatched = dispatch(self.cudagraph_manager, COUNT, TOTAL, num_active_loras=3)
+        names = {request.lora_name for request in self.lora_state.lora_requests.values()}
+        self.dispatched = dispatch(self.cudagraph_manager, COUNT, TOTAL, num_active_loras=len(names))
         self.batch = batch = self.prepare_inputs()
         self.attended, self.written = self.prepare_attn(batch)
         per_row = np.repeat(self.lora_state.lora_ids[batch.idx_mapping_np], batch.num_scheduled_tokens)
@@ -166,7 +167,7 @@ def test_a_step(runner: Any) -> None:
     assert sampled.seq_lens.tolist() == [10, 8, 5, 8, 4]
     assert sampled.positions[sampled.logits_indices].tolist() == [9, 7, 4, 7, 3]
     assert sampled.input_ids[sampled.logits_indices].tolist() == [100, 101, 103, 106, 110]
-    assert runner.dispatched == ((7, 13), {"num_active_loras": 4})
+    assert runner.dispatched == ((7, 13), {"num_active_loras": 4})  # none, and those of c, d and e
     assert batch.req_ids == list("bccdead")
     assert (batch.num_reqs, batch.num_reqs_after_padding) == (7, 7)
     assert (batch.num_tokens, batch.num_tokens_after_padding) == (13, 13)
@@ -221,6 +222,13 @@ def test_steps_that_are_laid_out_alike_share_plan_and_indices(runner: Any) -> No
     runner.execute_model(OUTPUT)
     assert plans[2] is not plans[1]
     assert runner.mapped[2][1] == (0, 0, 1, 1, 3, 3, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_adapters_are_counted_by_id(runner: Any) -> None:
+    """One that was loaded again while a request runs has two ids and one name, and vLLM counts names."""
+    runner.lora_state.lora_requests["c"].lora_name = "1"
+    runner.execute_model(OUTPUT)
+    assert runner.dispatched[1] == {"num_active_loras": 4}
 
 
 def test_a_plan_ends_with_its_step(runner: Any) -> None:

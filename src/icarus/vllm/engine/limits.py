@@ -62,6 +62,12 @@ _LIMITS: tuple[Limit, ...] = (
         "context parallelism splits the rows of a request: set --prefill-context-parallel-size 1",
     ),
     (
+        # v1/worker/gpu/sample/batch_shard.py finds the rows that it samples by the scheduled lengths.
+        lambda c: c.parallel_config.enable_batch_sharded_sampling,
+        "sharded sampling reads the rows that were scheduled, and not decoder rows: remove "
+        "--enable-batch-sharded-sampling",
+    ),
+    (
         lambda c: c.speculative_config is not None and c.speculative_config.method != "ngram",
         "draft models read hidden states or a cache of their own, which is untested with decoder rows: remove "
         "--speculative-config, or set its method to ngram",

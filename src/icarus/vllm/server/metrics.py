@@ -32,11 +32,11 @@ class Scraper:
 
     async def text(self, client: Any) -> bytes:
         """The counters of all engines, in Prometheus' text format; ``client`` is vLLM's ``AsyncLLM``."""
-        if self._call is None:
-            self._call = asyncio.ensure_future(cores.call(client.engine_core, READ_COUNTERS))
-        done, _ = await asyncio.wait([self._call], timeout=SCRAPE_TIMEOUT_S)
+        call = self._call = self._call or asyncio.ensure_future(cores.call(client.engine_core, READ_COUNTERS))
+        done, _ = await asyncio.wait([call], timeout=SCRAPE_TIMEOUT_S)
         if done:
-            call, self._call = self._call, None
+            if self._call is call:  # the first of those that waited for it
+                self._call = None
             if not call.cancelled() and call.exception() is None:
                 self._last = call.result()
         return exposition(self._last)

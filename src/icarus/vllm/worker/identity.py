@@ -56,7 +56,9 @@ def mark(runner: type) -> None:
 def answer(worker: Any) -> tuple[str, str]:
     """The identity of the plugin in a worker, and why it cannot run decoder rows as it was told (empty if it can)."""
     runner = worker.model_runner
-    return identity(), _unchanged(type(runner)) or _stock_operators(runner) or _reads_twice(runner)
+    return identity(), _unchanged(type(runner)) or _own_inputs(runner) or _stock_operators(runner) or _reads_twice(
+        runner
+    )
 
 
 def _unchanged(runner: type) -> str:
@@ -70,6 +72,18 @@ def _unchanged(runner: type) -> str:
     for function, wrapper in vars(owner).items():
         if hasattr(wrapper, MARK) and getattr(runner, function) is not wrapper:
             return f"runs the model runner {name}, whose own {function} knows no decoder rows: use vLLM's worker class"
+    return ""
+
+
+def _own_inputs(runner: Any) -> str:
+    """On model runner V2, where a model may bring a class that prepares its inputs."""
+    state = type(getattr(runner, "model_state", None))
+    for function in ("prepare_inputs", "prepare_inputs_embeds"):
+        if (prepare := getattr(state, function, None)) and not hasattr(prepare, MARK):
+            return (
+                f"prepares inputs with {state.__module__}.{state.__qualname__}, whose own {function} knows no decoder "
+                "rows: serve another base model"
+            )
     return ""
 
 

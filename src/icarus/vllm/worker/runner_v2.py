@@ -213,7 +213,8 @@ def _room_for_decoder_requests(runner: Any) -> Iterator[None]:
 def wrap_dispatch_cg_and_sync_dp(original: Original) -> Original:
     """``dispatch_cg_and_sync_dp``: padding, CUDA graphs and data-parallel ranks count decoder rows.
 
-    Scheduled rows run without LoRA beside decoder rows with it, and LoRA kernels count "none" as one more adapter.
+    LoRA kernels count adapters by id, and "none", with which scheduled rows run, as one more. vLLM counts requests by
+    name, of which an adapter that was loaded again has one for two ids.
     """
 
     @wraps(original)
@@ -222,7 +223,7 @@ def wrap_dispatch_cg_and_sync_dp(original: Original) -> Original:
     ) -> Any:
         if rows := _ROWS.get(cudagraph_manager):
             num_reqs, num_tokens = num_reqs + len(rows.requests), num_tokens + len(rows)
-            num_active_loras += 1
+            num_active_loras = len(np.unique(rows.lora_ids))
         return original(cudagraph_manager, num_reqs, num_tokens, *args, num_active_loras=num_active_loras, **kwargs)
 
     return dispatch_cg_and_sync_dp
