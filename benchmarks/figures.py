@@ -96,7 +96,7 @@ def p95(run: Mapping[str, float]) -> str:
 
 
 def headline() -> Table:
-    """Five figures for the front page, one of which is a loss."""
+    """Six figures for the front page, two of which are losses."""
     demo = result("demo")
     step, usual = training("icarus"), training("conventional")
     kv = {side: demo[side]["kv_bytes"] for side in ("conventional", "icarus")}
@@ -126,6 +126,12 @@ def headline() -> Table:
             f"{usual['median_ms'] / 1e3:.2f} s",
             f"**{step['median_ms'] / 1e3:.2f} s**",
             f"{usual['median_ms'] / step['median_ms']:.1f}x faster",
+        ],
+        [
+            "[Accuracy](docs/accuracy.md): SQL queries right after equal training of this small model",
+            f"**{_right('conventional')}**",
+            _right("icarus"),
+            "**we lose**",
         ],
         [
             "[Decoding 16 requests at once](results/README.md#served), tokens a second",
@@ -321,6 +327,43 @@ def soak() -> Table:
     return rows
 
 
+def accuracy() -> Table:
+    """Specialists beside conventional LoRA on the tasks that were run, the mean of all seeds in each cell."""
+    rows = [["task", "arm", "trainable", "rate", "loss", "over conventional", "right", "over conventional"]]
+    for task, arms in result("accuracy/smollm2/summary")["tasks"].items():
+        peer = _seeds(arms["conventional"])
+        for arm, own in arms.items():
+            seeds = _seeds(own)
+            if not seeds or not peer:
+                continue
+            loss, right = (sum(seed[name] for seed in seeds) / len(seeds) for name in ("loss", "score"))
+            usual, usual_right = (sum(seed[name] for seed in peer) / len(peer) for name in ("loss", "score"))
+            itself = arm == "conventional"
+            rows.append(
+                [
+                    task,
+                    arm + ("" if len(seeds) > 1 or arm == "base" else " (one seed)"),
+                    f"{seeds[0]['trainable'] / 1e6:.2f} M" if "trainable" in seeds[0] else "",
+                    f"{own['rate']:g}" if own.get("rate") else "",
+                    f"{loss:.3f}",
+                    "" if itself else f"{loss / usual - 1:+.0%}".replace("%", " %"),
+                    f"{right:.1%}".replace("%", " %"),
+                    "" if itself else f"{100 * (right - usual_right):+.1f} points",
+                ]
+            )
+    return rows
+
+
+def _right(arm: str) -> str:
+    """Share of right answers on WikiSQL, the mean of all seeds."""
+    seeds = _seeds(result("accuracy/smollm2/summary")["tasks"]["wikisql"][arm])
+    return f"{sum(seed['score'] for seed in seeds) / len(seeds):.1%}".replace("%", " %")
+
+
+def _seeds(arm: Mapping[str, Any]) -> list[Mapping[str, float]]:
+    return [seed for seed in arm["seeds"].values() if "score" in seed]
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "headline": headline,
     "in process": in_process,
@@ -328,6 +371,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent workflows": agent_workflows,
     "agent gains": agent_gains,
     "specialists": specialists,
+    "accuracy": accuracy,
     "soak": soak,
 }
 

@@ -18,8 +18,8 @@ from icarus.context import BASE
 from icarus.evaluate import Outcome
 from icarus.evaluate.report import shown, summary
 
-PEER = "conventional"
-"""The arm that the others are compared with."""
+PEER, PLAIN = "conventional", "icarus"
+"""The arms that the others are compared with."""
 
 
 def run(place: work.Place) -> None:
@@ -62,19 +62,32 @@ def _search(place: work.Place, task: str, arm: str) -> dict[str, float]:
 
 def _seeds(place: work.Place, task: str, arm: str, rate: float) -> dict[str, Any]:
     """By seed: cost, loss and score on held-back items, and differences to the run of the peer with that seed."""
-    peer_rate = best_rate(place.settings, task, PEER, place.loss)
     found: dict[str, Any] = {}
     for seed in place.settings.seeds if arm != BASE else (0,):
         cell = Cell(task, arm, rate, seed)
         figures = _training(place, cell) if arm != BASE else {}
-        peer = [] if peer_rate is None else _outcomes(place, Cell(task, PEER, peer_rate, seed))
         if own := _outcomes(place, cell):
-            sides = {arm: arm, PEER: PEER} if peer else {arm: arm}
-            outcomes = [*own, *([] if arm == PEER else peer)]
-            figures |= summary(outcomes, sides, PEER if peer else arm)[task][arm]
+            peer, plain = (_of_arm(place, task, name, seed) for name in (PEER, PLAIN))
+            figures |= _compared(task, arm, own, PEER, peer)
+            if plain and arm not in (BASE, PEER, PLAIN):
+                figures[f"over {PLAIN}"] = _compared(task, arm, own, PLAIN, plain)["difference"]
         if figures:
             found[str(seed)] = figures
     return found
+
+
+def _of_arm(place: work.Place, task: str, arm: str, seed: int) -> list[Outcome]:
+    """The outcomes at its best rate."""
+    rate = best_rate(place.settings, task, arm, place.loss)
+    return [] if rate is None else _outcomes(place, Cell(task, arm, rate, seed))
+
+
+def _compared(task: str, arm: str, own: list[Outcome], other: str, its: list[Outcome]) -> dict[str, Any]:
+    if arm == other or not its:
+        figures: dict[str, Any] = summary(own, {arm: arm}, arm)[task][arm]
+    else:
+        figures = summary([*own, *its], {arm: arm, other: other}, other)[task][arm]
+    return figures
 
 
 def _training(place: work.Place, cell: Cell) -> dict[str, Any]:
@@ -184,7 +197,7 @@ def _plot_scores(report: Mapping[str, Any], file: Path) -> None:
         for task, arms in report.items()
         for arm, own in arms.items()
         for seed, figures in own["seeds"].items()
-        if "difference" in figures
+        if "difference" in figures and arm != BASE
     ]
     if not rows:
         return
