@@ -70,6 +70,7 @@ class Layer:
             sliding_window=(-1, -1), logits_soft_cap=0.0, kv_cache_dtype="auto", attn_type=AttentionType.DECODER,
             vllm_flash_attn_version=3, supports_quant_query_input=False, dcp_world_size=1, fa4_hd256=False,
             use_alibi_sqrt=False, chunk_lookback=-1, _kv_quant_mode=0, _is_per_token_head_quant=False, use_td=False,
+            _set_kv_ptr_range=False,  # vLLM 0.33.0, for ROCm
         )  # fmt: skip
         vars(self.impl).update(changes)
         mode = CUDAGraphMode.FULL_AND_PIECEWISE if graphs else CUDAGraphMode.NONE
