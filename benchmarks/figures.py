@@ -336,8 +336,8 @@ def accuracy() -> Table:
             seeds = _seeds(own)
             if not seeds or not peer:
                 continue
-            loss, right = (sum(seed[name] for seed in seeds) / len(seeds) for name in ("loss", "score"))
-            usual, usual_right = (sum(seed[name] for seed in peer) / len(peer) for name in ("loss", "score"))
+            loss, right = (_mean(seeds, name) for name in ("loss", "score"))
+            usual, usual_right = (_mean(peer, name) for name in ("loss", "score"))
             itself = arm == "conventional"
             rows.append(
                 [
@@ -357,7 +357,11 @@ def accuracy() -> Table:
 def _right(arm: str) -> str:
     """Share of right answers on WikiSQL, the mean of all seeds."""
     seeds = _seeds(result("accuracy/smollm2/summary")["tasks"]["wikisql"][arm])
-    return f"{sum(seed['score'] for seed in seeds) / len(seeds):.1%}".replace("%", " %")
+    return f"{_mean(seeds, 'score'):.1%}".replace("%", " %")
+
+
+def _mean(seeds: list[Mapping[str, float]], name: str) -> float:
+    return sum(seed[name] for seed in seeds) / len(seeds)
 
 
 def _seeds(arm: Mapping[str, Any]) -> list[Mapping[str, float]]:

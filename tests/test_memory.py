@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import resource, sys
+import ctypes, resource, sys
 import torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would be one fault for 512 pages
 from icarus import memory
 if sys.argv[1] == "keep":
     memory.keep()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from icarus.streams import Batch, EncoderCache, TwoStreams
 from icarus.train import IcarusSFTTrainer
 
 Form = Literal["residual", "inputs", "norms", "head"]
-FORMS = get_args(Form)
 
 _READS = {"residual", "inputs"}
 

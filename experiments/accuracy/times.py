@@ -6,7 +6,6 @@ A step is what the product's trainers do: forward, backward and the optimizer's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from trl import SFTTrainer
 from experiments.accuracy import peer, work
 from experiments.accuracy.data import Row
 from experiments.accuracy.settings import Arm
+from experiments.trainer_steps import stepping
 from icarus import adapter, arguments, base_model, memory
 from icarus.bench import measure
 from icarus.train import IcarusSFTTrainer
@@ -58,14 +58,4 @@ def _step(place: work.Place, arm: Arm, rows: Sequence[Row]) -> Callable[[], None
     attach = adapter.attach_conventional if arm.method == "lora" else adapter.attach
     model = attach(base, rank=arm.rank)
     trainer = kind(model=model, args=sft, train_dataset=tokens, processing_class=tokenizer)
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # set by Trainer's loop, read by its training_step
-    trainer.model.train()
-    batches = cycle(list(islice(trainer.get_train_dataloader(), len(rows) // settings.batch_size)))
-
-    def step() -> None:
-        trainer.training_step(trainer.model, next(batches))
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
+    return stepping(trainer, len(rows) // settings.batch_size)

@@ -26,6 +26,7 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from benchmarks.serve_micro.engine_process import EngineProcess
+from experiments.trainer_steps import stepping
 from icarus import adapter, arguments, base_model, memory
 from icarus.bench import measure
 from icarus.streams import IGNORED
@@ -71,17 +72,7 @@ def _step(kind: str, dtype: str, folder: str) -> Callable[[], None]:
         train_dataset=Dataset.from_dict(rows),
         processing_class=tokenizer,
     )
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # set by Trainer's loop
-    trainer.model.train()
-    batch = next(iter(trainer.get_train_dataloader()))
-
-    def step() -> None:
-        trainer.training_step(trainer.model, dict(batch))
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
+    return stepping(trainer, 1)
 
 
 def measured(rounds: int, dtype: str) -> dict[str, dict[str, list[dict[str, float]]]]:

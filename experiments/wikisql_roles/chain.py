@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from experiments.wikisql_roles.data import ASK_MEANING, ASK_SQL, ROLES
 from experiments.wikisql_roles.score import token_f1
 from icarus import Specialists, arguments, base_model
 from icarus.bench.measure import settings
-from icarus.chat_template import Codec
 from icarus.evaluate import Sides
+from icarus.evaluate.report import difference
 
 LIMITS = {"planner": 48, "sql": 96, "explainer": 64}
 
@@ -87,7 +86,7 @@ def conventional_chains(sides: Sides, asked: Sequence[Table], batch: int) -> lis
         prompts = []
         for chat, table, (answers, _) in zip(chats, asked, done, strict=True):
             chat += asked_next(role, table, answers)
-            prompts.append(_prompt(sides.codec, chat))
+            prompts.append(sides.codec.encode(sides.codec.render(chat, header=True), rendered=True))
         with sides.side(role) as side:
             texts = [
                 answer.text
@@ -98,11 +97,6 @@ def conventional_chains(sides: Sides, asked: Sequence[Table], batch: int) -> lis
             chats[i].append({"role": "assistant", "content": text})
             done[i] = {**done[i][0], role: text}, done[i][1] + len(prompts[i])
     return done
-
-
-def _prompt(codec: Codec, chat: list[Message]) -> list[int]:
-    tokens: list[int] = codec.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    return tokens
 
 
 def scores(table: Table, answers: dict[str, str]) -> dict[str, float]:
@@ -119,11 +113,7 @@ def scores(table: Table, answers: dict[str, str]) -> dict[str, float]:
 def figure(values: Sequence[float]) -> dict[str, Any]:
     """Mean with its interval, over those that are there."""
     there = np.array([value for value in values if value == value])
-    result: dict[str, Any] = {"value": round(float(there.mean()), 4) if len(there) else None, "tables": len(there)}
-    if len(there) > 1 and there.std():
-        interval = bootstrap((there,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-        result["interval"] = [round(float(interval.low), 4), round(float(interval.high), 4)]
-    return result
+    return {**difference(there, np.ones_like(there)), "tables": len(there)} if len(there) else {"tables": 0}
 
 
 def summary(sides: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def _figures(own: Sequence[Outcome], peer: Sequence[Outcome], kind: str) -> dict
     if own is not peer:
         its_scores, its_losses, _ = _columns(peer)
         figures["difference"] = {
-            "score": _difference(scores - its_scores, np.ones_like(tokens)),
-            "loss": _difference(losses - its_losses, tokens),
+            "score": difference(scores - its_scores, np.ones_like(tokens)),
+            "loss": difference(losses - its_losses, tokens),
         }
     return figures
 
@@ -57,8 +57,8 @@ def _columns(outcomes: Sequence[Outcome]) -> tuple[Any, Any, Any]:
     return np.array([o.score for o in ordered]), np.array([o.loss for o in ordered]) * tokens, tokens
 
 
-def _difference(values: Any, weights: Any) -> dict[str, Any]:
-    """The sum of the values over that of their weights, and its interval."""
+def difference(values: Any, weights: Any) -> dict[str, Any]:
+    """Of paired items: the sum of the values over that of their weights, and its interval."""
 
     def ratio(values: Any, weights: Any, axis: int = -1) -> Any:
         return values.sum(axis=axis) / weights.sum(axis=axis)

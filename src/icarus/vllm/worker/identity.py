@@ -56,9 +56,8 @@ def mark(runner: type) -> None:
 def answer(worker: Any) -> tuple[str, str]:
     """The identity of the plugin in a worker, and why it cannot run decoder rows as it was told (empty if it can)."""
     runner = worker.model_runner
-    return identity(), _unchanged(type(runner)) or _own_inputs(runner) or _stock_operators(runner) or _reads_twice(
-        runner
-    )
+    unfit = _unchanged(type(runner)) or _own_inputs(runner) or _stock_operators(runner) or _reads_twice(runner)
+    return identity(), unfit
 
 
 def _unchanged(runner: type) -> str:
