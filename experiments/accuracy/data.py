@@ -11,6 +11,7 @@ import gzip
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +174,16 @@ def _examples(files: Sequence[str], folder: Path, make: Callable[[Row], Example 
 
 
 def _cut(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """The first ``count`` examples, and those of the rest that share no group with them."""
-    groups = {example.group for example in examples[:count]}
-    return list(examples[:count]), [example for example in examples[count:] if example.group not in groups]
+    """About ``count`` examples, in whole groups by their first appearance, and those of all other groups."""
+    sizes = Counter(example.group for example in examples)
+    taken, held = 0, set[str]()
+    for group, size in sizes.items():
+        if taken >= count:
+            break
+        taken += size
+        held.add(group)
+    cut = [example for example in examples if example.group in held]
+    return cut[:count], [example for example in examples if example.group not in held]
 
 
 def _row(example: Example, form: Form) -> Row:

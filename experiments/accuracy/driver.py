@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 import torch
 
-from experiments.accuracy import plan, work
+from experiments.accuracy import plan, training, work
 from icarus import memory
 
 Job = plan.Wanted | str
@@ -19,12 +20,14 @@ def run(place: work.Place, jobs: int) -> int:
     """Run after run until nothing is left; one that fails is said and left out."""
     place.results.mkdir(parents=True, exist_ok=True)
     place.work.mkdir(parents=True, exist_ok=True)
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
     running: dict[Future[None], Job] = {}
     failed: set[Job] = set()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
+    # On a CPU each run has a process of its own, which gives memory back. Starting one takes as long as a run on a GPU.
+    lives = None if training.device() == "cuda" else 1
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=lives) as pool:
         while True:
             for job in _jobs(place):
                 if len(running) == jobs:
@@ -51,12 +54,15 @@ def _jobs(place: work.Place) -> list[Job]:
 
 
 def _perform(place: work.Place, job: Job) -> None:
-    if not torch.cuda.is_available():
+    if training.device() == "cpu":
         memory.keep()
     if isinstance(job, str):
         work.perform_base(place, job)
     else:
         work.perform(place, job)
+    if training.device() == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # for the processes beside this one
 
 
 def _name(job: Job) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def _training(place: work.Place, cell: Cell) -> dict[str, Any]:
         return {}
     result = work.read(place.result(cell)) or {}
     names = ("validation_loss", "trainable", "tokens", "seconds", "cpu_seconds", "peak_bytes")
-    return {name: result[name] for name in names if name in result}
+    on = result["machine"].get("gpu", "CPU")
+    return {name: result[name] for name in names if name in result} | {"on": on}
 
 
 def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
@@ -128,7 +129,7 @@ def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
 def _table(task: str, arms: Mapping[str, Any]) -> str:
     """A table in Markdown: a row for each arm, with both seeds' figures in each cell."""
     over = f"over {PEER}"
-    heads = ["arm", "trainable, M", "rate", "validation loss", "test loss", over, "score", over, "drift"]
+    heads = ["arm", "trainable, M", "rate", "validation loss", "test loss", over, "score", over, "drift", "on"]
     lines = [f"### {task}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, own in arms.items():
         seeds = list(own["seeds"].values())
@@ -151,10 +152,11 @@ def _cells(own: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> list[s
         _both(f"{100 * seed['score']:.1f}" for seed in seeds if "score" in seed),
         _both(shown(difference.get("score"), 100, ".1f") for difference in differences),
         _both(f"{seed['drift']:.2f}" for seed in seeds if "drift" in seed),
+        _both(dict.fromkeys(seed["on"] for seed in seeds if "on" in seed)),
     ]
 
 
-def _both(texts: Iterator[str] | Sequence[str]) -> str:
+def _both(texts: Iterable[str]) -> str:
     return "; ".join(text for text in texts if text)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -49,6 +51,8 @@ class Trained:
     seconds: float
     cpu_seconds: float
     """Of the processor: a run that had to share its core took longer."""
+    peak_bytes: int
+    """Of the process's memory, or of what torch had of the GPU's."""
     trainable: int
     """Parameters."""
     history: list[dict[str, Any]]
@@ -68,15 +72,30 @@ class Trained:
 
 def run(settings: Settings, training: Training) -> Trained:
     """Train, and write the adapter unless it is a form's."""
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started, used = time.perf_counter(), time.process_time()
     form, history = _train_form(settings, training) if training.arm.in_process else (None, _train(settings, training))
     return Trained(
         seconds=round(time.perf_counter() - started, 1),
         cpu_seconds=round(time.process_time() - used, 1),
+        peak_bytes=_peak_bytes(),
         trainable=_trainable(training.output, form),
         history=history,
         form=form,
     )
+
+
+def device() -> str:
+    """Where runs are made."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _peak_bytes() -> int:
+    gc.collect()
+    if device() == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _trainable(output: Path, form: tuple[TwoStreams, Any] | None) -> int:

