@@ -13,7 +13,7 @@ import icarus
 ADAPTER = (
     "CONFIG_NAME MARKER_VERSION WEIGHTS_NAME AdapterInfo ConventionalInfo attach attach_conventional check_attached "
     "conventional_problems decoder_targets feeds_kv fingerprint from_pretrained is_conventional is_icarus load locate "
-    "names problems push_to_hub save save_conventional twin verify verify_conventional weights_name"
+    "merge names problems push_to_hub save save_conventional twin verify verify_conventional weights_name"
 )
 EXPORTED = {
     "icarus": "BASE PACKAGED Batch Context EncoderCache Specialists Turn TwoStreams errors shipped",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
@@ -45,7 +45,7 @@ def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -
     )
     training.run(settings, told)
     model, tokenizer = base_model.load(settings.base, dtype="float32", device="cpu")
-    _write(PeftModel.from_pretrained(model, adapter_folder).merge_and_unload(), tokenizer, target)
+    _save(adapter.merge(model, adapter_folder), tokenizer, target)
 
 
 def together(settings: Settings, rows: Mapping[str, Sequence[Row]], target: Path) -> None:
@@ -70,7 +70,7 @@ def together(settings: Settings, rows: Mapping[str, Sequence[Row]], target: Path
     for task in rows:
         peft.delete_adapter(task)
     peft.set_adapter(ENCODER)
-    _write(peft.float().merge_and_unload(), tokenizer, target)
+    _save(peft.float().merge_and_unload(), tokenizer, target)
 
 
 class Joint:
@@ -140,8 +140,5 @@ def _batches(
         yield task, Batch.of(**{name: values.to(device) for name, values in columns.items()})
 
 
-def _write(model: Any, tokenizer: Any, target: Path) -> None:
-    half = target.with_suffix(".tmp")
-    model.to(torch.bfloat16).save_pretrained(half)
-    tokenizer.save_pretrained(half)
-    half.rename(target)
+def _save(model: Any, tokenizer: Any, target: Path) -> None:
+    base_model.save(model.to(torch.bfloat16), tokenizer, target)

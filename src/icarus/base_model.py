@@ -139,6 +139,23 @@ def load(
     return model.to(target).eval(), tokenizer
 
 
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+    """Write a base model to a folder that does not exist, which appears when it is complete; returns it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        whole = Path(scratch) / "model"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        _rename(whole, directory)
+    return directory
+
+
+def dtype_of(folder: Path) -> str:
+    """That in which a base model's weights are stored; float32 where its config does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
 def _packaged_folder() -> Path:
     target = cache_directory() / "base" / f"{PACKAGED}-{_VERSION}"
     if target.is_dir():

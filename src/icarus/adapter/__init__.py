@@ -12,6 +12,7 @@
     attachment     adapters on a loaded model; imports PEFT
     storage        directories written from a model and loaded into one; imports PEFT
     model_card     the README.md of a directory
+    merging        a conventional adapter's weights added to the base model's; imports PEFT
     undo           a model as it was, after an error
 
 The names below are imported when first used: whoever only verifies a directory loads neither PEFT nor Transformers.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from icarus.adapter.files import CONFIG_NAME, MARKER_VERSION, WEIGHTS_NAME, is_conventional, is_icarus
     from icarus.adapter.fingerprints import fingerprint
     from icarus.adapter.location import locate, weights_name
+    from icarus.adapter.merging import merge
     from icarus.adapter.storage import from_pretrained, load, push_to_hub, save, save_conventional
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "is_icarus": "files",
     "load": "storage",
     "locate": "location",
+    "merge": "merging",
     "names": "attachment",
     "problems": "checks",
     "push_to_hub": "storage",
@@ -76,6 +79,7 @@ __all__ = [
     "is_icarus",
     "load",
     "locate",
+    "merge",
     "names",
     "problems",
     "push_to_hub",

@@ -161,6 +161,8 @@ class Settings:
     command: str
     own: type[AdapterConfig]
     of_trainer: type[IcarusSFTConfig]
+    epilog: str = ""
+    """More for the end of ``--help``."""
 
     def help_text(self) -> str:
         """The text of ``--help``."""
@@ -191,7 +193,7 @@ class Settings:
             (self.own, self.of_trainer),
             prog=self.command,
             epilog="--config FILE has settings as YAML; flags win; --json FILE writes the figures as JSON (- prints "
-            "them as the last line); --debug shows tracebacks.",
+            f"them as the last line); --debug shows tracebacks.{self.epilog}",
         )
 
 
@@ -199,5 +201,10 @@ def _names_recipe(word: str) -> bool:
     return word.startswith("--config=")
 
 
-TRAIN = Settings("icarus train", TrainConfig, IcarusSFTConfig)
+TRAIN = Settings(
+    "icarus train",
+    TrainConfig,
+    IcarusSFTConfig,
+    " --team FILE, alone, prepares a base model for a team and trains all of its specialists (docs/train.md).",
+)
 DISTILL = Settings("icarus distill", DistillConfig, IcarusDistillationConfig)

@@ -36,7 +36,20 @@ def add_arguments(parser: arguments.Parser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Train, and return what was done as the report; of several processes, the first one alone."""
+    if file := _team_file(options.rest):
+        from icarus.train import team  # which imports this module
+
+        return team.run(file)
     return report(train(*TRAIN.parse(options.rest)))
+
+
+def _team_file(words: Sequence[str]) -> Path | None:
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--team=") else [word])]
+    if "--team" not in words:
+        return None
+    if len(words) != 2 or words[0] != "--team" or not words[1]:
+        raise InputError("--team FILE stands alone, as all settings of a team are in its YAML file.")
+    return Path(words[1])
 
 
 def report(figures: dict[str, Any]) -> dict[str, Any] | None:
@@ -121,11 +134,16 @@ def _run_directory(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
-def _checkpoint(output: Path, resume: bool) -> str | None:
-    folder = _run_directory(output)
+def last_checkpoint(output: Path) -> str | None:
+    """The last complete one of an interrupted run that was to write ``output``."""
     # The file that is written last tells a complete checkpoint from one that was cut short.
-    complete = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda f: int(f.parent.name.split("-")[1]))
-    last = str(complete[-1].parent) if complete else None
+    states = _run_directory(output).glob("checkpoint-*/trainer_state.json")
+    complete = sorted(states, key=lambda f: int(f.parent.name.split("-")[1]))
+    return str(complete[-1].parent) if complete else None
+
+
+def _checkpoint(output: Path, resume: bool) -> str | None:
+    folder, last = _run_directory(output), last_checkpoint(output)
     if last and not resume:
         raise InputError(
             f"{folder} holds checkpoints of an earlier run; resume it with --resume, or remove that folder."
