@@ -1,13 +1,14 @@
 """Specialists that work together, end to end: plan, SQL by that plan, explanation of that SQL, on unseen tables.
 
     python -m experiments.wikisql_roles.chain --data data/roles --rows 200 --json results/chain.json \
-        --shared src/icarus/shipped --conventional adapters/conventional
+        --shared icarus=adapters/icarus team=adapters/team --conventional lora=adapters/lora
 
-Each folder has one adapter folder a role. The specialists of ``--shared`` are ICaRus adapters and continue one another
-in one context, on one cache. Those of ``--conventional`` are ordinary LoRA of the same roles, which each read the whole
-conversation anew. Nobody is helped: a wrong plan goes on into the query, and a wrong query into the explanation. Both
-sides answer greedily, about the same tables. Figures have 95 % intervals by bootstrap over tables; differences are
-paired:
+Each folder has one adapter folder a role, and ``base`` if it was trained on another base model than ``--base``, as
+``icarus train --team`` writes it. The specialists of ``--shared`` are ICaRus adapters and continue one another in one
+context, on one cache. Those of ``--conventional`` are ordinary LoRA of the same roles, which each read the whole
+conversation anew. Nobody is helped: a wrong plan goes on into the query, and a wrong query into the explanation. All
+sides answer greedily, about the same tables. Figures have 95 % intervals by bootstrap over tables; differences to the
+conventional side are paired:
 
     plan           the planner names the columns of the reference
     sql            the query is the reference
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
 from experiments.wikisql_roles.data import ASK_MEANING, ASK_SQL, ROLES
 from experiments.wikisql_roles.score import token_f1
@@ -116,16 +118,27 @@ def figure(values: Sequence[float]) -> dict[str, Any]:
     return {**difference(there, np.ones_like(there)), "tables": len(there)} if len(there) else {"tables": 0}
 
 
-def summary(sides: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Each side's figures, and the differences where there are two."""
+def summary(sides: dict[str, list[dict[str, float]]], peer: str | None) -> dict[str, Any]:
+    """Each side's figures, and its differences to the peer's."""
     names = list(next(iter(sides.values()))[0])
     report: dict[str, Any] = {
         side: {name: figure([one[name] for one in own]) for name in names} for side, own in sides.items()
     }
-    if len(sides) == 2:
-        pairs = list(zip(*sides.values(), strict=True))
-        report["difference"] = {name: figure([one[name] - other[name] for one, other in pairs]) for name in names}
+    for side in sides if peer else ():
+        if side != peer:
+            pairs = list(zip(sides[side], sides[str(peer)], strict=True))
+            report[f"{side} - {peer}"] = {name: figure([one[name] - its[name] for one, its in pairs]) for name in names}
     return report
+
+
+def base_of(folder: Path, base: str) -> str:
+    """The base model that a side's adapters were trained on."""
+    return str(folder / "base") if (folder / "base").is_dir() else base
+
+
+def adapters(folder: Path) -> dict[str, Path]:
+    """One a role."""
+    return {role: folder / role for role in ROLES}
 
 
 def main() -> None:
@@ -133,30 +146,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
     parser.add_argument("--base", default=base_model.PACKAGED)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with one ICaRus adapter a role")
-    parser.add_argument("--conventional", type=Path, help="folder with one conventional adapter a role")
+    parser.add_argument("--shared", nargs="+", type=_named, required=True, metavar="NAME=DIR", help="ICaRus adapters")
+    parser.add_argument("--conventional", type=_named, metavar="NAME=DIR", help="conventional adapters")
     parser.add_argument("--rows", type=int, default=200, help="tables (default: %(default)s)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", required=True, help="file to write")
     options = parser.parse_args()
     asked = tables(options.data, options.rows)
-    team = Specialists.load(options.base, {role: options.shared / role for role in ROLES}, dtype=options.dtype)
-    chains = {"shared": [shared_chain(team, table) for table in asked]}
+    chains = {}
+    for name, folder in options.shared:
+        team = Specialists.load(base_of(folder, options.base), adapters(folder), dtype=options.dtype)
+        chains[name] = [shared_chain(team, table) for table in track(asked, name)]
+    peer = None
     if options.conventional:
-        folders = {role: options.conventional / role for role in ROLES}
-        chains["conventional"] = conventional_chains(Sides.load(options.base, folders, dtype=options.dtype), asked, 16)
+        peer, folder = options.conventional
+        sides = Sides.load(base_of(folder, options.base), adapters(folder), dtype=options.dtype)
+        chains[peer] = conventional_chains(sides, asked, 16)
     results = {
         side: [scores(table, answers) for table, (answers, _) in zip(asked, own, strict=True)]
         for side, own in chains.items()
     }
     report = {
         "settings": settings(base=options.base, dtype=options.dtype, tables=len(asked)),
-        **summary(results),
+        **summary(results, peer),
         "tokens read for a chain": {side: statistics.mean(read for _, read in own) for side, own in chains.items()},
         "answers": {side: [answers for answers, _ in own] for side, own in chains.items()},
     }
     arguments.write_json(report, options.json)
     print(json.dumps({name: report[name] for name in report if name != "answers"}, indent=1))
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    return name, Path(folder)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ from trl import SFTConfig, TrlParser
 from icarus.arguments import Parser
 from icarus.errors import InputError
 
-LEARNING_RATES = {"icarus": 2e-3, "lora": 1e-3}
-"""Peak learning rate by method, where none is given."""
-
 
 @dataclass(kw_only=True)
 class AdapterConfig:
@@ -94,9 +91,7 @@ class IcarusSFTConfig(SFTConfig):  # type: ignore[misc]
     """``trl.SFTConfig`` with a decoder's defaults."""
 
     output_dir: str | None = field(default=None, metadata={"help": "set from --output"})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "peak learning rate (default: icarus 2e-3, lora 1e-3)"}
-    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     warmup_steps: float = field(default=0.05, metadata={"help": "steps, or a fraction of all steps if below 1"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute decoder rows to save memory"})

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from icarus import adapter, arguments, base_model, memory, processor
 from icarus.errors import InputError
 from icarus.train import data, fields, tokenizer
-from icarus.train.config import LEARNING_RATES, TRAIN, AdapterConfig, DistillConfig, IcarusSFTConfig, TrainConfig
+from icarus.train.config import TRAIN, AdapterConfig, DistillConfig, IcarusSFTConfig, TrainConfig
 from icarus.train.distillation import IcarusDistillationTrainer
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
@@ -83,8 +83,6 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     sft = copy(sft)
     sft.output_dir = str(_run_directory(output))
     sft.dataloader_pin_memory &= torch.cuda.is_available()  # or torch warns at every start
-    if sft.learning_rate is None:
-        sft.learning_rate = LEARNING_RATES[config.kind]
     ends = tokenizer.ends(model, codes, sft)
     train_rows, left_out = _token_rows(rows, codes, sft, config, config.data, ends)
     eval_tokens = _token_rows(eval_rows, codes, sft, config, str(config.eval_data))[0] if eval_rows else None

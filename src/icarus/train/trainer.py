@@ -22,7 +22,6 @@ from icarus import adapter, base_model
 from icarus.errors import InputError
 from icarus.streams import IGNORED, Batch, TwoStreams
 from icarus.train import data, fields, tokenizer
-from icarus.train.config import LEARNING_RATES
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +106,6 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._ends: list[int] | None = tokenizer.ends(adapted, processing_class, args)
         args = fields.after_rows(args)
         args.router_aux_loss_coef = 0.0  # the router is the base model's
-        if args.learning_rate is None:  # an IcarusSFTConfig
-            args.learning_rate = LEARNING_RATES["icarus"]
         if data_collator is None and not (args.packing or args.padding_free):
             data_collator = _collator(processing_class, args)  # TRL's drops position_ids and branch_ids
         super().__init__(adapted, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
