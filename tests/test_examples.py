@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
-from icarus import adapter, turns
+from icarus import adapter, cli, turns
 from saved import save_adapter, save_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -48,3 +49,14 @@ def test_a_team_works_in_one_context(
 
 def test_turns_can_be_read() -> None:
     assert [turn["model"] for turn in turns.read(str(EXAMPLES / "turns.json"))] == ["planner", "sql"]
+
+
+def test_the_team_of_the_file_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = yaml.safe_load((EXAMPLES / "team.yaml").read_text(encoding="utf-8"))
+    changed = {"base": str(save_base(tmp_path / "base")), "output": str(tmp_path / "team"), "max_steps": 1}
+    file = tmp_path / "team.yaml"
+    file.write_text(yaml.safe_dump({**keys, **changed, "prepare": {"max_steps": 1}}), encoding="utf-8")
+    monkeypatch.chdir(EXAMPLES.parent)
+    assert cli.main(["train", "--team", str(file)]) == 0
+    for name in keys["specialists"]:
+        adapter.verify(tmp_path / "team" / name, tmp_path / "team" / "base")
