@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icarus import arguments, hub
+from icarus import arguments, atomic, hub
 from icarus.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -139,15 +139,22 @@ def load(
     return model.to(target).eval(), tokenizer
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
-    """Write a base model to a folder that does not exist, which appears when it is complete; returns it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        whole = Path(scratch) / "model"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        _rename(whole, directory)
-    return directory
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a base model to a folder, which appears when it is complete."""
+    with atomic.replacing(directory, key="config.json") as whole:
+        _write(model, tokenizer, whole)
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    sampling: Any = model.generation_config
+    try:
+        sampling.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, say: loading warns of it, and saving would refuse it
+        sampling.do_sample = True
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():  # safetensors writes files that only their owner can read
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def dtype_of(folder: Path) -> str:
@@ -220,9 +227,6 @@ def _unpack(gguf: Path, target: Path) -> None:
             **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         model.config._name_or_path = PACKAGED
-        model.to(torch.bfloat16).save_pretrained(target)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(target)
-        for file in target.iterdir():  # safetensors writes files that only their owner can read
-            file.chmod((target / "config.json").stat().st_mode)
+        _write(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(**source), target)
     finally:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]

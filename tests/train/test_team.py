@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from icarus import adapter, base_model, cli
 from icarus.errors import InputError
@@ -72,17 +73,72 @@ def test_the_prepared_base_model_is_the_merged_one(base: Path, tmp_path: Path) -
         torch.testing.assert_close(tensor, merged[name], rtol=0, atol=0)
 
 
-def test_what_is_there_is_kept_and_the_rest_is_made(
+def test_what_is_there_is_kept_and_the_rest_is_made_anew(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, output = write(tmp_path, base), tmp_path / "team"
     team.run(file)
-    before = adapter.fingerprint(output / "base")
+    before = adapter.fingerprint(output / "base"), (output / "sql" / adapter.WEIGHTS_NAME).read_bytes()
     shutil.rmtree(output / "sql")
-    report = team.run(file)
+    report = team.run(write(tmp_path, base, learning_rate=0.3))
     assert list(report["specialists"]) == ["sql"]
-    assert adapter.fingerprint(output / "base") == before
+    after = adapter.fingerprint(output / "base"), (output / "sql" / adapter.WEIGHTS_NAME).read_bytes()
+    assert (after[0], after[1] == before[1]) == (before[0], False)
     assert f"{output / 'planner'} is there and is kept" in capsys.readouterr().err
+
+
+def test_members_of_another_base_model_are_refused(base: Path, tmp_path: Path) -> None:
+    file, output = write(tmp_path, base), tmp_path / "team"
+    team.run(file)
+    prepared = output / "base"
+    kept = prepared.rename(tmp_path / "kept")
+    with pytest.raises(InputError, match=r"planner.*of another base model"):
+        team.run(file)
+    shutil.copytree(base, prepared)
+    with pytest.raises(InputError, match="planner"):
+        team.run(file)
+    shutil.rmtree(prepared)
+    kept.rename(prepared)
+    assert team.run(file)["specialists"] == {}
+
+
+def test_an_encoder_of_another_base_model_is_not_merged(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "team"
+    team.run(write(tmp_path, base))
+    for part in ("base", *ROWS):
+        shutil.rmtree(output / part)
+    with pytest.raises(InputError, match="encoder was trained on"):
+        team.run(write(tmp_path, save_base(tmp_path / "other")))
+
+
+def test_a_model_of_the_user_is_not_taken_for_a_prepared_one(base: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(base, tmp_path / "team" / "base")
+    with pytest.raises(InputError, match="no team prepared"):
+        team.run(write(tmp_path, own))
+    assert not (tmp_path / "team" / "sql").exists()
+
+
+def test_a_preparation_that_diverged_is_not_merged(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = team.train
+
+    def diverge(*settings: Any) -> dict[str, Any]:
+        figures = trained(*settings)
+        file = tmp_path / "team" / "encoder" / adapter.WEIGHTS_NAME
+        save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+        return figures
+
+    monkeypatch.setattr(team, "train", diverge)
+    with pytest.raises(InputError, match="not finite"):
+        team.run(write(tmp_path, base))
+    assert not (tmp_path / "team" / "base").exists()
+
+
+def test_a_base_model_whose_sampling_is_warned_of_can_be_prepared(base: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(base, tmp_path / "old")
+    (old / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    team.run(write(tmp_path, old))
+    file = tmp_path / "team" / "base" / "model.safetensors"
+    assert file.stat().st_mode == (file.parent / "config.json").stat().st_mode
 
 
 def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +177,12 @@ def test_members_take_turns_until_the_steps_are_filled() -> None:
         ({"specialists": {"a/b": {"data": "x.jsonl"}}}, "cannot be called 'a/b'"),
         ({"specialists": {"sql": {"rank": 2}}}, "'sql' has no data"),
         ({"specialists": {"sql": {"data": "x.jsonl", "rnak": 2}}}, "rnak"),
+        ({"specialists": {False: {"data": "x.jsonl"}}}, "cannot be called False"),
+        ({"specialists": {"sql": {"data": "x.jsonl", "output": "y"}}}, "'sql' has output"),
         ({"prepare": 3}, "prepare is missing or of the wrong kind"),
+        ({"prepare": {"method": "icarus"}}, "prepare has method"),
+        ({"method": "lora"}, "the top has method"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"learning_rat": 1}, "learning_rat"),
     ],
 )
@@ -131,10 +192,24 @@ def test_a_file_that_is_wrong_is_refused(base: Path, tmp_path: Path, changes: di
     assert not (tmp_path / "team").exists()
 
 
-def test_data_of_several_forms_is_refused(base: Path, tmp_path: Path) -> None:
-    other = save_rows(tmp_path / "texts.jsonl", {"text": "abc"})
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "team.yaml"
+    file.write_bytes(b"base: \xff")
+    with pytest.raises(InputError, match="is not YAML"):
+        team.run(file)
+
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "a"}],
+    "completion": [{"role": "assistant", "content": "b"}],
+}
+
+
+@pytest.mark.parametrize("row", [{"text": "abc"}, CHAT])
+def test_data_of_several_forms_is_refused(base: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+    other = save_rows(tmp_path / "other.jsonl", row)
     members = {"sql": {"data": str(save_rows(tmp_path / "a.jsonl", *ROWS["sql"]))}, "other": {"data": str(other)}}
-    with pytest.raises(InputError, match="different fields"):
+    with pytest.raises(InputError, match="different forms"):
         team.run(write(tmp_path, base, specialists=members))
 
 

@@ -138,6 +138,12 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     yield from ({**_without_none(row), LINE: index} for index, row in enumerate(dataset))
 
 
+def form(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the form of a checked row is told by: its fields, and the types that these have."""
+    fields = _form(row, "")
+    return (*fields, *(type(row[name]).__name__ for name in fields))
+
+
 def _form(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
     for form in _FORMS:
         if all(name in row for name in form):

@@ -67,7 +67,7 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
         InputError: settings, data or model cannot be used; nothing was trained or written.
     """
     started = time.perf_counter()
-    _check(config, sft)
+    check(config, sft)
     output = Path(config.output).expanduser()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, and an adapter is a directory; choose another --output.")
@@ -81,7 +81,7 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     )
     tokenizer.change(codes, sft)
     sft = copy(sft)
-    sft.output_dir = str(_run_directory(output))
+    sft.output_dir = str(run_directory(output))
     sft.dataloader_pin_memory &= torch.cuda.is_available()  # or torch warns at every start
     ends = tokenizer.ends(model, codes, sft)
     train_rows, left_out = _token_rows(rows, codes, sft, config, config.data, ends)
@@ -103,7 +103,12 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     }
 
 
-def _check(config: AdapterConfig, sft: IcarusSFTConfig) -> None:
+def check(config: AdapterConfig, sft: IcarusSFTConfig) -> None:
+    """Refuse settings that cannot be used together, before anything is read.
+
+    Raises:
+        InputError: naming them.
+    """
     fields.check(sft, {"command", "by name"} if config.kind == "lora" else {"command", "by name", "decoder"})
     if sft.do_eval and not config.eval_data:  # eval_strategy sets it
         raise InputError("eval_strategy and do_eval need data; give --eval_data.")
@@ -128,20 +133,21 @@ def _dtype(config: AdapterConfig, *, use_cpu: bool) -> str:
     return choice.dtype
 
 
-def _run_directory(output: Path) -> Path:
+def run_directory(output: Path) -> Path:
+    """Where the checkpoints and logs of an adapter's training are."""
     return output.with_name(output.name + ".run")
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The last complete one of an interrupted run that was to write ``output``."""
     # The file that is written last tells a complete checkpoint from one that was cut short.
-    states = _run_directory(output).glob("checkpoint-*/trainer_state.json")
+    states = run_directory(output).glob("checkpoint-*/trainer_state.json")
     complete = sorted(states, key=lambda f: int(f.parent.name.split("-")[1]))
     return str(complete[-1].parent) if complete else None
 
 
 def _checkpoint(output: Path, resume: bool) -> str | None:
-    folder, last = _run_directory(output), last_checkpoint(output)
+    folder, last = run_directory(output), last_checkpoint(output)
     if last and not resume:
         raise InputError(
             f"{folder} holds checkpoints of an earlier run; resume it with --resume, or remove that folder."

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,14 +34,18 @@ from typing import Any
 import torch
 import yaml
 
-from icarus import adapter, base_model
+from icarus import adapter, atomic, base_model
+from icarus.adapter.files import read_config
 from icarus.errors import InputError
 from icarus.train import data
 from icarus.train.config import TRAIN
-from icarus.train.run import last_checkpoint, report, train
+from icarus.train.run import check, last_checkpoint, report, run_directory, train
 
 PARTS = ("base", "encoder")
 """Names in the output folder that no member can have."""
+
+_OURS = {"base", "output", "method", "resume"}
+"""Settings of ``icarus train`` that a team's runs are given."""
 
 Keys = dict[str, Any]
 
@@ -55,16 +60,29 @@ class Team:
     specialists: dict[str, Keys]
     common: Keys
 
-    def settings(self, **own: Any) -> tuple[Any, Any]:
-        """Of one run, as ``icarus train --config`` would read them.
+    def member(self, name: str, base: str) -> tuple[Any, Any]:
+        """Settings of a specialist's run."""
+        return self._settings(base, self.output / name, self.common | self.specialists[name])
+
+    def preparation(self) -> tuple[Any, Any]:
+        """Settings of the base model's run; evaluation is the members', unless ``prepare`` has its own."""
+        common = {key: value for key, value in self.common.items() if not key.startswith("eval_")}
+        rows = {"data": str(self.output / "encoder.jsonl"), "method": "lora"}
+        return self._settings(self.base, self.output / "encoder", common | self.prepare | rows)
+
+    def _settings(self, base: str, target: Path, keys: Keys) -> tuple[Any, Any]:
+        """As ``icarus train --config`` would read them, and checked.
 
         Raises:
             InputError: an unknown key, or a value that is wrong.
         """
+        own = {"base": base, "output": str(target), "resume": last_checkpoint(target) is not None}
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as recipe:
-            yaml.safe_dump({**self.common, **own}, recipe)
+            yaml.safe_dump(keys | own, recipe)
             recipe.flush()
-            return TRAIN.parse(["--config", recipe.name])
+            settings = TRAIN.parse(["--config", recipe.name])
+        check(*settings)
+        return settings
 
 
 def read(file: Path) -> Team:
@@ -77,89 +95,110 @@ def read(file: Path) -> Team:
         keys = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The team in {file} cannot be read ({error.strerror}); name a YAML file.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); correct the file.") from error
     if not isinstance(keys, dict):
         raise InputError(f"{file} holds no settings; see docs/train.md for what a team's file has.")
-    taken = {name: _taken(file, keys, name, kind) for name, kind in _KEYS.items()}
-    members = taken["specialists"]
+    base, output = (_taken(file, keys, name, str) for name in ("base", "output"))
+    members = _taken(file, keys, "specialists", dict)
+    prepare = _taken(file, keys, "prepare", dict) if keys.get("prepare") else keys.pop("prepare", None) or {}
     for name, own in members.items():
-        if name in PARTS or not str(name).replace("-", "").replace("_", "").isalnum():
+        if name in PARTS or not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
             raise InputError(f"{file}: a specialist cannot be called {name!r}; choose a plain word besides {PARTS}.")
         if not isinstance(own, dict) or "data" not in own:
             raise InputError(f"{file}: the specialist {name!r} has no data; give it data: FILE.jsonl.")
-    return Team(taken["base"], Path(taken["output"]).expanduser(), taken["prepare"] or {}, members, keys)
+        _check_keys(file, f"the specialist {name!r}", own, _OURS)
+    _check_keys(file, "the top", keys, _OURS | {"data"})
+    _check_keys(file, "prepare", prepare, _OURS | {"data"})
+    return Team(base, Path(output).expanduser(), prepare, members, keys)
 
 
-_KEYS: dict[str, tuple[type, ...]] = {
-    "base": (str,),
-    "output": (str,),
-    "specialists": (dict,),
-    "prepare": (dict, type(None)),
-}
-
-
-def _taken(file: Path, keys: Keys, name: str, kind: tuple[type, ...]) -> Any:
+def _taken(file: Path, keys: Keys, name: str, kind: type) -> Any:
     value = keys.pop(name, None)
-    if not isinstance(value, kind) or value in ("", {}):
+    if not isinstance(value, kind) or not value:
         raise InputError(f"{file}: {name} is missing or of the wrong kind; see docs/train.md for what it is.")
     return value
 
 
+def _check_keys(file: Path, where: str, keys: Keys, given: set[str]) -> None:
+    if wrong := sorted(given & set(keys)):
+        raise InputError(f"{file}: {where} has {wrong[0]}, which follows from the team; leave it out.")
+
+
 def run(file: Path) -> dict[str, Any]:
-    """Prepare the base model, train what is missing, and return what was done as the report."""
+    """Prepare the base model, train what is missing, and return what was done as the report.
+
+    Raises:
+        InputError: something cannot be used; what was complete before stays.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--team trains in one process; start it without torchrun or accelerate.")
     team = read(file)
-    members = {name: team.settings(base=team.base, output="x", **own) for name, own in team.specialists.items()}
-    done: dict[str, Any] = {"output": str(team.output), "base": str(team.output / "base"), "specialists": {}}
-    if (team.output / "base").exists():
-        _kept(team.output / "base")
+    base = team.output / "base"
+    sources = [team.member(name, team.base)[0].data for name in team.specialists]
+    done: dict[str, Any] = {"output": str(team.output), "base": str(base), "specialists": {}}
+    if (base / "config.json").is_file():
+        _check_kept(team, base)
     else:
-        done["prepared"] = _prepare(team, [config.data for config, _ in members.values()])
-    for name, own in team.specialists.items():
+        done["prepared"] = _prepare(team, sources)
+    for name in team.specialists:
         target = team.output / name
-        if target.exists():
-            _kept(target)
+        if (target / adapter.CONFIG_NAME).is_file():
+            print(f"{target} is there and is kept; remove it to make it again.", file=sys.stderr)
             continue
-        keys = {"base": done["base"], "output": str(target), **own, "resume": last_checkpoint(target) is not None}
-        done["specialists"][name] = report(train(*team.settings(**keys)))
+        done["specialists"][name] = report(train(*team.member(name, str(base))))
+        shutil.rmtree(run_directory(target))  # or it would be resumed where the folder is removed
     adapters = " ".join(f"{name}={team.output / name}" for name in team.specialists)
-    print(f"icarus serve {done['base']} --adapters {adapters}", file=sys.stderr)
+    print(f"icarus serve {base} --adapters {adapters}", file=sys.stderr)
     return done
 
 
-def _kept(folder: Path) -> None:
-    print(f"{folder} is there and is kept; remove it to make it again.", file=sys.stderr)
+def _check_kept(team: Team, base: Path) -> None:
+    """That a prepared base model is ours, and that the members that are there were trained on it."""
+    if not (team.output / "encoder" / adapter.CONFIG_NAME).is_file():
+        raise InputError(f"{base} is a model that no team prepared, as there is no encoder beside it; change output.")
+    print(f"{base} is there and is kept; remove {team.output} to make all of it again.", file=sys.stderr)
+    for name in team.specialists:
+        if (team.output / name / adapter.CONFIG_NAME).is_file():
+            adapter.verify(team.output / name, base)
 
 
 def _prepare(team: Team, sources: Sequence[str]) -> dict[str, Any] | None:
     """Ordinary LoRA on the data of all members, merged into the base model."""
+    for target in (team.output / name for name in team.specialists):
+        for old in (target / adapter.CONFIG_NAME, run_directory(target)):
+            if old.exists():
+                raise InputError(f"{old} is of another base model, as {team.output / 'base'} is missing; remove it.")
     target, rows = team.output / "encoder", team.output / "encoder.jsonl"
-    keys: Keys = {"base": team.base, "output": str(target), "data": str(rows), "method": "lora", **team.prepare}
-    config, sft = team.settings(**keys, resume=last_checkpoint(target) is not None)
+    config, sft = team.preparation()
     figures = None
-    if not target.exists():
-        count = sft.max_steps * sft.per_device_train_batch_size * sft.gradient_accumulation_steps
+    if not (target / adapter.CONFIG_NAME).is_file():
+        count = sft.max_steps * sft.train_batch_size * sft.gradient_accumulation_steps
+        mixed = islice(_mixed(_of_one_form(sources)), count if sft.max_steps > 0 and not sft.packing else None)
         team.output.mkdir(parents=True, exist_ok=True)
-        mixed = islice(_mixed(_of_one_form(sources)), count if sft.max_steps > 0 else None)
-        rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixed), encoding="utf-8")
+        atomic.write_text(rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixed))
         figures = report(train(config, sft))
-    model, codes = base_model.load(team.base, dtype="float32", device="cpu")
-    merged: Any = adapter.merge(model, target)
-    base_model.save(
-        merged.to(getattr(torch, base_model.dtype_of(base_model.folder(team.base)))), codes, team.output / "base"
-    )
-    rows.unlink(missing_ok=True)
+        rows.unlink()
+        shutil.rmtree(run_directory(target))
+    _merge(team, target)
     return figures
+
+
+def _merge(team: Team, encoder: Path) -> None:
+    model, codes = base_model.load(team.base, dtype="float32", device="cpu")
+    if (named := read_config(encoder).get("base_model_name_or_path")) != model.name_or_path:
+        raise InputError(f"{encoder} was trained on {named}, and the team's base is {team.base}; remove that folder.")
+    dtype = getattr(torch, base_model.dtype_of(base_model.folder(team.base)))
+    merged: Any = adapter.merge(model, encoder)
+    base_model.save(merged.to(dtype), codes, team.output / "base")
 
 
 def _of_one_form(sources: Sequence[str]) -> list[Sequence[Mapping[str, Any]]]:
     read = [data.read(source) for source in sources]
     for source, rows in zip(sources, read, strict=True):
-        if rows[0].keys() != read[0][0].keys():
+        if data.form(rows[0]) != data.form(read[0][0]):
             raise InputError(
-                f"The rows of {sources[0]} and {source} have different fields, and the base model is prepared on both; "
+                f"The rows of {sources[0]} and {source} have different forms, and the base model is prepared on both; "
                 "bring them to one form."
             )
     return list(read)
