@@ -42,6 +42,7 @@ def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -
         steps=team.steps,
         rate=team.rate,
         seed=team.seed,
+        recompute=training.device() == "cpu",  # long rows would need 20 GB
     )
     training.run(settings, told)
     model, tokenizer = base_model.load(settings.base, dtype="float32", device="cpu")

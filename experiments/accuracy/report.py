@@ -166,7 +166,6 @@ def _both(texts: Iterable[str]) -> str:
 def _plot_curves(place: work.Place, task: str) -> None:
     """Validation loss over tokens seen and over wall time, of each arm at its best rate so far."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    times = work.read(place.results / "times.json") or {"tasks": {}}
     for arm in [arm for name, arm in place.settings.pairs if name == task]:
         searched = _search(place, task, arm)
         if not searched:
@@ -176,12 +175,10 @@ def _plot_curves(place: work.Place, task: str) -> None:
         if not result or not result["validation"]:
             continue
         steps, losses = zip(*result["validation"], strict=True)
-        axes[0].plot(
-            [step * result["tokens"] / result["steps"] for step in steps], losses, "o-", label=f"{arm}, {rate}"
-        )
-        step_time = times["tasks"].get(task, {}).get(arm)
-        if step_time:
-            axes[1].plot([step * step_time["median_ms"] / 1e3 for step in steps], losses, "o-", label=arm)
+        tokens = [step * result["tokens"] / result["steps"] for step in steps]
+        (line,) = axes[0].plot(tokens, losses, "o-", label=f"{arm}, {rate}")
+        if step_ms := work.step_ms(place, task, place.settings.arms[arm]):
+            axes[1].plot([step * step_ms / 1e3 for step in steps], losses, "o-", color=line.get_color())
     axes[0].set(xlabel="tokens seen", ylabel="validation loss (nats per token)", title=task)
     axes[1].set(xlabel="seconds, from alternating step times", title="the same over wall time")
     for axis in axes:
@@ -193,26 +190,28 @@ def _plot_curves(place: work.Place, task: str) -> None:
 
 
 def _plot_scores(report: Mapping[str, Any], file: Path) -> None:
-    """Differences to the peer with their intervals: scores in points, losses in nats."""
-    rows = [
-        (f"{task}: {arm}, seed {seed}", figures["difference"])
+    """Differences to the peer with their intervals, each seed in its colour: scores in points, losses in nats."""
+    rows = {
+        f"{task}: {arm}": [seed["difference"] for seed in own["seeds"].values() if "difference" in seed]
         for task, arms in report.items()
         for arm, own in arms.items()
-        for seed, figures in own["seeds"].items()
-        if "difference" in figures and arm != BASE
-    ]
+        if arm != BASE
+    }
+    rows = {name: seeds for name, seeds in rows.items() if seeds}
     if not rows:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.3 * len(rows)), sharey=True)
     for axis, name, scale, label in zip(axes, ("score", "loss"), (100, 1), ("points", "nats per token"), strict=True):
-        for place, (_, difference) in enumerate(rows):
-            low, high = (scale * bound for bound in difference[name]["interval"])
-            axis.plot([low, high], [place, place], color="tab:blue")
-            axis.plot(scale * difference[name]["value"], place, "o", color="tab:blue")
+        for place, seeds in enumerate(rows.values()):
+            for seed, difference in enumerate(seeds):
+                low, high = (scale * bound for bound in difference[name]["interval"])
+                height, colour = place + 0.3 * seed - 0.15, f"C{seed}"
+                axis.plot([low, high], [height, height], color=colour)
+                axis.plot(scale * difference[name]["value"], height, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel=label, title=f"{name} over {PEER}")
         axis.grid(alpha=0.3, axis="x")
-    axes[0].set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(file, dpi=120)

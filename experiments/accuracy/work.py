@@ -256,13 +256,17 @@ def _stretch(place: Place, task: str, arm: Arm) -> float:
     """How many more steps an arm has that trains as long as another one."""
     if arm.time_of is None:
         return 1.0
-    times = read(place.results / "times.json")
-    if times is None or task not in times["tasks"]:
-        raise InputError(f"{place.results / 'times.json'} is missing; measure step times first (times).")
-    measured = times["tasks"][task]
-    like = replace(place.settings.arms[str(arm.rates_of)], base="base")  # a prepared base model is no slower
-    own = next(name for name in measured if place.settings.arms[name] == like)
-    return float(measured[arm.time_of]["median_ms"] / measured[own]["median_ms"])
+    own, other = step_ms(place, task, arm), step_ms(place, task, place.settings.arms[arm.time_of])
+    if own is None or other is None:
+        raise InputError(f"{place.results / 'times.json'} lacks {task}; measure step times first (times).")
+    return other / own
+
+
+def step_ms(place: Place, task: str, arm: Arm) -> float | None:
+    """Milliseconds of an arm's step; None where none like it was measured."""
+    measured = (read(place.results / "times.json") or {"tasks": {}})["tasks"].get(task, {})
+    like = replace(arm, base="base", rates_of=None, time_of=None)  # which make no step slower
+    return next((float(measured[name]["median_ms"]) for name in measured if place.settings.arms[name] == like), None)
 
 
 def _validation_loss(place: Place, cell: Cell, base: str) -> float:
