@@ -167,6 +167,8 @@ def _plot_curves(place: work.Place, task: str) -> None:
     """Validation loss over tokens seen and over wall time, of each arm at its best rate so far."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for arm in [arm for name, arm in place.settings.pairs if name == task]:
+        if place.settings.arms[arm].method == "distill":  # its loss in training holds the divergence, too
+            continue
         searched = _search(place, task, arm)
         if not searched:
             continue

@@ -64,8 +64,11 @@ class Trained:
 
     @property
     def tokens(self) -> int:
-        """Of all rows that were trained on."""
-        return int(max((entry.get("num_tokens", 0) for entry in self.history), default=0))
+        """Of all rows that were trained on; a run that was resumed counts from 0 again."""
+        total, last = 0, 0
+        for count in (int(entry["num_tokens"]) for entry in self.history if "num_tokens" in entry):
+            total, last = total + (last if count < last else 0), count
+        return total + last
 
     def curve(self, key: str) -> list[list[float]]:
         """[step, loss], as the trainer logs it: the mean over the tokens of a batch, or over those of validation."""
