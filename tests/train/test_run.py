@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft.utils import save_and_load as peft_files
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -144,6 +145,27 @@ def test_the_conventional_baseline_is_refused_a_shared_cache(train: Train, base:
     assert {"k_proj", "v_proj", "q_proj", "down_proj"} <= modules
     with pytest.raises(AdapterError, match="no ICaRus marker"):
         adapter.verify(tmp_path / "out", base)
+
+
+def test_the_baseline_is_saved_without_questions_and_its_card_says_what_it_is(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: Any) -> None:
+        raise AssertionError("PEFT asks the Hub for the config of the base model.")
+
+    load = under_test.base_model.load
+
+    def renamed(*args: Any, **options: Any) -> Any:
+        model, codes = load(*args, **options)
+        model.name_or_path = model.config._name_or_path = "owner/name"  # which is no folder
+        return model, codes
+
+    monkeypatch.setattr(under_test.base_model, "load", renamed)
+    monkeypatch.setattr(peft_files, "check_file_exists_on_hf_hub", ask)
+    train(ROWS, method="lora", max_steps=1)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "base_model: owner/name" in card
+    assert "no other model" in card
 
 
 def test_metrics_and_logs(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,8 @@ def save_conventional(
     target = Path(directory).expanduser().resolve()
     with atomic.replacing(target, key=CONFIG_NAME, obsolete=[PICKLE_NAME]) as folder:
         _write(model, folder, "default", dtype, state_dict)
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        (folder / CARD_NAME).write_text(model_card.conventional(config), encoding="utf-8")
     return target
 
 

@@ -56,7 +56,8 @@ def report(figures: dict[str, Any]) -> dict[str, Any] | None:
     """Say on the terminal what was done; returns the figures in the first of several processes alone."""
     if os.environ.get("RANK", "0") != "0":  # torchrun started several processes
         return None
-    print(f"{figures['output']}: {figures['steps']} steps in {figures['seconds']} s", file=sys.stderr)
+    done = f"{figures['steps']} steps in {figures['seconds']} s, mean loss {figures['metrics']['train_loss']:.3f}"
+    print(f"{figures['output']}: {done}", file=sys.stderr)
     return figures
 
 
@@ -172,6 +173,14 @@ def _token_rows(
     return tokens, left_out
 
 
+class _ConventionalTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's, but PEFT does not ask the Hub for the base model's vocabulary at each checkpoint."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        adapter.save_conventional(model, output_dir or self.args.output_dir, state_dict=state_dict)
+
+
 def _trainer(config: AdapterConfig, sft: Any, model: Any, codes: Any, rows: Any, eval_rows: Any) -> SFTTrainer:
     torch.manual_seed(sft.seed)
     lora: dict[str, Any] = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout}
@@ -182,7 +191,7 @@ def _trainer(config: AdapterConfig, sft: Any, model: Any, codes: Any, rows: Any,
     if config.kind == "icarus":
         model = adapter.attach(model, **lora)
     else:
-        kind, model = SFTTrainer, adapter.attach_conventional(model, **lora)
+        kind, model = _ConventionalTrainer, adapter.attach_conventional(model, **lora)
         rows, eval_rows = (r and r.select_columns(["input_ids", "labels"]) for r in (rows, eval_rows))
     trainer = kind(model=model, args=sft, train_dataset=rows, eval_dataset=eval_rows, processing_class=codes)
     for callback in (ProgressCallback, PrinterCallback):
