@@ -162,7 +162,7 @@ def test_the_baseline_is_saved_without_questions_and_its_card_says_what_it_is(
 
     monkeypatch.setattr(under_test.base_model, "load", renamed)
     monkeypatch.setattr(peft_files, "check_file_exists_on_hf_hub", ask)
-    train(ROWS, method="lora", max_steps=1)
+    train(ROWS, method="lora", max_steps=1, save_strategy="steps", save_steps=1)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "base_model: owner/name" in card
     assert "no other model" in card
