@@ -163,6 +163,20 @@ def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, monkeypatch: p
     assert set(report["specialists"]) == set(ROWS)
 
 
+def test_checkpoints_of_other_settings_are_not_resumed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("icarus.train.run._write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            team.run(write(tmp_path, base, save_steps=1))
+    with pytest.raises(InputError, match="checkpoints of a run with other settings"):
+        team.run(write(tmp_path, base, save_steps=1, rank=3))
+
+
 def test_members_take_turns_until_the_steps_are_filled() -> None:
     mixed = team._mixed([[{"a": 1}, {"a": 2}, {"a": 3}], [{"b": 1}]])
     assert list(mixed) == [{"a": 1}, {"b": 1}, {"a": 2}, {"a": 3}]
@@ -176,7 +190,9 @@ def test_members_take_turns_until_the_steps_are_filled() -> None:
         ({"specialists": {"base": {"data": "x.jsonl"}}}, "cannot be called 'base'"),
         ({"specialists": {"a/b": {"data": "x.jsonl"}}}, "cannot be called 'a/b'"),
         ({"specialists": {"sql": {"rank": 2}}}, "'sql' has no data"),
-        ({"specialists": {"sql": {"data": "x.jsonl", "rnak": 2}}}, "rnak"),
+        ({"specialists": {"sql": {"data": "x.jsonl", "rnak": 2}}}, "'sql' has rnak, .* did you mean rank"),
+        ({"specialists": {"sql": {"data": "x.jsonl"}}}, "team.yaml, sql: .*x.jsonl"),
+        ({"prepar": {}}, "the top has prepar, .* did you mean prepare"),
         ({"specialists": {False: {"data": "x.jsonl"}}}, "cannot be called False"),
         ({"specialists": {"sql": {"data": "x.jsonl", "output": "y"}}}, "'sql' has output"),
         ({"prepare": 3}, "prepare is missing or of the wrong kind"),

@@ -15,18 +15,20 @@ a decoder alone.
 
 All other keys are those of ``icarus train --config``: at the top for every run, below a member or ``prepare`` for that
 run. In ``output``: ``base`` (a model folder), ``encoder`` (the adapter that was merged), and a folder for each member.
-What is complete there is kept, and what was interrupted is resumed, when the command is given again.
+What is complete there is kept as it is, and what was interrupted is resumed, when the command is given again.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,16 @@ from icarus.train import data
 from icarus.train.config import TRAIN
 from icarus.train.run import check, last_checkpoint, report, run_directory, train
 
-PARTS = ("base", "encoder")
-"""Names in the output folder that no member can have."""
+BASE, ENCODER = "base", "encoder"
+"""Names in the output folder that no member can have: the prepared model, and the adapter that was merged into it."""
 
 _OURS = {"base", "output", "method", "resume"}
 """Settings of ``icarus train`` that a team's runs are given."""
+
+_KNOWN = {each.name for each in (*fields(TRAIN.own), *fields(TRAIN.of_trainer))} - _OURS
+
+_RECIPE = "team-run.yaml"
+"""In the folder of a run's checkpoints: the settings that these were made with."""
 
 Keys = dict[str, Any]
 
@@ -54,35 +61,43 @@ Keys = dict[str, Any]
 class Team:
     """What the file says."""
 
+    file: Path
     base: str
     output: Path
     prepare: Keys
     specialists: dict[str, Keys]
     common: Keys
 
-    def member(self, name: str, base: str) -> tuple[Any, Any]:
-        """Settings of a specialist's run."""
-        return self._settings(base, self.output / name, self.common | self.specialists[name])
-
-    def preparation(self) -> tuple[Any, Any]:
-        """Settings of the base model's run; evaluation is the members', unless ``prepare`` has its own."""
+    def keys(self, name: str) -> Keys:
+        """What the file has for one run; evaluation is the members', unless ``prepare`` has its own."""
+        if name != ENCODER:
+            return self.common | self.specialists[name]
         common = {key: value for key, value in self.common.items() if not key.startswith("eval_")}
-        rows = {"data": str(self.output / "encoder.jsonl"), "method": "lora"}
-        return self._settings(self.base, self.output / "encoder", common | self.prepare | rows)
+        return common | self.prepare | {"data": str(self.output / "encoder.jsonl"), "method": "lora"}
 
-    def _settings(self, base: str, target: Path, keys: Keys) -> tuple[Any, Any]:
-        """As ``icarus train --config`` would read them, and checked.
+    def settings(self, name: str, base: str) -> tuple[Any, Any]:
+        """Of one run, as ``icarus train --config`` would read them, and checked.
 
         Raises:
-            InputError: an unknown key, or a value that is wrong.
+            InputError: a value is wrong, or does not go with another one.
         """
+        target = self.output / name
         own = {"base": base, "output": str(target), "resume": last_checkpoint(target) is not None}
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as recipe:
-            yaml.safe_dump(keys | own, recipe)
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as recipe, _named(self.file, name):
+            yaml.safe_dump(self.keys(name) | own, recipe)
             recipe.flush()
             settings = TRAIN.parse(["--config", recipe.name])
-        check(*settings)
+            check(*settings)
         return settings
+
+
+@contextmanager
+def _named(file: Path, name: str) -> Iterator[None]:
+    """Errors say in which part of which file their cause is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{file}, {'prepare' if name == ENCODER else name}: {error}") from error
 
 
 def read(file: Path) -> Team:
@@ -103,14 +118,14 @@ def read(file: Path) -> Team:
     members = _taken(file, keys, "specialists", dict)
     prepare = _taken(file, keys, "prepare", dict) if keys.get("prepare") else keys.pop("prepare", None) or {}
     for name, own in members.items():
-        if name in PARTS or not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
-            raise InputError(f"{file}: a specialist cannot be called {name!r}; choose a plain word besides {PARTS}.")
+        if name in (BASE, ENCODER) or not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"{file}: a specialist cannot be called {name!r}; choose another plain word.")
         if not isinstance(own, dict) or "data" not in own:
             raise InputError(f"{file}: the specialist {name!r} has no data; give it data: FILE.jsonl.")
-        _check_keys(file, f"the specialist {name!r}", own, _OURS)
-    _check_keys(file, "the top", keys, _OURS | {"data"})
-    _check_keys(file, "prepare", prepare, _OURS | {"data"})
-    return Team(base, Path(output).expanduser(), prepare, members, keys)
+        _check_keys(file, f"the specialist {name!r}", own, _KNOWN)
+    _check_keys(file, "the top", keys, _KNOWN - {"data"} | {"prepare", "specialists"})
+    _check_keys(file, "prepare", prepare, _KNOWN - {"data"})
+    return Team(file, base, Path(output).expanduser(), prepare, members, keys)
 
 
 def _taken(file: Path, keys: Keys, name: str, kind: type) -> Any:
@@ -120,9 +135,14 @@ def _taken(file: Path, keys: Keys, name: str, kind: type) -> Any:
     return value
 
 
-def _check_keys(file: Path, where: str, keys: Keys, given: set[str]) -> None:
-    if wrong := sorted(given & set(keys)):
-        raise InputError(f"{file}: {where} has {wrong[0]}, which follows from the team; leave it out.")
+def _check_keys(file: Path, where: str, keys: Keys, known: set[str]) -> None:
+    for key in keys:
+        if key in _OURS or (key == "data" and key not in known):
+            raise InputError(f"{file}: {where} has {key}, which follows from the team; leave it out.")
+        if key not in known:
+            like = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {like[0]}?" if like else "see icarus train --help for all of them."
+            raise InputError(f"{file}: {where} has {key}, which is no setting; {hint}")
 
 
 def run(file: Path) -> dict[str, Any]:
@@ -134,28 +154,51 @@ def run(file: Path) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--team trains in one process; start it without torchrun or accelerate.")
     team = read(file)
-    base = team.output / "base"
-    sources = [team.member(name, team.base)[0].data for name in team.specialists]
+    base, rows = team.output / BASE, _rows(team)
+    team.settings(ENCODER, team.base)
     done: dict[str, Any] = {"output": str(team.output), "base": str(base), "specialists": {}}
     if (base / "config.json").is_file():
         _check_kept(team, base)
     else:
-        done["prepared"] = _prepare(team, sources)
+        done["prepared"] = _prepare(team, rows)
     for name in team.specialists:
         target = team.output / name
         if (target / adapter.CONFIG_NAME).is_file():
             print(f"{target} is there and is kept; remove it to make it again.", file=sys.stderr)
-            continue
-        done["specialists"][name] = report(train(*team.member(name, str(base))))
-        shutil.rmtree(run_directory(target))  # or it would be resumed where the folder is removed
+        else:
+            done["specialists"][name] = _train(team, name, str(base))
     adapters = " ".join(f"{name}={team.output / name}" for name in team.specialists)
-    print(f"icarus serve {base} --adapters {adapters}", file=sys.stderr)
+    print(f"Serve the team with: icarus serve {base} --adapters {adapters}", file=sys.stderr)
     return done
+
+
+def _rows(team: Team) -> dict[str, list[Keys]]:
+    """Of each member, so that nothing is trained in vain where a file is wrong."""
+    sources = {name: team.settings(name, team.base)[0].data for name in team.specialists}
+    rows = {}
+    for name, source in sources.items():
+        with _named(team.file, name):
+            rows[name] = data.read(source)
+    return rows
+
+
+def _train(team: Team, name: str, base: str) -> dict[str, Any] | None:
+    """One run, which goes on from its checkpoints if these are of the same settings."""
+    target, settings = team.output / name, team.settings(name, base)
+    recipe, text = run_directory(target) / _RECIPE, yaml.safe_dump(team.keys(name))
+    if last_checkpoint(target) and (not recipe.exists() or recipe.read_text(encoding="utf-8") != text):
+        raise InputError(f"{recipe.parent} has checkpoints of a run with other settings; remove that folder.")
+    print(f"Training {target} ...", file=sys.stderr)
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(recipe, text)
+    figures = report(train(*settings))
+    shutil.rmtree(recipe.parent)  # or it would be resumed where the folder is removed
+    return figures
 
 
 def _check_kept(team: Team, base: Path) -> None:
     """That a prepared base model is ours, and that the members that are there were trained on it."""
-    if not (team.output / "encoder" / adapter.CONFIG_NAME).is_file():
+    if not (team.output / ENCODER / adapter.CONFIG_NAME).is_file():
         raise InputError(f"{base} is a model that no team prepared, as there is no encoder beside it; change output.")
     print(f"{base} is there and is kept; remove {team.output} to make all of it again.", file=sys.stderr)
     for name in team.specialists:
@@ -163,24 +206,24 @@ def _check_kept(team: Team, base: Path) -> None:
             adapter.verify(team.output / name, base)
 
 
-def _prepare(team: Team, sources: Sequence[str]) -> dict[str, Any] | None:
+def _prepare(team: Team, rows: Mapping[str, list[Keys]]) -> dict[str, Any] | None:
     """Ordinary LoRA on the data of all members, merged into the base model."""
     for target in (team.output / name for name in team.specialists):
         for old in (target / adapter.CONFIG_NAME, run_directory(target)):
             if old.exists():
-                raise InputError(f"{old} is of another base model, as {team.output / 'base'} is missing; remove it.")
-    target, rows = team.output / "encoder", team.output / "encoder.jsonl"
-    config, sft = team.preparation()
+                raise InputError(f"{old} is of another base model, as {team.output / BASE} is missing; remove it.")
+    encoder, file = team.output / ENCODER, team.output / "encoder.jsonl"
+    _, sft = team.settings(ENCODER, team.base)
     figures = None
-    if not (target / adapter.CONFIG_NAME).is_file():
+    if not (encoder / adapter.CONFIG_NAME).is_file():
+        _check_forms(team, rows)
         count = sft.max_steps * sft.train_batch_size * sft.gradient_accumulation_steps
-        mixed = islice(_mixed(_of_one_form(sources)), count if sft.max_steps > 0 and not sft.packing else None)
+        mixed = islice(_mixed(rows.values()), count if sft.max_steps > 0 and not sft.packing else None)
         team.output.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixed))
-        figures = report(train(config, sft))
-        rows.unlink()
-        shutil.rmtree(run_directory(target))
-    _merge(team, target)
+        atomic.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixed))
+        figures = _train(team, ENCODER, team.base)
+        file.unlink()
+    _merge(team, encoder)
     return figures
 
 
@@ -190,21 +233,21 @@ def _merge(team: Team, encoder: Path) -> None:
         raise InputError(f"{encoder} was trained on {named}, and the team's base is {team.base}; remove that folder.")
     dtype = getattr(torch, base_model.dtype_of(base_model.folder(team.base)))
     merged: Any = adapter.merge(model, encoder)
-    base_model.save(merged.to(dtype), codes, team.output / "base")
+    base_model.save(merged.to(dtype), codes, team.output / BASE)
+    print(f"{team.output / BASE} is the prepared base model: {team.base} with {encoder} merged.", file=sys.stderr)
 
 
-def _of_one_form(sources: Sequence[str]) -> list[Sequence[Mapping[str, Any]]]:
-    read = [data.read(source) for source in sources]
-    for source, rows in zip(sources, read, strict=True):
-        if data.form(rows[0]) != data.form(read[0][0]):
+def _check_forms(team: Team, rows: Mapping[str, list[Keys]]) -> None:
+    first = next(iter(rows))
+    for name, own in rows.items():
+        if data.form(own[0]) != data.form(rows[first][0]):
             raise InputError(
-                f"The rows of {sources[0]} and {source} have different forms, and the base model is prepared on both; "
-                "bring them to one form."
+                f"{team.file}: the rows of {first} and {name} have different forms, and the base model is prepared on "
+                "both; bring them to one form."
             )
-    return list(read)
 
 
-def _mixed(sources: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
+def _mixed(sources: Iterable[Sequence[Keys]]) -> Iterator[Keys]:
     """Rows of all sources in turns, until the last one ends."""
     for rows in zip_longest(*sources):
         yield from (row for row in rows if row is not None)
