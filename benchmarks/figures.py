@@ -128,10 +128,10 @@ def headline() -> Table:
             f"{usual['median_ms'] / step['median_ms']:.1f}x faster",
         ],
         [
-            "[Accuracy](docs/accuracy.md): SQL queries right after equal training of this small model",
+            "[Accuracy](docs/accuracy.md): SQL queries right, trained for the same time on a CPU, ICaRus on a prepared base",
             f"**{_right('conventional')}**",
-            _right("icarus"),
-            "**we lose**",
+            _right("team-time"),
+            f"**we lose**; {_right('icarus')} at equal steps and without it",
         ],
         [
             "[Decoding 16 requests at once](results/README.md#served), tokens a second",
