@@ -177,11 +177,11 @@ def _plot_curves(place: work.Place, task: str) -> None:
         if not result or not result["validation"]:
             continue
         steps, losses = zip(*result["validation"], strict=True)
-        tokens = [step * result["tokens"] / result["steps"] for step in steps]
+        tokens = [step * result["tokens"] / result["steps"] / 1e3 for step in steps]
         (line,) = axes[0].plot(tokens, losses, "o-", label=f"{arm}, {rate}")
         if step_ms := work.step_ms(place, task, place.settings.arms[arm]):
             axes[1].plot([step * step_ms / 1e3 for step in steps], losses, "o-", color=line.get_color())
-    axes[0].set(xlabel="tokens seen", ylabel="validation loss (nats per token)", title=task)
+    axes[0].set(xlabel="thousand tokens seen", ylabel="validation loss (nats per token)", title=task)
     axes[1].set(xlabel="seconds, from alternating step times", title="the same over wall time")
     for axis in axes:
         axis.grid(alpha=0.3)
