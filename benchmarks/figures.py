@@ -128,7 +128,7 @@ def headline() -> Table:
             f"{usual['median_ms'] / step['median_ms']:.1f}x faster",
         ],
         [
-            "[Accuracy](docs/accuracy.md): SQL queries right, trained for the same time on a CPU, ICaRus on a prepared base",
+            "[Accuracy](docs/accuracy.md): SQL queries right, trained equally long on a CPU, ICaRus on a prepared base",
             f"**{_right('conventional')}**",
             _right("team-time"),
             f"**we lose**; {_right('icarus')} at equal steps and without it",

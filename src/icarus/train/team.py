@@ -37,7 +37,6 @@ import torch
 import yaml
 
 from icarus import adapter, atomic, base_model
-from icarus.adapter.files import read_config
 from icarus.errors import InputError
 from icarus.train import data
 from icarus.train.config import TRAIN
@@ -229,8 +228,6 @@ def _prepare(team: Team, rows: Mapping[str, list[Keys]]) -> dict[str, Any] | Non
 
 def _merge(team: Team, encoder: Path) -> None:
     model, codes = base_model.load(team.base, dtype="float32", device="cpu")
-    if (named := read_config(encoder).get("base_model_name_or_path")) != model.name_or_path:
-        raise InputError(f"{encoder} was trained on {named}, and the team's base is {team.base}; remove that folder.")
     dtype = getattr(torch, base_model.dtype_of(base_model.folder(team.base)))
     merged: Any = adapter.merge(model, encoder)
     base_model.save(merged.to(dtype), codes, team.output / BASE)
