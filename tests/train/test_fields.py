@@ -83,7 +83,7 @@ ELSEWHERE = {
     "average_tokens_across_devices": "test_two_processes_train_like_one_with_the_double_batch",
     "gradient_accumulation_steps": "test_accumulated_steps_equal_one_big_batch",
     "gradient_checkpointing": "test_gradient_checkpointing_trains_the_same",
-    "learning_rate": "test_each_method_has_its_learning_rate_and_a_given_one_wins",
+    "learning_rate": "test_each_method_has_the_learning_rate_and_a_given_one_wins",
     "packing": "test_packed_rows_train_like_separate_ones",
 }
 """Fields of WORKS by their tests in test_run.py."""
