@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from icarus.bench.agents.report import PAPER
+from icarus.evaluate.report import shown
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "src" / "icarus" / "shipped"
@@ -354,6 +355,30 @@ def accuracy() -> Table:
     return rows
 
 
+def chain() -> Table:
+    """Three specialists that continue one another, beside conventional ones on the same tables."""
+    report = result("chain")
+    rows = [["", "conventional", "ICaRus", "difference", "ICaRus, prepared base", "difference"]]
+    labels = {
+        "plan": "plan right",
+        "sql": "SQL right at the end",
+        "sql if plan": "the same, where the plan was right",
+        "explanation": "explanation, token F1 with a person's question",
+    }
+    for name, label in labels.items():
+        scale, form, unit = (1, ".3f", "") if name == "explanation" else (100, ".1f", " %")
+        cells = [f"{scale * report['lora'][name]['value']:{form}}{unit}"]
+        for side in ("icarus", "team"):
+            cells.append(f"{scale * report[side][name]['value']:{form}}{unit}")
+            cells.append(shown(report[f"{side} - lora"][name], scale, form))
+        rows.append([label, *cells])
+    read = report["tokens read for a chain"]
+    rows.append(
+        ["tokens read for a chain", f"{read['lora']:.0f}", f"{read['icarus']:.0f}", "", f"{read['team']:.0f}", ""]
+    )
+    return rows
+
+
 def _right(arm: str) -> str:
     """Share of right answers on WikiSQL, the mean of all seeds."""
     seeds = _seeds(result("accuracy/smollm2/summary")["tasks"]["wikisql"][arm])
@@ -376,6 +401,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent gains": agent_gains,
     "specialists": specialists,
     "accuracy": accuracy,
+    "chain": chain,
     "soak": soak,
 }
 

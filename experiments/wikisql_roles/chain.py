@@ -1,6 +1,6 @@
 """Specialists that work together, end to end: plan, SQL by that plan, explanation of that SQL, on unseen tables.
 
-    python -m experiments.wikisql_roles.chain --data data/roles --rows 200 --json results/chain.json \
+    python -m experiments.wikisql_roles.chain --data data/roles --rows 120 --json results/chain.json \
         --shared icarus=adapters/icarus team=adapters/team --conventional lora=adapters/lora
 
 Each folder has one adapter folder a role, and ``base`` if it was trained on another base model than ``--base``, as

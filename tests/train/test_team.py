@@ -76,8 +76,9 @@ def test_the_prepared_base_model_is_the_merged_one(base: Path, tmp_path: Path) -
 def test_what_is_there_is_kept_and_the_rest_is_made_anew(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, output = write(tmp_path, base), tmp_path / "team"
+    file, output = write(tmp_path, base, report_to="tensorboard"), tmp_path / "team"
     team.run(file)
+    assert list((output / "sql.run").rglob("*tfevents*"))  # logs stay
     before = adapter.fingerprint(output / "base"), (output / "sql" / adapter.WEIGHTS_NAME).read_bytes()
     shutil.rmtree(output / "sql")
     report = team.run(write(tmp_path, base, learning_rate=0.3))

@@ -71,7 +71,7 @@ class Team:
         """What the file has for one run; evaluation is the members', unless ``prepare`` has its own."""
         if name != ENCODER:
             return self.common | self.specialists[name]
-        common = {key: value for key, value in self.common.items() if not key.startswith("eval_")}
+        common = {key: value for key, value in self.common.items() if not key.startswith(("eval_", "do_eval"))}
         return common | self.prepare | {"data": str(self.output / "encoder.jsonl"), "method": "lora"}
 
     def settings(self, name: str, base: str) -> tuple[Any, Any]:
@@ -191,7 +191,8 @@ def _train(team: Team, name: str, base: str) -> dict[str, Any] | None:
     recipe.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(recipe, text)
     figures = report(train(*settings))
-    shutil.rmtree(recipe.parent)  # or it would be resumed where the folder is removed
+    for checkpoint in recipe.parent.glob("checkpoint-*"):  # or it would be resumed where the folder is removed
+        shutil.rmtree(checkpoint)
     return figures
 
 
@@ -208,9 +209,9 @@ def _check_kept(team: Team, base: Path) -> None:
 def _prepare(team: Team, rows: Mapping[str, list[Keys]]) -> dict[str, Any] | None:
     """Ordinary LoRA on the data of all members, merged into the base model."""
     for target in (team.output / name for name in team.specialists):
-        for old in (target / adapter.CONFIG_NAME, run_directory(target)):
-            if old.exists():
-                raise InputError(f"{old} is of another base model, as {team.output / BASE} is missing; remove it.")
+        if (target / adapter.CONFIG_NAME).exists() or last_checkpoint(target):
+            old = target if target.exists() else run_directory(target)
+            raise InputError(f"{old} is of another base model, as {team.output / BASE} is missing; remove it.")
     encoder, file = team.output / ENCODER, team.output / "encoder.jsonl"
     _, sft = team.settings(ENCODER, team.base)
     figures = None
