@@ -373,9 +373,8 @@ def chain() -> Table:
             cells.append(shown(report[f"{side} - lora"][name], scale, form))
         rows.append([label, *cells])
     read = report["tokens read for a chain"]
-    rows.append(
-        ["tokens read for a chain", f"{read['lora']:.0f}", f"{read['icarus']:.0f}", "", f"{read['team']:.0f}", ""]
-    )
+    lora, icarus, team = (f"{read[side]:.0f}" for side in ("lora", "icarus", "team"))
+    rows.append(["tokens read for a chain", lora, icarus, "", team, ""])
     return rows
 
 

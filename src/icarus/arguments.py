@@ -80,6 +80,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - prints them as the last line")
 
 
+def read_yaml(file: Path, what: str) -> dict[str, Any]:
+    """The keys of a YAML (or JSON) file; ``what`` it should hold is named in errors.
+
+    Raises:
+        InputError: it cannot be read, or holds no keys.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The {what} {file} cannot be read ({error.strerror}); name a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); correct it.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is no {what}; give it as key: value on each line.")
+    return values
+
+
 def write_json(report: Mapping[str, Any], target: str) -> None:
     """Write a report to a file in one step, indented, or print it as one line for ``-``.
 

@@ -101,7 +101,7 @@ def test_programs_run_once_that_is_confirmed(folder: Path, monkeypatch: pytest.M
     ("words", "message"),
     [
         (["eval", *BASE], "--task"),
-        (["eval", *BASE, "--task", "gsm8k"], "There is no task file gsm8k"),
+        (["eval", *BASE, "--task", "gsm8k"], "The task file gsm8k cannot be read"),
         (["eval", *BASE, "--task", "words.yaml", "words.yaml"], "Two tasks are named 'words'"),
         (["eval", *BASE, "--task", "words.yaml", "--against", "one"], "--against one is no side; there are base"),
         (["eval", *BASE, "--task", "words.yaml", "code.yaml"], "Task code runs programs.*--confirm-run-unsafe-code"),

@@ -105,7 +105,7 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
     ("values", "message"),
     [
         ("a: [", "sums.yaml is not YAML"),
-        ("[]", "sums.yaml holds no task"),
+        ("[]", "sums.yaml is no task file"),
         (PLAIN | {"promt": "x"}, "unknown key 'promt'; the known keys are data, prompt"),
         ({"prompt": "x", "scorer": "number"}, "no 'data'; every task needs data, prompt, scorer"),
         (WITHOUT, "no 'completion', which scorer 'number' needs"),
@@ -140,7 +140,7 @@ def test_what_is_wrong_is_said(folder: Path, values: Any, message: str) -> None:
 
 
 def test_an_unknown_task_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"There is no task file gsm8k \(No such file"):
+    with pytest.raises(InputError, match=r"The task file gsm8k cannot be read \(No such file"):
         read_task("gsm8k")
     save_rows(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match=r"rows.jsonl has no rows to ask"):

@@ -20,10 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from icarus import arguments
 from icarus.errors import DataError, IcarusError, InputError, first_line
 from icarus.evaluate.scorers import CHOICE
 from icarus.evaluate.tasks import Item, Task
@@ -84,14 +84,7 @@ def read(source: str | Path, *, limit: int | None = None) -> Task:
 
 
 def _parsed(path: Path) -> TaskFile:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"There is no task file {path} ({error.strerror}); give the YAML file of a task.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no task; give one as key: value on each line.")
+    values = arguments.read_yaml(path, "task file")
     if isinstance(shots := values.get("few_shot"), dict):
         values["few_shot"] = _filled(FewShot, shots, f"{path}, few_shot")
     file: TaskFile = _filled(TaskFile, values, str(path))

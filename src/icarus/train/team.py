@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import yaml
 
-from icarus import adapter, atomic, base_model
+from icarus import adapter, arguments, atomic, base_model
 from icarus.errors import InputError
 from icarus.train import data
 from icarus.train.config import TRAIN
@@ -105,14 +105,7 @@ def read(file: Path) -> Team:
     Raises:
         InputError: the file cannot be read, or lacks something.
     """
-    try:
-        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The team in {file} cannot be read ({error.strerror}); name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); correct the file.") from error
-    if not isinstance(keys, dict):
-        raise InputError(f"{file} holds no settings; see docs/train.md for what a team's file has.")
+    keys = arguments.read_yaml(file, "team file")
     base, output = (_taken(file, keys, name, str) for name in ("base", "output"))
     members = _taken(file, keys, "specialists", dict)
     prepare = _taken(file, keys, "prepare", dict) if keys.get("prepare") else keys.pop("prepare", None) or {}

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-import yaml
-
+from icarus import arguments
 from icarus.errors import InputError
 
 SYSTEMS = ("stock", "conventional", "icarus", "base")  # what they are: systems.py
@@ -139,14 +138,7 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or a name in it is not that of a setting.
     """
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); give a YAML file to --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); mend it.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no settings; give one as name: value on each line.")
+    values = arguments.read_yaml(file, "file of settings")
     names = [entry.name for entry in fields(Settings)]
     if unknown := values.keys() - names:
         raise InputError(f"{file} has no setting {min(unknown, key=str)!r} to set; take one of {', '.join(names)}.")
