@@ -40,6 +40,7 @@ def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -
         output=adapter_folder,
         rows=rows,
         steps=team.steps,
+        batch_size=settings.batch_size,
         rate=team.rate,
         seed=team.seed,
         recompute=training.device() == "cpu",  # long rows would need 20 GB

@@ -101,8 +101,8 @@ def _training(place: work.Place, cell: Cell) -> dict[str, Any]:
 
 def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
     """The items of a run; the text of answers is not kept."""
-    scores = work.read(place.scores(cell))
-    if scores is None or scores["identity"] != work.identity(place, cell):
+    scores = work.scores(place, cell)
+    if scores is None:
         return []
     columns = {name: text.split(" ") for name, text in scores["items"].items()}
     return [

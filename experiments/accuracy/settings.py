@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -63,12 +63,21 @@ class Settings:
     dtype: Literal["float32", "bfloat16"]
     steps: int
     batch_size: int
+    """Rows of a step."""
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     test_items: int
+    batch_sizes: dict[str, int] = field(default_factory=dict)
+    """Of tasks whose rows are long, in place of ``batch_size``."""
+    scored_items: dict[str, int] = field(default_factory=dict)
+    """Of tasks whose answers take long, in place of ``test_items``; the first ones of those."""
     team: Team
     arms: dict[str, Arm]
     grid: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+    def rows_per_step(self, task: str) -> int:
+        """The batch size of a task's runs."""
+        return self.batch_sizes.get(task, self.batch_size)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -96,6 +105,9 @@ def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
         raise InputError(f"{file} cannot be read ({error}); name a YAML file of settings.") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no file of settings ({error}); see those beside this script.") from error
+    for task in (*settings.batch_sizes, *settings.scored_items):
+        if task not in SOURCES:
+            raise InputError(f"{file}: batch_sizes or scored_items has {task}, which is no task; correct the name.")
     for task, arm in settings.pairs:
         if task not in SOURCES or arm not in arms:
             raise InputError(f"{file}: the grid has {task} with {arm}, one of which does not exist; correct the name.")

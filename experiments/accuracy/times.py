@@ -31,16 +31,17 @@ def run(place: work.Place, tasks: Sequence[str], arms: Sequence[str], repeats: i
     if not torch.cuda.is_available():
         memory.keep()
     for task in tasks:
-        rows = work.parts(place, task).train[: place.settings.batch_size * (repeats + 1)]
-        steps = {name: _step(place, place.settings.arms[name], rows) for name in arms}
+        size = place.settings.rows_per_step(task)
+        rows = work.parts(place, task).train[: size * (repeats + 1)]
+        steps = {name: _step(place, place.settings.arms[name], rows, size) for name in arms}
         seconds = measure.alternate(steps, repeats, task)
         report["tasks"][task] = {name: measure.summary(values) for name, values in seconds.items()}
-    report["machine"] = measure.settings(repeats=repeats, batch_size=place.settings.batch_size)
+    report["machine"] = measure.settings(repeats=repeats)
     arguments.write_json(report, str(file))
     return report
 
 
-def _step(place: work.Place, arm: Arm, rows: Sequence[Row]) -> Callable[[], None]:
+def _step(place: work.Place, arm: Arm, rows: Sequence[Row], batch_size: int) -> Callable[[], None]:
     """A function that makes one training step after another."""
     settings = place.settings
     base, tokenizer = base_model.load(settings.base, dtype=settings.dtype)
@@ -49,7 +50,7 @@ def _step(place: work.Place, arm: Arm, rows: Sequence[Row]) -> Callable[[], None
         output_dir=str(place.work / "times"),
         learning_rate=1e-3,
         max_steps=1000,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch_size,
         dataloader_pin_memory=False,
     )
     kind: Any = IcarusSFTTrainer
@@ -58,4 +59,4 @@ def _step(place: work.Place, arm: Arm, rows: Sequence[Row]) -> Callable[[], None
     attach = adapter.attach_conventional if arm.method == "lora" else adapter.attach
     model = attach(base, rank=arm.rank)
     trainer = kind(model=model, args=sft, train_dataset=tokens, processing_class=tokenizer)
-    return stepping(trainer, len(rows) // settings.batch_size)
+    return stepping(trainer, len(rows) // batch_size)

@@ -39,6 +39,7 @@ class Training:
     rows: Path
     validation: Path | None = None
     steps: int
+    batch_size: int
     rate: float
     seed: int
     teacher: Path | None = None
@@ -121,7 +122,7 @@ def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
         "dtype": settings.dtype,
         "resume": any(folder.glob("checkpoint-*/trainer_state.json")),
     }
-    trainer = _trainer_settings(settings, training)
+    trainer = _trainer_settings(training)
     if training.teacher:
         train(DistillConfig(teacher=str(training.teacher), **common), IcarusDistillationConfig(**trainer))
     else:
@@ -134,13 +135,13 @@ def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
     return history
 
 
-def _trainer_settings(settings: Settings, training: Training) -> dict[str, Any]:
+def _trainer_settings(training: Training) -> dict[str, Any]:
     every = -(-training.steps // _VALIDATIONS)
     return {
         "output_dir": None,
         "learning_rate": training.rate,
         "max_steps": training.steps,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": training.batch_size,
         "per_device_eval_batch_size": _BATCH,
         "train_sampling_strategy": "group_by_length",  # less padding, the same for all arms
         "gradient_checkpointing": training.recompute,
@@ -166,7 +167,7 @@ def _train_form(settings: Settings, training: Training) -> tuple[tuple[TwoStream
     changed = {"output_dir": str(training.output), "save_strategy": "no", "dataloader_pin_memory": False}
     trainer = forms.FormTrainer(
         adapted,
-        IcarusSFTConfig(**_trainer_settings(settings, training) | changed),
+        IcarusSFTConfig(**_trainer_settings(training) | changed),
         train_dataset=token_rows(read(str(training.rows)), codes, None)[0],
         eval_dataset=token_rows(read(str(training.validation)), codes, None)[0],
         processing_class=codes,

@@ -68,8 +68,7 @@ class Place:
         """Whether nothing is left to do."""
         if self.loss(wanted.cell) is None:
             return False
-        scores = read(self.scores(wanted.cell)) if wanted.scored else None
-        return not wanted.scored or (scores is not None and scores["identity"] == identity(self, wanted.cell))
+        return not wanted.scored or scores(self, wanted.cell) is not None
 
 
 def read(file: Path) -> dict[str, Any] | None:
@@ -126,10 +125,22 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
     if arm is None:
         return depends
     depends |= {"arm": {key: value for key, value in asdict(arm).items() if value is not None}}
-    depends |= {"steps": settings.steps, "batch_size": settings.batch_size, "rate": cell.rate, "seed": cell.seed}
+    depends |= {"steps": settings.steps, "batch_size": settings.rows_per_step(cell.task)}
+    depends |= {"rate": cell.rate, "seed": cell.seed}
     if arm.base != "base":
         depends["team"] = _team_identity(place)
     return depends
+
+
+def scores(place: Place, cell: Cell) -> dict[str, Any] | None:
+    """The scores of a run's answers; None where there are none, or those of another run or of other items."""
+    found = read(place.scores(cell))
+    return found if found and found["identity"] == _scored_identity(place, cell) else None
+
+
+def _scored_identity(place: Place, cell: Cell) -> dict[str, Any]:
+    items = place.settings.scored_items.get(cell.task)
+    return identity(place, cell) | ({"items": items} if items else {})
 
 
 def _team_identity(place: Place) -> dict[str, Any]:
@@ -161,8 +172,7 @@ def base_cell(task: str) -> Cell:
 
 def base_done(place: Place, task: str) -> bool:
     """Whether they are there."""
-    scores = read(place.scores(base_cell(task)))
-    return scores is not None and scores["identity"] == identity(place, base_cell(task))
+    return scores(place, base_cell(task)) is not None
 
 
 def _train(place: Place, cell: Cell) -> None:
@@ -177,6 +187,7 @@ def _train(place: Place, cell: Cell) -> None:
         rows=_write(place, f"{cell.task}.train", own.train),
         validation=_write(place, f"{cell.task}.validation", own.validation),
         steps=round(settings.steps * _stretch(place, cell.task, arm)),
+        batch_size=settings.rows_per_step(cell.task),
         rate=cell.rate,
         seed=cell.seed,
         teacher=_teacher(place, cell) if arm.teacher else None,
@@ -285,13 +296,15 @@ def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: 
     """Of each item: score, loss per token of the reference, its tokens, drift."""
     sides = Sides.load(base, sources, dtype=place.settings.dtype)
     batch = _SCORED[training.device()]
-    found = evaluate(sides, parts(place, task).test, [next(iter(sources), BASE)], batch_size=batch)
+    test = parts(place, task).test
+    asked = replace(test, items=test.items[: place.settings.scored_items.get(task)])
+    found = evaluate(sides, asked, [next(iter(sources), BASE)], batch_size=batch)
     outcomes = sorted(found, key=lambda outcome: outcome.item)
     result = {
-        "identity": identity(place, cell),
+        "identity": _scored_identity(place, cell),
         "task": task,
         "arm": cell.arm,
-        "scorer": parts(place, task).test.scorer,
+        "scorer": test.scorer,
         "items": {  # texts, which keep a file of 300 items short
             "item": " ".join(o.item for o in outcomes),
             "score": " ".join(f"{o.score:.4g}" for o in outcomes),
