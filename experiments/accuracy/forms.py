@@ -7,6 +7,7 @@ h^E and h^D the hidden states of the two streams and x^E, x^D the inputs of a pr
     inputs     W x^D + s B (A x^D + A' x^E) in each adapted projection
     norms      (1 + g) norm(h^D) in each norm
     head       lm_head(h^D) + s B A h^D
+    queries    further query heads that read the same K/V (query_heads.py)
 
 What a module reads of the encoder is kept from the encoder pass, without gradient.
 """
@@ -14,17 +15,18 @@ What a module reads of the encoder is kept from the encoder pass, without gradie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from experiments.accuracy.query_heads import QueryHeads
 from icarus.lora import unwrapped
 from icarus.streams import Batch, EncoderCache, TwoStreams
 from icarus.train import IcarusSFTTrainer
 
-Form = Literal["residual", "inputs", "norms", "head"]
+Form = Literal["residual", "inputs", "norms", "head", "queries"]
 
 _READS = {"residual", "inputs"}
 
@@ -71,9 +73,9 @@ class FormStreams(TwoStreams):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         inner: Any = unwrapped(model)
-        self.extras: dict[nn.Module, Extra] = dict(
-            zip(getattr(inner, "form_places", ()), getattr(inner, "form_extras", ()), strict=True)
-        )
+        added = list(zip(getattr(inner, "form_places", ()), getattr(inner, "form_extras", ()), strict=True))
+        self.extras: dict[nn.Module, Extra] = {at: extra for at, extra in added if isinstance(extra, Extra)}
+        self.heads = {at: extra for at, extra in added if isinstance(extra, QueryHeads)}
         self._kept: dict[nn.Module, Tensor] = {}
 
     def encode(self, input_ids: Tensor, cache: EncoderCache, **options: Any) -> Tensor:
@@ -82,7 +84,9 @@ class FormStreams(TwoStreams):
             return super().encode(input_ids, cache, **options)
 
     def _decode(self, input_ids: Tensor, cache: EncoderCache, positions: Tensor, mask: Any) -> Tensor:
-        with self._hooked(self._add):
+        with self._hooked(self._add), ExitStack() as stack:
+            for attention, heads in self.heads.items():
+                stack.enter_context(heads.added(attention))
             return super()._decode(input_ids, cache, positions, mask)
 
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,12 +131,16 @@ def add(model: Any, form: Form, rank: int) -> None:
     """Give a model with an ICaRus adapter a form; its modules are trainable, and found by optimizers."""
     places = _places(model, form)
     model.form_places = places
-    model.form_extras = nn.ModuleList(Extra(form, module, rank) for module in places)
+    model.form_extras = nn.ModuleList(
+        QueryHeads(module, rank) if form == "queries" else Extra(form, module, rank) for module in places
+    )
 
 
 def _places(model: Any, form: Form) -> list[nn.Module]:
     if form == "residual":
         return [module for module in model.modules() if hasattr(module, "self_attn")]
+    if form == "queries":
+        return [module.self_attn for module in model.modules() if hasattr(module, "self_attn")]
     if form == "inputs":
         return [module for module in model.modules() if hasattr(module, "lora_A")]
     if form == "head":

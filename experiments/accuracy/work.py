@@ -185,7 +185,7 @@ def _train(place: Place, cell: Cell) -> None:
         base=base,
         output=output,
         rows=_write(place, f"{cell.task}.train", own.train),
-        validation=_write(place, f"{cell.task}.validation", own.validation),
+        validation=_write(place, f"{cell.task}.validation", own.validation[: _curve_rows(settings, cell.task)]),
         steps=round(settings.steps * _stretch(place, cell.task, arm)),
         batch_size=settings.rows_per_step(cell.task),
         rate=cell.rate,
@@ -211,6 +211,11 @@ def _train(place: Place, cell: Cell) -> None:
         "machine": measure.settings(),
     }
     arguments.write_json(result, str(place.result(cell)))
+
+
+def _curve_rows(settings: Settings, task: str) -> int | None:
+    """How many validation rows a run is scored on while it trains: all, where rows are not long."""
+    return 32 if task in settings.batch_sizes else None
 
 
 def _teacher(place: Place, cell: Cell) -> Path:
