@@ -22,7 +22,7 @@ demo: .venv/.ready
 # Only full blocks are shared, and vLLM's 128 tokens on CPUs are more than most conversations with this model have. The
 # cache takes 1 GiB; vLLM's own choice is most of the machine's memory, and it does not start where that is not free.
 serve: .venv/.ready
-	@VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/icarus serve smollm2-135m-instruct --adapters $$($(BIN)/icarus specialists) --block-size 32 \
+	@VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/icarus serve smollm2-135m-wikisql --adapters $$($(BIN)/icarus specialists) --block-size 32 \
 		--allow-adapters-from adapters $(FLAGS)
 
 # Everything, vLLM's engines included; what is skipped without one of the known reasons is a failure.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +292,20 @@ def agent_gains() -> Table:
 
 def specialists() -> Table:
     """The shipped specialists on unseen tables."""
-    rows = [["", "task", "measure", "base model", "base, three examples in the prompt", "specialist"]]
+    rows = [
+        ["", "task", "measure", "packaged model", "with three examples in the prompt", "prepared base", "specialist"]
+    ]
     for name, scored in shipped().items():
-        sides = (scored[side] for side in ("base", "base, three examples", "specialist"))
+        sides = (scored[side] for side in ("base", "base, three examples", "prepared base", "specialist"))
         measure = f"{scored['measure']}, {scored['rows']} rows"
         rows.append([f"`{name}`", scored["task"], measure, *(f"{side:.1%}".replace("%", " %") for side in sides)])
     return rows
+
+
+def specialist(name: str) -> Table:
+    """One of them, for its card."""
+    head, *rows = specialists()
+    return [head, *(row for row in rows if row[0] == f"`{name}`")]
 
 
 def soak() -> Table:
@@ -399,6 +407,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent workflows": agent_workflows,
     "agent gains": agent_gains,
     "specialists": specialists,
+    **{name: partial(specialist, name) for name in ("planner", "sql", "explainer")},
     "accuracy": accuracy,
     "chain": chain,
     "soak": soak,
@@ -411,7 +420,7 @@ TABLES: dict[str, Callable[[], Table]] = {
 def shipped() -> dict[str, Any]:
     """What ``icarus/shipped/figures.json`` holds: one measure of each specialist, beside the base model's."""
     scored = {name: value for name, value in result("specialists").items() if name != "settings"}
-    sides = ("specialist", "base", "base, three examples")
+    sides = ("specialist", "prepared base", "base", "base, three examples")
     figures = {}
     for name, role in scored.items():
         answered = "token F1" in role["specialist"]  # its task has many right answers
@@ -427,7 +436,7 @@ def shipped() -> dict[str, Any]:
 
 def pages() -> Iterator[Path]:
     """The Markdown that figures may stand in."""
-    for folder in (ROOT, ROOT / "docs", ROOT / "results", SHIPPED):
+    for folder in (ROOT, ROOT / "docs", ROOT / "results", SHIPPED, *sorted(SHIPPED.glob("*/"))):
         yield from sorted(folder.glob("*.md"))
 
 

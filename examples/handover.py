@@ -2,7 +2,7 @@
 
 Against a running server (make serve); needs the openai package, which comes with vLLM:
 
-    .venv/bin/python examples/handover.py http://localhost:8000/v1 smollm2-135m-instruct planner sql
+    .venv/bin/python examples/handover.py http://localhost:8000/v1 smollm2-135m-wikisql planner sql
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from openai import OpenAI
 
-address, *models = sys.argv[1:] or ["http://localhost:8000/v1", "smollm2-135m-instruct", "planner", "sql"]
+address, *models = sys.argv[1:] or ["http://localhost:8000/v1", "smollm2-135m-wikisql", "planner", "sql"]
 client = OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 system = "You query one table. Columns: date, opponent, score, place, attendance, referee, weather, season, result."
 messages: list[Any] = [

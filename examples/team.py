@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--columns", nargs="+", default=COLUMNS, help="of the table that is asked about")
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--base", default=icarus.PACKAGED, help="hub id, folder, or the packaged small model (default)")
+    parser.add_argument("--base", default=icarus.PREPARED, help="hub id or folder (default: that of the shipped ones)")
     parser.add_argument("--specialist", action="append", metavar="NAME=PATH", help="planner, sql and explainer")
     parser.add_argument("--limit", type=int, default=48, help="most tokens of a turn (default: 48)")
     options = parser.parse_args()

@@ -16,7 +16,7 @@ ADAPTER = (
     "merge names problems push_to_hub save save_conventional twin verify verify_conventional weights_name"
 )
 EXPORTED = {
-    "icarus": "BASE PACKAGED Batch Context EncoderCache Specialists Turn TwoStreams errors shipped",
+    "icarus": "BASE PACKAGED PREPARED Batch Context EncoderCache Specialists Turn TwoStreams errors shipped",
     "icarus.adapter": ADAPTER,
     "icarus.errors": "AdapterError CheckFailed DataError IcarusError InputError UnsupportedModelError",
     "icarus.train": "IcarusDistillationConfig IcarusDistillationTrainer IcarusSFTTrainer",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from icarus import arguments
+from icarus import arguments, packaged_model
 
 
 def main() -> int:
@@ -102,7 +102,7 @@ def _real(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks.soak.reference import Reference
     from icarus import base_model
 
-    tokenizer = base_model.load(base_model.PACKAGED)[1]
+    tokenizer = base_model.load(packaged_model.PREPARED)[1]
     with tempfile.TemporaryDirectory() as stock:
         packaged = shop.packaged(Path(stock))
         return real.run(packaged, lambda: Reference(packaged), tokenizer, folder, options.requests, options.seed)

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from icarus import adapter, base_model, shipped_specialists
+from icarus import adapter, base_model, packaged_model, shipped_specialists
 
 VERSIONS = 3
 """Sets of weights of each adapter, which replace one another."""
@@ -73,10 +73,10 @@ def tiny(folder: Path) -> Shop:
 
 def packaged(folder: Path) -> Shop:
     """The packaged small model, its shipped specialists in several versions, and random conventional adapters."""
-    base = base_model.folder(base_model.PACKAGED)
+    base = base_model.folder(packaged_model.PREPARED)
 
     def fresh() -> Any:
-        return base_model.load(base_model.PACKAGED, dtype="float32")[0]
+        return base_model.load(packaged_model.PREPARED, dtype="float32")[0]
 
     specialists = {
         name: [_scaled(source, folder / f"{name}-{version}", 1 - 0.4 * version) for version in range(VERSIONS)]

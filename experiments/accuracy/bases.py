@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from experiments.accuracy import training
 from experiments.accuracy.data import Row
 from experiments.accuracy.settings import Arm, Settings
-from icarus import adapter, base_model
+from icarus import adapter, base_model, model_folder
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams, _EncoderPass
 from icarus.train.data import token_rows
 from icarus.train.trainer import Collator
@@ -143,4 +143,4 @@ def _batches(
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:
-    base_model.save(model.to(torch.bfloat16), tokenizer, target)
+    model_folder.save(model.to(torch.bfloat16), tokenizer, target)

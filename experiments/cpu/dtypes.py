@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.serve_micro import bounds, engines
 from benchmarks.serve_micro.engine_process import COMMAND, EngineProcess
 from benchmarks.serve_micro.plan import Measurement, Side, Sizes
-from icarus import arguments, base_model
+from icarus import arguments, base_model, packaged_model
 from icarus.bench import measure
 
 DTYPES = ("bfloat16", "float32")
@@ -104,7 +104,7 @@ def figures(seconds: dict[str, dict[str, list[float]]], sizes: Sizes, base: str,
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=base_model.PACKAGED)
+    parser.add_argument("--base", default=packaged_model.PACKAGED)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--prompt", type=int, default=1000, help="tokens of each prompt whose prefill is measured")
     parser.add_argument("--repeats", type=int, default=5)

@@ -27,7 +27,7 @@ from trl import SFTTrainer
 
 from benchmarks.serve_micro.engine_process import EngineProcess
 from experiments.trainer_steps import stepping
-from icarus import adapter, arguments, base_model, memory
+from icarus import adapter, arguments, base_model, memory, packaged_model
 from icarus.bench import measure
 from icarus.streams import IGNORED
 from icarus.train import IcarusSFTTrainer
@@ -51,7 +51,7 @@ def work(way: str, dtype: str, folder: str) -> None:
 
 def _step(kind: str, dtype: str, folder: str) -> Callable[[], None]:
     trainer_kind, attach = KINDS[kind]
-    base, tokenizer = base_model.load(base_model.PACKAGED, dtype=dtype)
+    base, tokenizer = base_model.load(packaged_model.PACKAGED, dtype=dtype)
     torch.manual_seed(0)
     ids = torch.randint(1000, 2000, (ROWS, TOKENS))
     labels = ids.clone()

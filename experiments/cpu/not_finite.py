@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.serve_micro import engines
 from benchmarks.serve_micro.engine import Measured
 from benchmarks.serve_micro.plan import ADAPTERS
-from icarus import arguments, base_model
+from icarus import arguments, base_model, packaged_model
 from icarus.bench import measure
 from icarus.bench.checkpoints import adapter_name
 
@@ -136,7 +136,7 @@ def _measure(count: int, source: random.Random, look: Look, run: Callable[[], fl
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=base_model.PACKAGED)
+    parser.add_argument("--base", default=packaged_model.PACKAGED)
     parser.add_argument("--dtype", default=measure.served_dtype(), choices=["float32", "bfloat16"])
     parser.add_argument("--pairs", type=int, default=200, help="of decode steps, and a fifth as many of prompts")
     parser.add_argument("--tokens", type=int, default=1000, help="of each prompt whose prefill is measured")

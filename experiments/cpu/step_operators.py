@@ -53,7 +53,7 @@ def engine(requests: int) -> Any:
     from vllm.lora.request import LoRARequest
 
     llm = LLM(
-        model=str(base_model.folder("smollm2-135m-instruct")),
+        model=str(base_model.folder("smollm2-135m-wikisql")),
         dtype="float32",
         enforce_eager=True,
         max_model_len=256,

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.serve_micro import engines
 from benchmarks.serve_micro.engine_process import EngineProcess
 from benchmarks.serve_micro.plan import Sizes, measurements
-from icarus import arguments, base_model
+from icarus import arguments, base_model, packaged_model
 from icarus.bench import measure
 
 WAYS: dict[str, dict[str, str]] = {
@@ -114,8 +114,8 @@ def serve(ways: list[str]) -> Iterator[Run]:
     sizes = Sizes(prompt=500, steps=16, starts=1, repeats=1, vocabulary=49152, seed=time.time_ns())
     planned = [one for one in measurements(["icarus"]) if one.name in ("decode, batch 1", "decode, batch 8", "prefill")]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        adapters = engines.make_adapters(base_model.PACKAGED, Path(folder), ["icarus"])["icarus"]
-        options = {"model": str(base_model.folder(base_model.PACKAGED)), "dtype": measure.served_dtype()}
+        adapters = engines.make_adapters(packaged_model.PACKAGED, Path(folder), ["icarus"])["icarus"]
+        options = {"model": str(base_model.folder(packaged_model.PACKAGED)), "dtype": measure.served_dtype()}
         started = {}
         for way in ways:
             environment = engines.environment("icarus", variables(way))

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from icarus import Specialists, adapter, base_model, shipped_specialists
+from icarus import Specialists, adapter, base_model, packaged_model, shipped_specialists
 from icarus.streams import IGNORED, Batch, TwoStreams
 
 TOKENS, PROMPT, COMPLETION, BATCH, RANK = 24, 192, 32, 2, 16
@@ -18,12 +18,12 @@ def main() -> None:
     """Until standard input ends."""
     torch.manual_seed(0)
     shipped = shipped_specialists.shipped()
-    base, tokenizer = base_model.load(base_model.PACKAGED, dtype="float32")
+    base, tokenizer = base_model.load(packaged_model.PREPARED, dtype="float32")
     base.generation_config.eos_token_id = None  # all turns are of one length
     team = Specialists(base, tokenizer)
     speaker, folder = next(iter(shipped.items()))
     team.add(speaker, folder)
-    model = adapter.attach(base_model.load(base_model.PACKAGED, dtype="float32")[0], rank=RANK).train()
+    model = adapter.attach(base_model.load(packaged_model.PACKAGED, dtype="float32")[0], rank=RANK).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(1000, 2000, (BATCH, PROMPT + COMPLETION))
     labels = ids.clone()

@@ -32,7 +32,7 @@ from rich.progress import track
 
 from experiments.wikisql_roles.data import ASK_MEANING, ASK_SQL, ROLES
 from experiments.wikisql_roles.score import token_f1
-from icarus import Specialists, arguments, base_model
+from icarus import Specialists, arguments, packaged_model
 from icarus.bench.measure import settings
 from icarus.evaluate import Sides
 from icarus.evaluate.report import difference
@@ -145,7 +145,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
-    parser.add_argument("--base", default=base_model.PACKAGED)
+    parser.add_argument("--base", default=packaged_model.PACKAGED)
     parser.add_argument("--shared", nargs="+", type=_named, required=True, metavar="NAME=DIR", help="ICaRus adapters")
     parser.add_argument("--conventional", type=_named, metavar="NAME=DIR", help="conventional adapters")
     parser.add_argument("--rows", type=int, default=200, help="tables (default: %(default)s)")

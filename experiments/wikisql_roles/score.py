@@ -1,9 +1,9 @@
-"""Score the shipped specialists, and the base model beside them, on unseen rows of data.py.
+"""Score the shipped specialists, and base models beside them, on unseen rows of data.py.
 
-    python experiments/wikisql_roles/score.py --data data/roles --adapters adapters --json results/specialists.json
+    python experiments/wikisql_roles/score.py --data data/roles --json results/specialists.json
 
-Three sides answer behind the same context: the specialist, the base model, and the base model with three solved rows in
-front, which is the fairer comparison for a model that was never told the form of an answer. Figures:
+Four sides answer behind the same context: the specialist; the prepared base model that it decodes on; the packaged base
+model, which was never told the form of an answer; and that with three solved rows in front. Figures:
 
     loss          nats per token of the reference
     exact match   share of rows whose greedy answer is the reference, end token included. Greedy decoding gives the
@@ -18,18 +18,16 @@ import json
 import re
 import statistics
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from icarus import BASE, Batch, Specialists
+from icarus import BASE, PACKAGED, PREPARED, arguments, shipped
 from icarus.bench.measure import settings
+from icarus.evaluate import Sides, TokenRow
+from icarus.streams import IGNORED
 from icarus.train.data import tokenize
 
 SHOTS, BATCH = 3, 8
-SIDES = ("specialist", "base", "base, three examples")
 TASKS = {
     "planner": "question -> columns",
     "sql": "question, plan -> SQL",
@@ -52,34 +50,6 @@ def with_examples(rows: list[Row], train: list[Row]) -> list[Row]:
     return [{**row, "prompt": [row["prompt"][0], *shots, *row["prompt"][1:]]} for row in rows]
 
 
-def batch_of(rows: list[Row], tokenizer: Any) -> Batch:
-    """Token rows, padded on the right."""
-    tokens = [tokenize(row, tokenizer, None) for row in rows]
-    longest = max(len(t["input_ids"]) for t in tokens)
-
-    def column(name: str, filler: int) -> torch.Tensor:
-        return torch.tensor([t[name] + [filler] * (longest - len(t[name])) for t in tokens])
-
-    mask = torch.tensor([[1] * len(t["input_ids"]) + [0] * (longest - len(t["input_ids"])) for t in tokens])
-    return Batch.of(column("input_ids", 0), column("labels", -100), mask)
-
-
-@torch.no_grad()
-def forced(team: Specialists, role: str, rows: list[Row], *, base: bool) -> dict[str, float]:
-    """Loss and exact match by teacher forcing."""
-    model: Any = team.model
-    model.set_adapter(role)
-    off: AbstractContextManager[Any] = model.disable_adapter() if base else nullcontext()
-    loss, tokens, exact = 0.0, 0, 0
-    with off:
-        for start in range(0, len(rows), BATCH):
-            total, logits, targets = team.streams.loss(batch_of(rows[start : start + BATCH], team.tokenizer))
-            wanted = targets != -100
-            loss, tokens = loss + float(total), tokens + int(wanted.sum())
-            exact += int(((logits.argmax(-1) == targets) | ~wanted).all(1).sum())
-    return {"loss": round(loss / tokens, 4), "exact match": round(exact / len(rows), 4)}
-
-
 def token_f1(answer: str, wanted: str) -> float:
     """Harmonic mean of the precision and recall of words."""
     said, gold = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, wanted))
@@ -87,49 +57,55 @@ def token_f1(answer: str, wanted: str) -> float:
     return 2 * same / (len(said) + len(gold)) if same else 0.0
 
 
-def generated_f1(team: Specialists, model: str, rows: list[Row]) -> float:
-    """Mean token F1 of greedy answers, cut off well behind the length of the reference."""
-    scores = []
-    for row in rows:
-        wanted = row["completion"][0]["content"]
-        limit = len(team.tokenizer(wanted)["input_ids"]) + 8
-        said = team.context().append(row["prompt"]).generate(model, max_new_tokens=limit).text
-        scores.append(token_f1(said, wanted))
-    return round(statistics.mean(scores), 4)
-
-
-def score(team: Specialists, role: str, rows: list[Row], train: list[Row], f1_rows: int) -> dict[str, Any]:
-    """All figures of one role."""
-    shown = with_examples(rows, train)
-    figures: dict[str, Any] = {
-        "specialist": forced(team, role, rows, base=False),
-        "base": forced(team, role, rows, base=True),
-        "base, three examples": forced(team, role, shown, base=True),
-    }
-    if role == "explainer":
-        figures["specialist"]["token F1"] = generated_f1(team, role, rows[:f1_rows])
-        figures["base"]["token F1"] = generated_f1(team, BASE, rows[:f1_rows])
-        figures["base, three examples"]["token F1"] = generated_f1(team, BASE, shown[:f1_rows])
-    return {"task": TASKS[role], "rows": len(rows), "f1_rows": f1_rows, **figures}
+def figures(sides: Sides, name: str, rows: list[Row], f1_rows: int) -> dict[str, float]:
+    """Loss and exact match by teacher forcing of all rows, and token F1 of the first ones, if there are any."""
+    asked = [tokenize(row, sides.codec, None) for row in rows]
+    tokens = [TokenRow(columns["input_ids"], columns["labels"]) for columns in asked]
+    with sides.side(name) as side:
+        found = [one for start in range(0, len(tokens), BATCH) for one in side.score(tokens[start : start + BATCH])]
+        losses = [-value for one in found for value in one.log_probabilities]
+        report = {
+            "loss": round(statistics.mean(losses), 4),
+            "exact match": round(statistics.mean(one.greedy for one in found), 4),
+        }
+        scores = []
+        for row, columns in zip(rows[:f1_rows], asked, strict=False):
+            start = next(place for place, label in enumerate(columns["labels"]) if label != IGNORED)
+            limit = len(columns["input_ids"]) - start + 8  # well behind the reference
+            said = side.generate([columns["input_ids"][:start]], max_new_tokens=limit)[0].text
+            scores.append(token_f1(said, row["completion"][0]["content"]))
+    return report | ({"token F1": round(statistics.mean(scores), 4)} if scores else {})
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
-    parser.add_argument("--adapters", type=Path, required=True, help="folder with one adapter folder a role")
-    parser.add_argument("--rows", type=int, default=300, help="test rows a role (default: 300)")
-    parser.add_argument("--f1-rows", type=int, default=60, help="of them answered in full for token F1 (default: 60)")
+    parser.add_argument(
+        "--adapters", type=Path, help="folder with one adapter folder a role (default: the shipped ones)"
+    )
+    parser.add_argument("--rows", type=int, default=200, help="test rows a role (default: 200)")
+    parser.add_argument("--f1-rows", type=int, default=50, help="of them answered in full for token F1 (default: 50)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
     parser.add_argument("--json", type=Path, required=True, help="file to write")
-    arguments = parser.parse_args()
-    team = Specialists.load(specialists={role: arguments.adapters / role for role in TASKS})
-    report: dict[str, Any] = {"settings": settings(base="smollm2-135m-instruct", dtype="float32")}
-    for role in TASKS:
-        rows = read_rows(arguments.data / f"{role}_test.jsonl")[: arguments.rows]
-        train = read_rows(arguments.data / f"{role}_train.jsonl")
-        report[role] = score(team, role, rows, train, arguments.f1_rows)
+    options = parser.parse_args()
+    folders = {role: options.adapters / role for role in TASKS} if options.adapters else shipped()
+    dtype = options.dtype
+    prepared, packaged = Sides.load(PREPARED, folders, dtype=dtype), Sides.load(PACKAGED, dtype=dtype)
+    report: dict[str, Any] = {"settings": settings(base=PREPARED, dtype=dtype)}
+    for role, task in TASKS.items():
+        rows = read_rows(options.data / f"{role}_test.jsonl")[: options.rows]
+        shown = with_examples(rows, read_rows(options.data / f"{role}_train.jsonl"))
+        f1_rows = options.f1_rows if role == "explainer" else 0
+        report[role] = {"task": task, "rows": len(rows)} | ({"f1_rows": f1_rows} if f1_rows else {})
+        report[role] |= {
+            "specialist": figures(prepared, role, rows, f1_rows),
+            "prepared base": figures(prepared, BASE, rows, f1_rows),
+            "base": figures(packaged, BASE, rows, f1_rows),
+            "base, three examples": figures(packaged, BASE, shown, f1_rows),
+        }
         print(role, json.dumps(report[role]), flush=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    arguments.write_json(report, str(options.json))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from icarus import errors
 
 if TYPE_CHECKING:
-    from icarus.base_model import PACKAGED
     from icarus.context import BASE, Context, Specialists, Turn
+    from icarus.packaged_model import PACKAGED, PREPARED
     from icarus.shipped_specialists import shipped
     from icarus.streams import Batch, EncoderCache, TwoStreams
 
 _HOMES = {
-    "PACKAGED": "base_model",
+    "PACKAGED": "packaged_model",
+    "PREPARED": "packaged_model",
     "BASE": "context",
     "Context": "context",
     "Specialists": "context",
@@ -29,6 +30,7 @@ _HOMES = {
 __all__ = [
     "BASE",
     "PACKAGED",
+    "PREPARED",
     "Batch",
     "Context",
     "EncoderCache",

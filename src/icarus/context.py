@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from icarus import adapter as adapters
-from icarus import base_model
+from icarus import base_model, packaged_model
 from icarus.chat_template import Codec, Message, Reader, end_tokens, surrogates
 from icarus.errors import InputError
 from icarus.streams import EncoderCache, TwoStreams
@@ -84,7 +84,7 @@ class Specialists:
     @classmethod
     def load(
         cls,
-        base: str = base_model.PACKAGED,
+        base: str = packaged_model.PACKAGED,
         specialists: Mapping[str, str | Path] | None = None,
         *,
         dtype: str | torch.dtype = "auto",

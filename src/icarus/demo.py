@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from icarus import adapter, arguments, base_model, shipped_specialists
+from icarus import adapter, arguments, base_model, packaged_model, shipped_specialists
 from icarus.bench import measure, replay
 from icarus.context import BASE, Context, Specialists, Turn
 
@@ -38,18 +38,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     console = Console()
     started = time.perf_counter()
-    team = Specialists.load(base_model.PACKAGED, shipped_specialists.shipped())
+    team = Specialists.load(packaged_model.PREPARED, shipped_specialists.shipped())
     colors = dict(zip(team.names[1:], _COLORS, strict=False))
     console.print(
-        f"[bold]ICaRus demo[/bold]: {len(colors)} specialists of SmolLM2-135M-Instruct take turns in one context, with "
-        f"one KV cache. Loaded in {time.perf_counter() - started:.1f} s."
+        f"[bold]ICaRus demo[/bold]: {len(colors)} specialists take turns in one context, with one KV cache. Their base "
+        f"model is SmolLM2-135M, prepared for the team. Loaded in {time.perf_counter() - started:.1f} s."
     )
     context, turns = _converse(console, team, colors)
     comparison = _compare(console, team, context, turns)
     _show_figures(console)
     console.print(f"[dim]{time.perf_counter() - started:.0f} s in total.[/dim]")
     return {
-        "settings": measure.settings(base=base_model.PACKAGED, specialists=list(colors)),
+        "settings": measure.settings(base=packaged_model.PREPARED, specialists=list(colors)),
         "turns": [{"model": t.model, "text": t.text, **_counts(t)} for t, _ in turns],
         **comparison,
         "figures": shipped_specialists.figures(),
@@ -103,7 +103,7 @@ def _dim(console: Console, text: str, end: str = "\n") -> None:
 def _compare(console: Console, team: Specialists, context: Context, turns: list[tuple[Turn, int]]) -> dict[str, Any]:
     tokens = torch.tensor([context.token_ids])
     speeches = [replay.Speech(turn.model, start, start + len(turn.token_ids)) for turn, start in turns]
-    peer: Any = base_model.load(base_model.PACKAGED)[0]
+    peer: Any = base_model.load(packaged_model.PREPARED)[0]
     rank = max(adapter.verify(folder).rank for folder in shipped_specialists.shipped().values())
     for name in team.names[1:]:
         peer = adapter.attach_conventional(peer, name=name, rank=rank)
@@ -146,9 +146,10 @@ def _show_comparison(console: Console, result: dict[str, Any], turns: int) -> No
 
 def _show_figures(console: Console) -> None:
     table = Table(title="The specialists on unseen data (recorded; see results/specialists.json)")
-    for column in ("", "task", "measure", "base model", "base, 3 examples", "specialist"):
+    for column in ("", "task, measure", "SmolLM2", "3 examples", "prepared base", "specialist"):
         table.add_column(column)
     for name, figures in shipped_specialists.figures().items():
-        shares = [f"{figures[side]:.1%}" for side in ("base", "base, three examples", "specialist")]
-        table.add_row(name, figures["task"], figures["measure"], *shares[:2], f"[bold]{shares[2]}[/]")
+        sides = ("base", "base, three examples", "prepared base", "specialist")
+        *others, own = (f"{figures[side]:.1%}" for side in sides)
+        table.add_row(name, f"{figures['task']}, {figures['measure']}", *others, f"[bold]{own}[/]")
     console.print(table)

@@ -1,7 +1,9 @@
 """The specialists that this project ships: small adapters for the packaged base model, with their figures.
 
 They live in ``icarus/shipped/NAME``, each an adapter directory, and were trained by ``icarus train`` with the settings
-in ``experiments/wikisql_roles/``; ``icarus/shipped/figures.json`` holds what they reached on unseen data.
+in ``experiments/wikisql_roles/shipped.yaml``. Their base model is the packaged one, prepared for them: the adapter in
+``icarus/shipped/encoder`` is merged into it on first use (packaged_model.py). ``icarus/shipped/figures.json`` holds
+what they reached on unseen data.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def shipped() -> dict[str, Path]:
     """Name and folder of each shipped specialist, in the order in which they work together."""
     return {name: _SHIPPED / name for name in figures()}
+
+
+def encoder() -> Path:
+    """Folder of the conventional adapter that prepares their base model."""
+    return _SHIPPED / "encoder"
 
 
 def conversation() -> list[dict[str, Any]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from icarus import base_model
+from icarus import packaged_model
 from icarus.arguments import NamedPaths
 from icarus.context import Specialists
 
 
 def add_arguments(parser: argparse.ArgumentParser, adapter: str = "a specialist; repeatable") -> None:
     """``--base``, ``--adapter`` and ``--dtype``."""
-    packaged = base_model.PACKAGED
+    packaged = packaged_model.PACKAGED
     parser.add_argument("--base", default=packaged, help=f"hub id, folder, or {packaged} (default)")
     parser.add_argument("--adapter", action=NamedPaths, default={}, metavar="NAME=PATH", help=adapter)
     dtypes = ["auto", "float32", "bfloat16", "float16"]

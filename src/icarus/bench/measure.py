@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from icarus import arguments, base_model, processor
+from icarus import arguments, packaged_model, processor
 from icarus.vllm_environment import has_accelerator
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "float32", repeats: int) -> None:
     """What a measurement of one step is told."""
     parser.add_argument(
-        "--base", default=base_model.PACKAGED, help=f"hub id, folder, or {base_model.PACKAGED} (default)"
+        "--base", default=packaged_model.PACKAGED, help=f"hub id, folder, or {packaged_model.PACKAGED} (default)"
     )
     parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from icarus import base_model
+from icarus import packaged_model
 from icarus.context import BASE
 from icarus.errors import InputError
 from icarus.evaluate.sides import Sides, TwoStream
@@ -44,7 +44,7 @@ class IcarusLM(HFLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        base: str = base_model.PACKAGED,
+        base: str = packaged_model.PACKAGED,
         adapter: str | None = None,
         *,
         dtype: str = "auto",

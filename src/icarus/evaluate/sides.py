@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from icarus import adapter as adapters
-from icarus import base_model
+from icarus import base_model, packaged_model
 from icarus.chat_template import Codec, Reader
 from icarus.context import BASE, TurnText
 from icarus.errors import InputError
@@ -309,7 +309,7 @@ class Sides:
     @classmethod
     def load(
         cls,
-        base: str = base_model.PACKAGED,
+        base: str = packaged_model.PACKAGED,
         sources: Mapping[str, str | Path] | None = None,
         *,
         dtype: str | torch.dtype = "auto",

@@ -19,7 +19,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from icarus import adapter, arguments, base_model, memory, processor
+from icarus import adapter, arguments, base_model, memory, model_folder, processor
 from icarus.errors import InputError
 from icarus.train import data, fields, tokenizer
 from icarus.train.config import TRAIN, AdapterConfig, DistillConfig, IcarusSFTConfig, TrainConfig
@@ -125,7 +125,7 @@ def _dtype(config: AdapterConfig, *, use_cpu: bool) -> str:
         return config.dtype
     if torch.cuda.is_available() and not use_cpu:
         return "bfloat16"
-    count = base_model.parameters(base_model.folder(config.base))
+    count = model_folder.parameters(base_model.folder(config.base))
     if count is None:
         return "float32"
     choice = processor.choose(count)

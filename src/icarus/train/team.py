@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import yaml
 
-from icarus import adapter, arguments, atomic, base_model
+from icarus import adapter, arguments, atomic, base_model, model_folder
 from icarus.errors import InputError
 from icarus.train import data
 from icarus.train.config import TRAIN
@@ -222,9 +222,9 @@ def _prepare(team: Team, rows: Mapping[str, list[Keys]]) -> dict[str, Any] | Non
 
 def _merge(team: Team, encoder: Path) -> None:
     model, codes = base_model.load(team.base, dtype="float32", device="cpu")
-    dtype = getattr(torch, base_model.dtype_of(base_model.folder(team.base)))
+    dtype = getattr(torch, model_folder.dtype_of(base_model.folder(team.base)))
     merged: Any = adapter.merge(model, encoder)
-    base_model.save(merged.to(dtype), codes, team.output / BASE)
+    model_folder.save(merged.to(dtype), codes, team.output / BASE)
     print(f"{team.output / BASE} is the prepared base model: {team.base} with {encoder} merged.", file=sys.stderr)
 
 

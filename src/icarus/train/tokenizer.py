@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from icarus import base_model
+from icarus import base_model, packaged_model
 from icarus.chat_template import end_tokens
 from icarus.errors import InputError, first_line
 
@@ -34,7 +34,7 @@ def of_model(model: Any, *, trust: bool) -> Any:
 
 
 def _load(name: str, *, trust: bool = False) -> Any:
-    source = base_model.resolve(name) if name == base_model.PACKAGED else name
+    source = base_model.resolve(name) if name in packaged_model.NAMES else name
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
 
 

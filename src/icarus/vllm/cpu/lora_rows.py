@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from icarus.base_model import cache_directory
 from icarus.errors import InputError
+from icarus.packaged_model import cache_directory
 
 logger = logging.getLogger("vllm.icarus.lora_rows")  # below vLLM's own logger, so that it prints like one
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icarus import adapter, base_model, processor, vllm_environment
+from icarus import adapter, base_model, model_folder, processor, vllm_environment
 from icarus.errors import InputError
 from icarus.vllm import settings
 from icarus.vllm.engine.description import describe
@@ -141,7 +141,7 @@ def _served(name: str, path: str, base: Path | None, *, classifies: bool) -> Ser
 
 def _dtype(base: Path) -> processor.Choice | None:
     """vLLM takes bfloat16 unless the checkpoint says otherwise, on every processor."""
-    count = base_model.parameters(base)
+    count = model_folder.parameters(base)
     if vllm_environment.has_accelerator() or count is None or not processor.slow_in_bfloat16():
         return None
     return processor.choose(count)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icarus import arguments, base_model
+from icarus import arguments, packaged_model
 from icarus.errors import InputError
 from icarus.vllm.server import names
 from icarus.vllm.server.flags import address, given, value
@@ -34,7 +34,7 @@ def add_arguments(parser: arguments.Parser) -> None:
     )
     parser.description = "Serve a base model and its specialists from one KV cache, with vLLM."
     parser.epilog = "All other flags are vLLM's: vllm serve --help=all lists them."
-    parser.add_argument("base", metavar="BASE", help=f"hub id, folder, or {base_model.PACKAGED}")
+    parser.add_argument("base", metavar="BASE", help=f"hub id, folder, or {packaged_model.PACKAGED}")
     parser.add_argument(
         "--adapters",
         nargs="+",
