@@ -18,7 +18,7 @@ VLLM_VENV := .venv-vllm-$(VLLM)
 demo: .venv/.ready
 	@$(BIN)/icarus demo
 
-# Serves the packaged model and the shipped specialists on a CPU, port 8000; make serve FLAGS='--port 9000' adds flags.
+# Serves the shipped specialists and their base model on a CPU, port 8000; make serve FLAGS='--port 9000' adds flags.
 # Only full blocks are shared, and vLLM's 128 tokens on CPUs are more than most conversations with this model have. The
 # cache takes 1 GiB; vLLM's own choice is most of the machine's memory, and it does not start where that is not free.
 serve: .venv/.ready

@@ -296,7 +296,9 @@ def specialists() -> Table:
         ["", "task", "measure", "packaged model", "with three examples in the prompt", "prepared base", "specialist"]
     ]
     for name, scored in shipped().items():
-        sides = (scored[side] for side in ("base", "base, three examples", "prepared base", "specialist"))
+        sides = (
+            scored[side] for side in ("packaged model", "packaged model, three examples", "prepared base", "specialist")
+        )
         measure = f"{scored['measure']}, {scored['rows']} rows"
         rows.append([f"`{name}`", scored["task"], measure, *(f"{side:.1%}".replace("%", " %") for side in sides)])
     return rows
@@ -420,7 +422,7 @@ TABLES: dict[str, Callable[[], Table]] = {
 def shipped() -> dict[str, Any]:
     """What ``icarus/shipped/figures.json`` holds: one measure of each specialist, beside the base model's."""
     scored = {name: value for name, value in result("specialists").items() if name != "settings"}
-    sides = ("specialist", "prepared base", "base", "base, three examples")
+    sides = ("specialist", "prepared base", "packaged model", "packaged model, three examples")
     figures = {}
     for name, role in scored.items():
         answered = "token F1" in role["specialist"]  # its task has many right answers

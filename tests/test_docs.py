@@ -16,7 +16,8 @@ from icarus import cli
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [".", "docs", "docs/decisions", "examples", "experiments", "benchmarks", "results", "src/icarus/shipped"]
-PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+CARDS = sorted((ROOT / "src" / "icarus" / "shipped").glob("*/README.md"))
+PAGES = [*sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md")), *CARDS]
 LIVING = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]  # the others tell what was
 SOURCE = ROOT / "src" / "icarus"
 MAP = ROOT / "docs" / "architecture.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from icarus import adapter, base_model, hub, packaged_model, shipped_specialists
 from icarus.adapter import fingerprint
@@ -152,34 +152,36 @@ def test_the_encoder_is_merged_once_into_the_packaged_model(home: Path, monkeypa
 def test_another_encoder_gives_another_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged_model, "_merge", lambda source, encoder, target: marked(source, target))
     before = packaged_model.folder(PREPARED)
-    monkeypatch.setattr(shipped_specialists, "encoder", lambda: home)
-    (home / adapter.WEIGHTS_NAME).write_bytes(b"another one")
+    other = home / "encoder"
+    shutil.copytree(shipped_specialists.encoder(), other)
+    monkeypatch.setattr(shipped_specialists, "encoder", lambda: other)
+    assert packaged_model.folder(PREPARED) == before
+    config = other / adapter.CONFIG_NAME
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
     assert packaged_model.folder(PREPARED) not in (before, home / TARGET)
 
 
-def test_the_shipped_specialists_fit_the_prepared_model_alone() -> None:
+def test_the_prepared_model_needs_the_packaged_one_no_more(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_model, "_merge", lambda source, encoder, target: marked(source, target))
+    before = packaged_model.folder(PREPARED)
+    shutil.rmtree(home / TARGET)
+    monkeypatch.setattr(packaged_model, "_unpack", lambda *_: pytest.fail("unpacked, or downloaded, in vain"))
+    assert packaged_model.folder(PREPARED) == before
+
+
+def test_a_damaged_packaged_model_is_named(tmp_path: Path) -> None:
+    shutil.copytree(packaged_model.folder(PACKAGED), tmp_path / "packaged")
+    weights = tmp_path / "packaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"packaged is damaged .*; remove that folder, and it is made again\.$"):
+        packaged_model._merge(tmp_path / "packaged", shipped_specialists.encoder(), tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_the_shipped_specialists_fit_what_is_made_here_and_not_the_packaged_model(tmp_path: Path) -> None:
+    """On this processor, and by the code as it is now, whatever a cache holds."""
+    packaged_model._merge(packaged_model.folder(PACKAGED), shipped_specialists.encoder(), tmp_path / "made")
     for name, source in shipped_specialists.shipped().items():
-        assert adapter.verify(source, packaged_model.folder(PREPARED)).base_model == PREPARED, name
+        assert adapter.verify(source, tmp_path / "made").base_model == PREPARED, name
         with pytest.raises(AdapterError, match=PREPARED):
             adapter.verify(source, packaged_model.folder(PACKAGED))
-
-
-def test_weights_are_summed_in_float64_so_that_all_processors_round_alike() -> None:
-    """A sum in float32 depends on the order of its terms, and some of a hundred million round otherwise."""
-    before, after = (load_file(packaged_model.folder(name) / "model.safetensors") for name in (PACKAGED, PREPARED))
-    encoder = load_file(shipped_specialists.encoder() / adapter.WEIGHTS_NAME)
-    assert before.keys() == after.keys()
-    rounded_otherwise, changed = 0, 0
-    for name, weight in before.items():
-        halves = [encoder.get(f"base_model.model.{name.replace('.weight', f'.lora_{half}.weight')}") for half in "AB"]
-        if None in halves:
-            assert torch.equal(weight, after[name]), name
-            continue
-        a, b = halves
-        kinds = (torch.float64, torch.float32)
-        exact, short = ((weight.to(kind) + 2 * (b.to(kind) @ a.to(kind))).bfloat16() for kind in kinds)
-        assert torch.equal(exact, after[name]), name
-        rounded_otherwise += int((exact != short).sum())
-        changed += 1
-    assert changed == 210
-    assert rounded_otherwise > 0, "float32 would do, and this test proves nothing"

@@ -1,4 +1,4 @@
-"""A base model and adapters on disk: tiny and random, or the packaged small model with the shipped specialists."""
+"""A base model and adapters on disk: tiny and random, or the shipped specialists with their base model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def tiny(folder: Path) -> Shop:
 
 
 def packaged(folder: Path) -> Shop:
-    """The packaged small model, its shipped specialists in several versions, and random conventional adapters."""
+    """The base model of the shipped specialists, these in several versions, and random conventional adapters."""
     base = base_model.folder(packaged_model.PREPARED)
 
     def fresh() -> Any:

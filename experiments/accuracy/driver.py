@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 import torch
@@ -27,7 +29,7 @@ def run(place: work.Place, jobs: int) -> int:
     spawn = multiprocessing.get_context("spawn")
     # On a CPU each run has a process of its own, which gives memory back. Starting one takes as long as a run on a GPU.
     lives = None if training.device() == "cuda" else 1
-    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=lives) as pool:
+    with ProcessPoolExecutor(jobs, spawn, _begin, (threads,), max_tasks_per_child=lives) as pool:
         while True:
             for job in _jobs(place):
                 if len(running) == jobs:
@@ -42,6 +44,12 @@ def run(place: work.Place, jobs: int) -> int:
                 error = future.exception()
                 failed |= {job} if error else set()
                 print("failed" if error else "done", _name(job), error or "", flush=True)
+
+
+def _begin(threads: int) -> None:
+    """A process that runs: it ends when the driver is killed, which would otherwise start the same run once more."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; what is done is in checkpoints
+    torch.set_num_threads(threads)
 
 
 def _jobs(place: work.Place) -> list[Job]:

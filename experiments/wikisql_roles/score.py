@@ -1,6 +1,6 @@
 """Score the shipped specialists, and base models beside them, on unseen rows of data.py.
 
-    python experiments/wikisql_roles/score.py --data data/roles --json results/specialists.json
+    python experiments/wikisql_roles/score.py --data data/roles --dtype bfloat16 --json results/specialists.json
 
 Four sides answer behind the same context: the specialist; the prepared base model that it decodes on; the packaged base
 model, which was never told the form of an answer; and that with three solved rows in front. Figures:
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument(
         "--adapters", type=Path, help="folder with one adapter folder a role (default: the shipped ones)"
     )
+    parser.add_argument("--base", default=PREPARED, help="that they decode on (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=200, help="test rows a role (default: 200)")
     parser.add_argument("--f1-rows", type=int, default=50, help="of them answered in full for token F1 (default: 50)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
@@ -91,8 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     folders = {role: options.adapters / role for role in TASKS} if options.adapters else shipped()
     dtype = options.dtype
-    prepared, packaged = Sides.load(PREPARED, folders, dtype=dtype), Sides.load(PACKAGED, dtype=dtype)
-    report: dict[str, Any] = {"settings": settings(base=PREPARED, dtype=dtype)}
+    prepared, packaged = Sides.load(options.base, folders, dtype=dtype), Sides.load(PACKAGED, dtype=dtype)
+    report: dict[str, Any] = {"settings": settings(base=options.base, dtype=dtype)}
     for role, task in TASKS.items():
         rows = read_rows(options.data / f"{role}_test.jsonl")[: options.rows]
         shown = with_examples(rows, read_rows(options.data / f"{role}_train.jsonl"))
@@ -101,8 +102,8 @@ def main() -> None:
         report[role] |= {
             "specialist": figures(prepared, role, rows, f1_rows),
             "prepared base": figures(prepared, BASE, rows, f1_rows),
-            "base": figures(packaged, BASE, rows, f1_rows),
-            "base, three examples": figures(packaged, BASE, shown, f1_rows),
+            "packaged model": figures(packaged, BASE, rows, f1_rows),
+            "packaged model, three examples": figures(packaged, BASE, shown, f1_rows),
         }
         print(role, json.dumps(report[role]), flush=True)
     arguments.write_json(report, str(options.json))

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``icarus base``."""
     parser.add_argument(
-        "name", nargs="?", default=PACKAGED, metavar="NAME", help=f"hub id, folder, or {PACKAGED} (default)"
+        "name",
+        nargs="?",
+        default=PACKAGED,
+        metavar="BASE",
+        help=f"hub id, folder, {PACKAGED} (default), or {packaged_model.PREPARED}, that of the shipped specialists",
     )
     arguments.add_json(parser)
 

@@ -149,7 +149,7 @@ def _show_figures(console: Console) -> None:
     for column in ("", "task, measure", "SmolLM2", "3 examples", "prepared base", "specialist"):
         table.add_column(column)
     for name, figures in shipped_specialists.figures().items():
-        sides = ("base", "base, three examples", "prepared base", "specialist")
+        sides = ("packaged model", "packaged model, three examples", "prepared base", "specialist")
         *others, own = (f"{figures[side]:.1%}" for side in sides)
         table.add_row(name, f"{figures['task']}, {figures['measure']}", *others, f"[bold]{own}[/]")
     console.print(table)

@@ -48,10 +48,11 @@ def folder(name: str) -> Path:
     """
     if name == PACKAGED:
         return _made(f"{PACKAGED}-{_VERSION}", lambda scratch, target: _unpack(_gguf(scratch), target))
-    whole = folder(PACKAGED)
-    encoder = shipped_specialists.encoder()
-    weights = hashlib.sha256((encoder / adapter.WEIGHTS_NAME).read_bytes()).hexdigest()
-    return _made(f"{PREPARED}-{_VERSION}-{weights[:8]}", lambda _, target: _merge(whole, encoder, target))
+    encoder, digest = shipped_specialists.encoder(), hashlib.sha256()
+    for file in (adapter.CONFIG_NAME, adapter.WEIGHTS_NAME):
+        digest.update((encoder / file).read_bytes())
+    name = f"{PREPARED}-{_VERSION}-{digest.hexdigest()[:8]}"
+    return _made(name, lambda _, target: _merge(folder(PACKAGED), encoder, target))
 
 
 def _made(name: str, make: Callable[[Path, Path], None]) -> Path:
@@ -125,16 +126,19 @@ def _unpack(gguf: Path, target: Path) -> None:
 
 
 def _merge(source: Path, encoder: Path, target: Path) -> None:
-    """The encoder adapter's weights added to those of the packaged model.
-
-    In float64, so that the sums round to the same bfloat16 on every processor: the specialists fit these weights alone.
-    """
+    """The encoder adapter's weights added to those of the packaged model."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"Preparing {PREPARED} (once) ...", file=sys.stderr)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{source} is damaged ({first_line(error)}); remove that folder, and it is made again."
+        ) from error
     model.name_or_path = PACKAGED
     merged: Any = adapter.merge(model, encoder)
-    merged.config._name_or_path = PREPARED
-    model_folder.write(merged.to(torch.bfloat16), AutoTokenizer.from_pretrained(source), target)
+    model_folder.write(merged, tokenizer, target)

@@ -1,4 +1,4 @@
-"""The specialists that this project ships: small adapters for the packaged base model, with their figures.
+"""The specialists that this project ships: small adapters, with their figures.
 
 They live in ``icarus/shipped/NAME``, each an adapter directory, and were trained by ``icarus train`` with the settings
 in ``experiments/wikisql_roles/shipped.yaml``. Their base model is the packaged one, prepared for them: the adapter in

@@ -12,7 +12,8 @@ from icarus.context import Specialists
 def add_arguments(parser: argparse.ArgumentParser, adapter: str = "a specialist; repeatable") -> None:
     """``--base``, ``--adapter`` and ``--dtype``."""
     packaged = packaged_model.PACKAGED
-    parser.add_argument("--base", default=packaged, help=f"hub id, folder, or {packaged} (default)")
+    others = f"{packaged} (default), or {packaged_model.PREPARED}, that of the shipped specialists"
+    parser.add_argument("--base", default=packaged, help=f"hub id, folder, {others}")
     parser.add_argument("--adapter", action=NamedPaths, default={}, metavar="NAME=PATH", help=adapter)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default: %(default)s)")

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 def merge(model: PreTrainedModel, directory: StrPath) -> nn.Module:
     """The model with W + s B A in place of W; the one that was given is used up.
 
-    Merge in float32: what is rounded here is rounded for all specialists on that base model.
+    Each sum is taken in float64 and rounded once, to the model's dtype. In float32 its last bit would depend on the
+    order in which a processor adds up, and with it the fingerprint of the base model that comes out.
 
     Raises:
         AdapterError: it was trained on a base model of another name, or the sum is not finite.
     """
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     own, its = model.name_or_path, read_config(Path(directory)).get("base_model_name_or_path")
     if own != its:
@@ -30,7 +32,12 @@ def merge(model: PreTrainedModel, directory: StrPath) -> nn.Module:
 
     peft: Any = PeftModel.from_pretrained(model, str(directory))
     try:
-        merged: nn.Module = peft.merge_and_unload(safe_merge=True)
+        layers: list[Any] = [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            dtype = layer.get_base_layer().weight.dtype
+            layer.double().merge(safe_merge=True)
+            layer.to(dtype)
     except ValueError as error:  # PEFT names no reason but this one
         raise AdapterError(f"{directory} has weights that are not finite; train it again with a lower rate.") from error
+    merged: nn.Module = peft.unload()
     return merged

@@ -33,7 +33,6 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from icarus import adapter, arguments, atomic, base_model, model_folder
@@ -221,10 +220,10 @@ def _prepare(team: Team, rows: Mapping[str, list[Keys]]) -> dict[str, Any] | Non
 
 
 def _merge(team: Team, encoder: Path) -> None:
-    model, codes = base_model.load(team.base, dtype="float32", device="cpu")
-    dtype = getattr(torch, model_folder.dtype_of(base_model.folder(team.base)))
+    stored = model_folder.dtype_of(base_model.folder(team.base))
+    model, codes = base_model.load(team.base, dtype=stored, device="cpu")
     merged: Any = adapter.merge(model, encoder)
-    model_folder.save(merged.to(dtype), codes, team.output / BASE)
+    model_folder.save(merged, codes, team.output / BASE)
     print(f"{team.output / BASE} is the prepared base model: {team.base} with {encoder} merged.", file=sys.stderr)
 
 

@@ -34,7 +34,8 @@ def add_arguments(parser: arguments.Parser) -> None:
     )
     parser.description = "Serve a base model and its specialists from one KV cache, with vLLM."
     parser.epilog = "All other flags are vLLM's: vllm serve --help=all lists them."
-    parser.add_argument("base", metavar="BASE", help=f"hub id, folder, or {packaged_model.PACKAGED}")
+    names = " or ".join(packaged_model.NAMES)
+    parser.add_argument("base", metavar="BASE", help=f"hub id, folder, {names}")
     parser.add_argument(
         "--adapters",
         nargs="+",
