@@ -34,7 +34,10 @@ def test_a_folder_and_a_hub_id_resolve_to_themselves(base: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("nowhere", "'nowhere' is neither a folder nor a hub id; try 'smollm2-135m-instruct'"),
+        (
+            "nowhere",
+            "'nowhere' is neither a folder nor a hub id; try 'smollm2-135m-instruct', 'smollm2-135m-wikisql' or ",
+        ),
         ("./nowhere", "'./nowhere'"),
         ("/nowhere/at/all", "'/nowhere/at/all'"),
         ("a/b/c", "'a/b/c'"),

@@ -50,7 +50,8 @@ def resolve(name: str = PACKAGED) -> str:
             )
         return str(folder)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise InputError(f"Base model {name!r} is neither a folder nor a hub id; try {PACKAGED!r} or owner/name.")
+        others = ", ".join(map(repr, packaged_model.NAMES))
+        raise InputError(f"Base model {name!r} is neither a folder nor a hub id; try {others} or owner/name.")
     return name
 
 

@@ -27,7 +27,7 @@ from icarus.errors import InputError, first_line
 PACKAGED = "smollm2-135m-instruct"
 """Name of the packaged small model."""
 
-PREPARED = "smollm2-135m-wikisql"
+PREPARED = shipped_specialists.BASE_MODEL
 """Name of the same model, prepared for the shipped specialists."""
 
 NAMES = (PACKAGED, PREPARED)

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from icarus import arguments
+
+BASE_MODEL = "smollm2-135m-wikisql"
+"""The name of the base model that they run on; see packaged_model.py."""
 
 _SHIPPED = Path(__file__).parent / "shipped"
 
@@ -26,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """``icarus specialists``: print the shipped specialists as ``--adapter`` takes them."""
     folders = {name: str(folder) for name, folder in shipped().items()}
+    print(f"Their base model: {BASE_MODEL}", file=sys.stderr)
     for name, folder in folders.items():
         print(f"{name}={folder}")
     return folders

@@ -208,9 +208,9 @@ def _fingerprint_problems(config: Config, actual: str) -> list[str]:
     trained = str(_marker(config).get("base_fingerprint", actual))  # a marker without it is refused as such
     if trained == actual:
         return []
-    name = shown(str(config.get("base_model_name_or_path")))
+    name = shown(str(config.get("base_model_name_or_path") or "that one"))
     told = f"({name}, fingerprint {trained[:12]}) than this one ({actual[:12]})"
-    return [f"it was trained on another base model {told}; load that one, or retrain on this"]
+    return [f"it was trained on another base model {told}; give {name} as the base model, or retrain on this"]
 
 
 def _layout_problems(config: Config, pairs: list[weights.Pair], base: nn.Module | StrPath) -> list[str]:
