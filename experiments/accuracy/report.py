@@ -30,7 +30,8 @@ def run(place: work.Place) -> None:
         place.results / "summary.md", "\n\n".join(_table(task, arms) for task, arms in report.items()) + "\n"
     )
     for task in report:
-        _plot_curves(place, task)
+        if task not in place.settings.batch_sizes:  # those runs have no curves
+            _plot_curves(place, task)
     _plot_scores(report, place.results / "scores.png")
 
 

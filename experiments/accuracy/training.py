@@ -169,7 +169,7 @@ def _train_form(settings: Settings, training: Training) -> tuple[tuple[TwoStream
         adapted,
         IcarusSFTConfig(**_trainer_settings(training) | changed),
         train_dataset=token_rows(read(str(training.rows)), codes, None)[0],
-        eval_dataset=token_rows(read(str(training.validation)), codes, None)[0],
+        eval_dataset=token_rows(read(str(training.validation)), codes, None)[0] if training.validation else None,
         processing_class=codes,
     )
     trainer.train()

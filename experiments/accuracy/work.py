@@ -180,12 +180,13 @@ def _train(place: Place, cell: Cell) -> None:
     base, output = _base(place, arm), place.adapter(cell)
     shutil.rmtree(output, ignore_errors=True)
     own = parts(place, cell.task)
+    long = cell.task in settings.batch_sizes  # whose validation rows take longer than the training between two looks
     told = training.Training(
         arm=arm,
         base=base,
         output=output,
         rows=_write(place, f"{cell.task}.train", own.train),
-        validation=_write(place, f"{cell.task}.validation", own.validation[: _curve_rows(settings, cell.task)]),
+        validation=None if long else _write(place, f"{cell.task}.validation", own.validation),
         steps=round(settings.steps * _stretch(place, cell.task, arm)),
         batch_size=settings.rows_per_step(cell.task),
         rate=cell.rate,
@@ -211,11 +212,6 @@ def _train(place: Place, cell: Cell) -> None:
         "machine": measure.settings(),
     }
     arguments.write_json(result, str(place.result(cell)))
-
-
-def _curve_rows(settings: Settings, task: str) -> int | None:
-    """How many validation rows a run is scored on while it trains: all, where rows are not long."""
-    return 32 if task in settings.batch_sizes else None
 
 
 def _teacher(place: Place, cell: Cell) -> Path:
