@@ -25,6 +25,9 @@ from icarus.evaluate.report import shown
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "src" / "icarus" / "shipped"
 
+SCORED = ("packaged model", "packaged model, three examples", "prepared base", "specialist")
+"""Whom ``results/specialists.json`` compares."""
+
 Table = list[list[str]]
 """Rows of cells; the first row is the head."""
 
@@ -296,9 +299,7 @@ def specialists() -> Table:
         ["", "task", "measure", "packaged model", "with three examples in the prompt", "prepared base", "specialist"]
     ]
     for name, scored in shipped().items():
-        sides = (
-            scored[side] for side in ("packaged model", "packaged model, three examples", "prepared base", "specialist")
-        )
+        sides = (scored[side] for side in SCORED)
         measure = f"{scored['measure']}, {scored['rows']} rows"
         rows.append([f"`{name}`", scored["task"], measure, *(f"{side:.1%}".replace("%", " %") for side in sides)])
     return rows
@@ -422,7 +423,6 @@ TABLES: dict[str, Callable[[], Table]] = {
 def shipped() -> dict[str, Any]:
     """What ``icarus/shipped/figures.json`` holds: one measure of each specialist, beside the base model's."""
     scored = {name: value for name, value in result("specialists").items() if name != "settings"}
-    sides = ("specialist", "prepared base", "packaged model", "packaged model, three examples")
     figures = {}
     for name, role in scored.items():
         answered = "token F1" in role["specialist"]  # its task has many right answers
@@ -431,7 +431,7 @@ def shipped() -> dict[str, Any]:
             "task": role["task"],
             "measure": measure,
             "rows": role["f1_rows" if answered else "rows"],
-            **{side: role[side][measure] for side in sides},
+            **{side: role[side][measure] for side in SCORED},
         }
     return figures
 

@@ -19,7 +19,7 @@ def stored(weight: str, half: str) -> str:
 
 def test_sums_are_taken_in_float64_and_rounded_once(tmp_path: Path) -> None:
     def base() -> Any:
-        return base_model.load(str(tmp_path / "base"), dtype="bfloat16")[0]
+        return base_model.load(str(tmp_path / "base"), dtype="float32")[0]
 
     save_base(tmp_path / "base")
     torch.manual_seed(0)
@@ -34,12 +34,13 @@ def test_sums_are_taken_in_float64_and_rounded_once(tmp_path: Path) -> None:
 
     def summed(name: str, dtype: torch.dtype) -> torch.Tensor:
         a, b = (halves[stored(name, half)].to(dtype) for half in "AB")
-        return (before[name].to(dtype) + scale * (b @ a)).bfloat16()
+        return (before[name].to(dtype) + scale * (b @ a)).float()
 
     changed = [name for name in before if stored(name, "A") in halves]
     assert changed
     assert before.keys() == merged.keys()
     for name, weight in before.items():
         assert torch.equal(merged[name], summed(name, torch.float64) if name in changed else weight), name
-        assert merged[name].dtype == torch.bfloat16
-    assert any(not torch.equal(merged[name], summed(name, torch.bfloat16)) for name in changed)
+        assert merged[name].dtype == torch.float32
+    short = [name for name in changed if not torch.equal(merged[name], summed(name, torch.float32))]
+    assert short, "sums in float32 would do, and this test proves nothing"
