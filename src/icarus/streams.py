@@ -44,6 +44,7 @@ from icarus.lora import LoraLayers, unwrapped
 IGNORED = -100
 """The label that carries no loss (Transformers' convention)."""
 
+_FEW_ROWS = 256  # up to here torch's backward pass of attention on a CPU takes longer in bfloat16 than in float32
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _GROWTH = 1.5
 
@@ -500,11 +501,13 @@ def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
     """Transformers' sdpa attention without its copies of K and V for each query head (sdpa_attention.py)."""
     if kw.get("position_bias") is not None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kw)
-    dropout, scaling = kw.get("dropout", 0.0), kw.get("scaling")
+    dropout, scaling, dtype = kw.get("dropout", 0.0), kw.get("scaling"), query.dtype
+    if dtype == torch.bfloat16 and query.requires_grad and query.shape[2] <= _FEW_ROWS:
+        query, key, value = query.float(), key.float(), value.float()
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.to(dtype).transpose(1, 2).contiguous(), None
 
 
 _GROUPED = "icarus_grouped"
