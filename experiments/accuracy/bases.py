@@ -28,6 +28,7 @@ from icarus.train.data import token_rows
 from icarus.train.trainer import Collator
 
 ENCODER = "encoder"
+_ROWS_AT_ONCE = 2
 
 
 def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -> None:
@@ -60,15 +61,14 @@ def together(settings: Settings, rows: Mapping[str, Sequence[Row]], target: Path
     optimizer = torch.optim.AdamW(joint.parameters(), lr=team.rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(team.steps // 20, 1), team.steps)
     peft.train()
-    for step, (task, batch) in enumerate(_batches(settings, rows, tokenizer, next(peft.parameters()).device), 1):
-        loss = joint.loss(task, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+    for step, (task, parts) in enumerate(_batches(settings, rows, tokenizer, next(peft.parameters()).device), 1):
+        loss = joint.backward(task, parts)
         torch.nn.utils.clip_grad_norm_(joint.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 5 == 0 or step == team.steps:
-            print(f"{target.name}, step {step}/{team.steps}: {task}, loss {float(loss):.3f}", flush=True)
+            print(f"{target.name}, step {step}/{team.steps}: {task}, loss {loss:.3f}", flush=True)
     for task in rows:
         peft.delete_adapter(task)
     peft.set_adapter(ENCODER)
@@ -93,12 +93,19 @@ class Joint:
         """Of all adapters."""
         return [parameter for name, parameter in self.model.named_parameters() if "lora_" in name]
 
-    def loss(self, task: str, batch: Batch) -> Tensor:
-        """Mean over the tokens of a batch that carry loss; gradients reach the encoder adapter through K and V, too."""
-        self._activate([ENCODER])
+    def backward(self, task: str, parts: Sequence[Batch]) -> float:
+        """Add the gradients of one batch, which reach the encoder adapter through K and V, too.
+
+        Returns the loss: the mean over its tokens that carry loss.
+        """
         self.streams.before_decode = lambda: self._activate([ENCODER, task])
-        total, _, targets = self.streams.loss(batch)
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        count, mean = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts), 0.0
+        for part in parts:
+            self._activate([ENCODER])
+            loss = self.streams.loss(part)[0] / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            mean += float(loss.detach())
+        return mean
 
     def _activate(self, names: list[str]) -> None:
         self.model.base_model.set_adapter(names)
@@ -132,14 +139,16 @@ class _JointStreams(TwoStreams):
 
 def _batches(
     settings: Settings, rows: Mapping[str, Sequence[Row]], tokenizer: Any, device: torch.device
-) -> Iterator[tuple[str, Batch]]:
+) -> Iterator[tuple[str, list[Batch]]]:
+    """A task and the rows of its next step: in parts, as a batch of long rows would need too much memory."""
     size, collate = settings.batch_size, Collator(0)
     tokens = {task: list(token_rows(own, tokenizer, None)[0]) for task, own in rows.items()}
     for step in range(settings.team.steps):
         task = list(rows)[step % len(rows)]
         start = step // len(rows) * size
-        columns = collate([tokens[task][(start + i) % len(tokens[task])] for i in range(size)])
-        yield task, Batch.of(**{name: values.to(device) for name, values in columns.items()})
+        own = [tokens[task][(start + i) % len(tokens[task])] for i in range(size)]
+        parts = [collate(own[first : first + _ROWS_AT_ONCE]) for first in range(0, size, _ROWS_AT_ONCE)]
+        yield task, [Batch.of(**{name: values.to(device) for name, values in part.items()}) for part in parts]
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:

@@ -31,6 +31,8 @@ class Arm:
     """Of what the form adds; None: ``rank``."""
     teacher: str | None = None
     """The arm whose adapter of the same seed, at its best rate, is distilled."""
+    lmbda: float | None = None
+    """Of a distillation: the share of batches with answers that the student samples; None: the product's default."""
     rates_of: str | None = None
     """The arm whose best rate is taken; None: a search of its own."""
     time_of: str | None = None

@@ -27,6 +27,7 @@ from icarus.train.trainer import Collator
 
 _VALIDATIONS = 3
 _BATCH = 8
+_SAMPLED_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,8 @@ def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
     }
     trainer = _trainer_settings(training)
     if training.teacher:
+        if arm.lmbda is not None:
+            trainer |= {"lmbda": arm.lmbda, "max_completion_length": _SAMPLED_TOKENS}
         train(DistillConfig(teacher=str(training.teacher), **common), IcarusDistillationConfig(**trainer))
     else:
         peer.score_labels_alone()
