@@ -184,8 +184,9 @@ class _DecoderPass(_Pass):
 class _PairPass(_Pass):
     """One encoder and one decoder row per sequence, stacked on the batch axis: the first half writes, both read."""
 
-    def __init__(self, cache: EncoderCache) -> None:
+    def __init__(self, cache: EncoderCache, *, grouped: bool) -> None:
         super().__init__(cache, cache.length, cache.length + 1)
+        self.grouped = grouped  # attention reads each sequence's K/V once for both of its rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -193,6 +194,8 @@ class _PairPass(_Pass):
         self.seen.add(layer_idx)
         half = len(key_states) // 2
         keys, values = self.encoder.append(layer_idx, key_states[:half], value_states[:half])
+        if self.grouped:
+            return keys, values
         if half == 1:  # a view: the one sequence's K/V are read once and stay in the processor's cache
             return keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1)
         return torch.cat([keys, keys]), torch.cat([values, values])
@@ -335,10 +338,11 @@ class TwoStreams:
         if not parallel:
             base = self.encode(token, cache)
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
-        view = _PairPass(cache)
-        pair = torch.cat([token, token])
+        pair, alone = torch.cat([token, token]), len(token) == 1
         positions, mask = _placed(cache, cache.length + 1, pair)
-        with _evaluating(self.model), self.lora.on_second_half(adapter), torch.no_grad():
+        attention = nullcontext(False) if alone else _grouped_attention(self.model, self.config, token.device)
+        with _evaluating(self.model), self.lora.on_second_half(adapter), torch.no_grad(), attention as grouped:
+            view = _PairPass(cache, grouped=grouped)
             logits = self.model(
                 input_ids=pair, attention_mask=mask, position_ids=positions, past_key_values=view, use_cache=True
             ).logits[:, -1]
@@ -499,9 +503,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
     """Transformers' sdpa attention without its copies of K and V for each query head (sdpa_attention.py)."""
+    pair = len(query) == 2 * len(key)
     if kw.get("position_bias") is not None:
+        if pair:
+            key, value = torch.cat([key, key]), torch.cat([value, value])
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kw)
     dropout, scaling, dtype = kw.get("dropout", 0.0), kw.get("scaling"), query.dtype
+    if pair:
+        return _paired(query, key, value, mask, scaling), None
     if dtype == torch.bfloat16 and query.requires_grad and query.shape[2] <= _FEW_ROWS:
         query, key, value = query.float(), key.float(), value.float()
     out = F.scaled_dot_product_attention(
@@ -510,24 +519,39 @@ def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
     return out.to(dtype).transpose(1, 2).contiguous(), None
 
 
+def _paired(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Encoder and decoder rows (2B, heads, 1, D) of the same sequences as rows of each K/V head (B, H, T, D).
+
+    So K and V are read once, and not copied for either row or any query head.
+    """
+    (sequences, heads), size = key.shape[:2], value.shape[-1]
+    rows = query.view(2, sequences, heads, -1, query.shape[-1]).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=None if mask is None else mask[:sequences], scale=scaling
+    )
+    return out.view(sequences, heads, 2, -1, size).permute(2, 0, 1, 3, 4).reshape(2 * sequences, 1, -1, size)
+
+
 _GROUPED = "icarus_grouped"
 AttentionInterface.register(_GROUPED, _grouped)
 AttentionMaskInterface.register(_GROUPED, sdpa_mask)
 
 
 @contextmanager
-def _grouped_attention(model: nn.Module, config: Any, device: torch.device) -> Iterator[None]:
+def _grouped_attention(model: nn.Module, config: Any, device: torch.device) -> Iterator[bool]:
     """Masked decoder rows in grouped attention: half its time, less than half its memory kept for backward.
 
+    Yields whether it is on.
     On a CPU only, as CUDA's fused kernels take no groups beside a mask; and not where the backward pass computes
     again, which would be outside the block.
     """
     before = config._attn_implementation
     recomputed = model.training and getattr(unwrapped(model), "is_gradient_checkpointing", False)
-    if before == "sdpa" and device.type == "cpu" and not recomputed:
+    grouped = before == "sdpa" and device.type == "cpu" and not recomputed
+    if grouped:
         config._attn_implementation = _GROUPED
     try:
-        yield
+        yield grouped
     finally:
         config._attn_implementation = before
 
