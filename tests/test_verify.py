@@ -44,9 +44,10 @@ def test_verify_prints_whatever_a_config_calls_its_base_model(tmp_path: Path, ca
 
 def test_verify_an_adapter_of_another_base_model(tmp_path: Path, capsys: Capture) -> None:
     words = ["verify", str(save_adapter(tmp_path / "bad")), "--json", str(tmp_path / "report.json")]
-    assert cli.main([*words, "--base", str(save_base(tmp_path / "other", seed=5))]) == 1
+    other = save_base(tmp_path / "other", seed=5)
+    assert cli.main([*words, "--base", str(other)]) == 1
     out, err = capsys.readouterr()
-    assert "must not share a KV cache, for the reason above" in sentence(err)
+    assert f"must not share a KV cache with {other}, for the reason above" in sentence(err)
     report = json.loads((tmp_path / "report.json").read_text())
     (problem,) = report["problems"]
     assert out == f"{tmp_path / 'bad'}: {problem}\n"

@@ -233,6 +233,8 @@ def test_data_of_several_forms_is_refused(base: Path, tmp_path: Path, row: dict[
 def test_other_flags_beside_it_are_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--team", str(write(tmp_path, base)), "--rank", "4"]) == 2
     assert "--team FILE stands alone" in capsys.readouterr().err
+    assert cli.main(["train", "--team"]) == 2
+    assert "--team needs the name of a team's YAML file" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,8 +156,8 @@ class Settings:
     command: str
     own: type[AdapterConfig]
     of_trainer: type[IcarusSFTConfig]
-    epilog: str = ""
-    """More for the end of ``--help``."""
+    description: str = ""
+    """More for the beginning of ``--help``."""
 
     def help_text(self) -> str:
         """The text of ``--help``."""
@@ -187,8 +187,9 @@ class Settings:
         return parser(
             (self.own, self.of_trainer),
             prog=self.command,
+            description=self.description or None,
             epilog="--config FILE has settings as YAML; flags win; --json FILE writes the figures as JSON (- prints "
-            f"them as the last line); --debug shows tracebacks.{self.epilog}",
+            "them as the last line); --debug shows tracebacks.",
         )
 
 
@@ -200,6 +201,7 @@ TRAIN = Settings(
     "icarus train",
     TrainConfig,
     IcarusSFTConfig,
-    " --team FILE, alone, prepares a base model for a team and trains all of its specialists (docs/train.md).",
+    "Train one specialist with the flags below. Or prepare a base model for a team and train all of its specialists: "
+    "icarus train --team FILE, without other flags (docs/train.md).",
 )
 DISTILL = Settings("icarus distill", DistillConfig, IcarusDistillationConfig)

@@ -47,6 +47,8 @@ def _team_file(words: Sequence[str]) -> Path | None:
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--team=") else [word])]
     if "--team" not in words:
         return None
+    if words in (["--team"], ["--team", ""]):
+        raise InputError("--team needs the name of a team's YAML file: icarus train --team FILE.")
     if len(words) != 2 or words[0] != "--team" or not words[1]:
         raise InputError("--team FILE stands alone, as all settings of a team are in its YAML file.")
     return Path(words[1])
