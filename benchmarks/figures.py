@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -339,13 +339,13 @@ def soak() -> Table:
     return rows
 
 
-def accuracy() -> Table:
-    """Specialists beside conventional LoRA on the tasks that were run, the mean of all seeds in each cell."""
+def accuracy(model: str) -> Table:
+    """Specialists beside conventional LoRA of the same seeds on the tasks that were run; each cell is a mean."""
     rows = [["task", "arm", "trainable", "rate", "loss", "over conventional", "right", "over conventional"]]
-    for task, arms in result("accuracy/smollm2/summary")["tasks"].items():
-        peer = _seeds(arms["conventional"])
+    for task, arms in result(f"accuracy/{model}/summary")["tasks"].items():
         for arm, own in arms.items():
             seeds = _seeds(own)
+            peer = _seeds(arms["conventional"], None if arm == "base" else own["seeds"])
             if not seeds or not peer:
                 continue
             loss, right = (_mean(seeds, name) for name in ("loss", "score"))
@@ -363,6 +363,26 @@ def accuracy() -> Table:
                     "" if itself else f"{100 * (right - usual_right):+.1f} points",
                 ]
             )
+    return rows
+
+
+def accuracy_forms() -> Table:
+    """Loss on validation rows of all arms of one task, first seed, at the best rate of each: some have no scores."""
+    arms = result("accuracy/smollm2/summary")["tasks"]["commonsenseqa"]
+    found = {arm: own["seeds"]["0"] for arm, own in arms.items() if "validation_loss" in own["seeds"].get("0", {})}
+    rows = [["arm", "trainable", "rate", "validation loss", "over plain ICaRus", "over conventional"]]
+    for arm, run in sorted(found.items(), key=lambda pair: pair[1]["validation_loss"]):
+        loss = run["validation_loss"]
+        others = (loss / found[other]["validation_loss"] - 1 for other in ("icarus", "conventional"))
+        rows.append(
+            [
+                arm,
+                f"{run['trainable'] / 1e6:.2f} M",
+                f"{arms[arm]['rate']:g}",
+                f"{loss:.3f}",
+                *(f"{difference:+.0%}".replace("%", " %") if difference else "" for difference in others),
+            ]
+        )
     return rows
 
 
@@ -399,8 +419,9 @@ def _mean(seeds: list[Mapping[str, float]], name: str) -> float:
     return sum(seed[name] for seed in seeds) / len(seeds)
 
 
-def _seeds(arm: Mapping[str, Any]) -> list[Mapping[str, float]]:
-    return [seed for seed in arm["seeds"].values() if "score" in seed]
+def _seeds(arm: Mapping[str, Any], wanted: Collection[str] | None = None) -> list[Mapping[str, float]]:
+    """The runs that were scored, of all seeds or of those wanted."""
+    return [run for seed, run in arm["seeds"].items() if "score" in run and (wanted is None or seed in wanted)]
 
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -411,7 +432,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent gains": agent_gains,
     "specialists": specialists,
     **{name: partial(specialist, name) for name in ("planner", "sql", "explainer")},
-    "accuracy": accuracy,
+    "accuracy": partial(accuracy, "smollm2"),
+    "accuracy gemma": partial(accuracy, "gemma"),
+    "accuracy forms": accuracy_forms,
     "chain": chain,
     "soak": soak,
 }

@@ -73,6 +73,8 @@ class Settings:
     """Of tasks whose rows are long, in place of ``batch_size``."""
     scored_items: dict[str, int] = field(default_factory=dict)
     """Of tasks whose answers take long, in place of ``test_items``; the first ones of those."""
+    validation_rows: dict[str, int] = field(default_factory=dict)
+    """Of tasks whose rows are long, in place of all; the first ones of those."""
     team: Team
     arms: dict[str, Arm]
     grid: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
@@ -107,9 +109,10 @@ def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
         raise InputError(f"{file} cannot be read ({error}); name a YAML file of settings.") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no file of settings ({error}); see those beside this script.") from error
-    for task in (*settings.batch_sizes, *settings.scored_items):
-        if task not in SOURCES:
-            raise InputError(f"{file}: batch_sizes or scored_items has {task}, which is no task; correct the name.")
+    for name in ("batch_sizes", "scored_items", "validation_rows"):
+        for task in getattr(settings, name):
+            if task not in SOURCES:
+                raise InputError(f"{file}: {name} has {task}, which is no task; correct the name.")
     for task, arm in settings.pairs:
         if task not in SOURCES or arm not in arms:
             raise InputError(f"{file}: the grid has {task} with {arm}, one of which does not exist; correct the name.")

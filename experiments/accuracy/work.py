@@ -127,6 +127,8 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
     depends |= {"arm": {key: value for key, value in asdict(arm).items() if value is not None}}
     depends |= {"steps": settings.steps, "batch_size": settings.rows_per_step(cell.task)}
     depends |= {"rate": cell.rate, "seed": cell.seed}
+    if rows := settings.validation_rows.get(cell.task):
+        depends["validation_rows"] = rows
     if arm.base != "base":
         depends["team"] = _team_identity(place)
     return depends
@@ -195,7 +197,8 @@ def _train(place: Place, cell: Cell) -> None:
     )
     trained = training.run(settings, told)
     form = trained.form
-    loss = training.form_loss(form, own.validation) if form else _validation_loss(place, cell, base)
+    few = settings.validation_rows.get(cell.task)
+    loss = training.form_loss(form, own.validation[:few]) if form else _validation_loss(place, cell, base)
     result = {
         "identity": identity(place, cell),
         "task": cell.task,
@@ -284,7 +287,8 @@ def step_ms(place: Place, task: str, arm: Arm) -> float | None:
 def _validation_loss(place: Place, cell: Cell, base: str) -> float:
     """Mean over all tokens that carry loss, in nats."""
     sides = Sides.load(base, {cell.arm: place.adapter(cell)}, dtype=place.settings.dtype)
-    columns = [tokenize(row, sides.codec, None) for row in parts(place, cell.task).validation]
+    validation = parts(place, cell.task).validation[: place.settings.validation_rows.get(cell.task)]
+    columns = [tokenize(row, sides.codec, None) for row in validation]
     rows = [TokenRow(column["input_ids"], column["labels"]) for column in columns]
     rows.sort(key=lambda row: len(row.input_ids))
     with sides.side(cell.arm) as side:
