@@ -24,7 +24,7 @@ LEVELS = [
     {"adapter"},
     {"packaged_model"},
     {"base_model"},
-    {"lora"},
+    {"lora", "attention"},
     {"streams"},
     {"context"},
     {"team"},

@@ -47,8 +47,12 @@ _TARGETS = {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_pr
 def tiny(
     family: str = "llama", *, seed: int = 0, attention: str = "sdpa", dtype: Any = torch.float32, **overrides: Any
 ) -> Any:
-    """A random causal LM in evaluation mode whose every parameter matters (norms and biases too)."""
-    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES.get(family, {}), **overrides})
+    """A random causal LM in evaluation mode whose every parameter matters (norms and biases too).
+
+    A size that is None is left out.
+    """
+    settings = {**_SIZES, **FAMILIES.get(family, {}), **overrides}
+    config = AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None or k not in _SIZES})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

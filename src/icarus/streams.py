@@ -32,19 +32,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from icarus import attention
 from icarus.errors import InputError, UnsupportedModelError
 from icarus.lora import LoraLayers, unwrapped
 
 IGNORED = -100
 """The label that carries no loss (Transformers' convention)."""
 
-_FEW_ROWS = 256  # up to here torch's backward pass of attention on a CPU takes longer in bfloat16 than in float32
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _GROWTH = 1.5
 
@@ -184,9 +181,9 @@ class _DecoderPass(_Pass):
 class _PairPass(_Pass):
     """One encoder and one decoder row per sequence, stacked on the batch axis: the first half writes, both read."""
 
-    def __init__(self, cache: EncoderCache, *, grouped: bool) -> None:
+    def __init__(self, cache: EncoderCache, *, once: bool) -> None:
         super().__init__(cache, cache.length, cache.length + 1)
-        self.grouped = grouped  # attention reads each sequence's K/V once for both of its rows
+        self.once = once  # attention takes each sequence's K/V once for both of its rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -194,7 +191,7 @@ class _PairPass(_Pass):
         self.seen.add(layer_idx)
         half = len(key_states) // 2
         keys, values = self.encoder.append(layer_idx, key_states[:half], value_states[:half])
-        if self.grouped:
+        if self.once:
             return keys, values
         if half == 1:  # a view: the one sequence's K/V are read once and stay in the processor's cache
             return keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1)
@@ -286,6 +283,8 @@ class TwoStreams:
         self.config: Any = unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
         self.lora = LoraLayers(model)
         _refuse_unsupported(model, self.config)
+        self._own_attention = attention.replaceable(_transformers_model(model))
+        self._pairs = True
 
     @torch.no_grad()
     def encode(
@@ -338,17 +337,33 @@ class TwoStreams:
         if not parallel:
             base = self.encode(token, cache)
             return self.decode(token, cache, adapter)[:, -1], base[:, -1]
-        pair, alone = torch.cat([token, token]), len(token) == 1
+        once = self._pairs and self._own_attention and len(token) > 1 and token.device.type == "cpu"
+        try:
+            logits = self._pair(token, cache, adapter, once=once)
+        except (RuntimeError, TypeError):
+            if not once:
+                raise
+            self._pairs = False  # such as Doge, which makes a mask of V before attention
+            logits = self._pair(token, cache, adapter, once=False)
+        cache.length += 1
+        return logits[len(token) :], logits[: len(token)]
+
+    @torch.no_grad()
+    def _pair(self, token: Tensor, cache: EncoderCache, adapter: str, *, once: bool) -> Tensor:
+        """Logits (2B, V) of one pass with both rows of each sequence."""
+        pair = torch.cat([token, token])
         positions, mask = _placed(cache, cache.length + 1, pair)
-        attention = nullcontext(False) if alone else _grouped_attention(self.model, self.config, token.device)
-        with _evaluating(self.model), self.lora.on_second_half(adapter), torch.no_grad(), attention as grouped:
-            view = _PairPass(cache, grouped=grouped)
+        with (
+            _evaluating(self.model),
+            self.lora.on_second_half(adapter),
+            attention.replaced(self.config, attention.PAIRED, on=once) as replaced,
+        ):
+            view = _PairPass(cache, once=replaced)
             logits = self.model(
                 input_ids=pair, attention_mask=mask, position_ids=positions, past_key_values=view, use_cache=True
             ).logits[:, -1]
         self._check_complete(view)
-        cache.length += 1
-        return logits[len(token) :], logits[: len(token)]
+        return logits  # type: ignore[no-any-return]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass: the summed cross-entropy (scalar) of ``predictions``, their logits and their targets."""
@@ -372,7 +387,7 @@ class TwoStreams:
             targets = F.pad(predictable[:, 1:], (0, 1), value=IGNORED)
             return logits, targets, torch.arange(logits.shape[1], device=logits.device).expand_as(targets)
         ids, positions = batch.input_ids.gather(1, rows), batch.position_ids.gather(1, rows)
-        with _grouped_attention(self.model, self.config, ids.device):
+        with attention.replaced(self.config, attention.GROUPED, on=self._groups(ids.device)):
             logits = self._decode(ids, cache, positions, self._masks(batch, rows))
         return logits, targets, rows
 
@@ -433,6 +448,11 @@ class TwoStreams:
         return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
             ~visible, torch.finfo(dtype).min
         )
+
+    def _groups(self, device: torch.device) -> bool:
+        """Not where the backward pass computes again, which would be outside the block."""
+        recomputed = self.model.training and getattr(unwrapped(self.model), "is_gradient_checkpointing", False)
+        return self._own_attention and device.type == "cpu" and not recomputed
 
     def _check_complete(self, view: _Pass) -> None:
         """A layer that bypasses the cache would attend to its own K/V: plain LoRA, and silently wrong."""
@@ -501,61 +521,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any) -> Any:
-    """Transformers' sdpa attention without its copies of K and V for each query head (sdpa_attention.py)."""
-    pair = len(query) == 2 * len(key)
-    if kw.get("position_bias") is not None:
-        if pair:
-            key, value = torch.cat([key, key]), torch.cat([value, value])
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kw)
-    dropout, scaling, dtype = kw.get("dropout", 0.0), kw.get("scaling"), query.dtype
-    if pair:
-        return _paired(query, key, value, mask, scaling), None
-    if dtype == torch.bfloat16 and query.requires_grad and query.shape[2] <= _FEW_ROWS:
-        query, key, value = query.float(), key.float(), value.float()
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.to(dtype).transpose(1, 2).contiguous(), None
-
-
-def _paired(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Encoder and decoder rows (2B, heads, 1, D) of the same sequences as rows of each K/V head (B, H, T, D).
-
-    So K and V are read once, and not copied for either row or any query head.
-    """
-    (sequences, heads), size = key.shape[:2], value.shape[-1]
-    rows = query.view(2, sequences, heads, -1, query.shape[-1]).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
-        rows, key, value, attn_mask=None if mask is None else mask[:sequences], scale=scaling
-    )
-    return out.view(sequences, heads, 2, -1, size).permute(2, 0, 1, 3, 4).reshape(2 * sequences, 1, -1, size)
-
-
-_GROUPED = "icarus_grouped"
-AttentionInterface.register(_GROUPED, _grouped)
-AttentionMaskInterface.register(_GROUPED, sdpa_mask)
-
-
-@contextmanager
-def _grouped_attention(model: nn.Module, config: Any, device: torch.device) -> Iterator[bool]:
-    """Masked decoder rows in grouped attention: half its time, less than half its memory kept for backward.
-
-    Yields whether it is on.
-    On a CPU only, as CUDA's fused kernels take no groups beside a mask; and not where the backward pass computes
-    again, which would be outside the block.
-    """
-    before = config._attn_implementation
-    recomputed = model.training and getattr(unwrapped(model), "is_gradient_checkpointing", False)
-    grouped = before == "sdpa" and device.type == "cpu" and not recomputed
-    if grouped:
-        config._attn_implementation = _GROUPED
-    try:
-        yield grouped
-    finally:
-        config._attn_implementation = before
-
-
 @contextmanager
 def _cache_under_checkpointing(model: nn.Module) -> Iterator[None]:
     """Let checkpointed layers keep ``past_key_values``; Transformers drops it, since a writer would write twice.
@@ -580,7 +545,7 @@ def _refuse_unsupported(model: nn.Module, config: Any) -> None:
     why = None
     if getattr(unwrapped(model).config, "is_encoder_decoder", False):
         why = "it is an encoder-decoder: its decoder has K/V of its own kind; choose a decoder-only model"
-    elif getattr(_stateful_part(model), "_is_stateful", False) or _foreign_layers(config):
+    elif getattr(_transformers_model(model), "_is_stateful", False) or _foreign_layers(config):
         kinds = ", ".join(_foreign_layers(config)) or "recurrent state"
         why = f"it keeps state that is no KV cache ({kinds}), which decoder rows cannot share; choose a Transformer"
     elif config._attn_implementation not in ("sdpa", "eager"):
@@ -589,7 +554,7 @@ def _refuse_unsupported(model: nn.Module, config: Any) -> None:
         raise UnsupportedModelError(f"ICaRus cannot run on {name}: {why}.")
 
 
-def _stateful_part(model: nn.Module) -> nn.Module:
+def _transformers_model(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     get_base = getattr(inner, "get_base_model", None)
     return get_base() if callable(get_base) else inner
