@@ -44,6 +44,7 @@ IGNORED = -100
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _GROWTH = 1.5
+_NEARLY_ALL = 0.9  # of the positions carry loss (docs/log.md)
 
 
 # ---------------------------------------------------------------------------------------------- the cache
@@ -380,8 +381,8 @@ class TwoStreams:
         cache = EncoderCache()
         self.encode(batch.input_ids, cache, batch=batch)
         rows, targets = batch.rows_with_loss()
-        if batch.is_plain and 2 * rows.shape[1] > batch.input_ids.shape[1]:
-            # Most positions carry loss: all of them, in causal attention that needs no mask, take less.
+        if batch.is_plain and rows.shape[1] > _NEARLY_ALL * batch.input_ids.shape[1]:
+            # All positions, in causal attention that needs no mask, take less.
             logits = self._decode(batch.input_ids, cache, batch.position_ids, self.mask(batch))
             predictable = torch.where(batch.position_ids > 0, batch.labels, IGNORED)
             targets = F.pad(predictable[:, 1:], (0, 1), value=IGNORED)
