@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a base model to a folder, which appears when it is complete."""
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str = "") -> None:
+    """Write a base model to a folder, which appears when it is complete; ``card`` is its README.md, if any."""
     with atomic.replacing(directory, key="config.json") as whole:
         write(model, tokenizer, whole)
+        if card:
+            (whole / "README.md").write_text(card, encoding="utf-8")
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -62,6 +62,8 @@ def test_a_team_gets_a_base_model_and_its_specialists(base: Path, tmp_path: Path
         with pytest.raises(InputError, match="base"):
             adapter.verify(output / name, base)  # it was trained on other K and V
     assert not torch.equal(keys_of(output / "base"), keys_of(base))
+    card = (output / "base" / "README.md").read_text()
+    assert f"`{base}`, fine-tuned on the data of its specialists together ({', '.join(ROWS)})" in card
 
 
 def test_the_prepared_base_model_is_the_merged_one(base: Path, tmp_path: Path) -> None:

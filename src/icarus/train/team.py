@@ -52,6 +52,26 @@ _KNOWN = {each.name for each in (*fields(TRAIN.own), *fields(TRAIN.of_trainer))}
 _RECIPE = "team-run.yaml"
 """In the folder of a run's checkpoints: the settings that these were made with."""
 
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- icarus
+- shared-kv-cache
+---
+
+# A base model prepared for a team
+
+`{base}`, fine-tuned on the data of its specialists together ({members}): ordinary LoRA, merged by `icarus train
+--team`. It writes the KV cache that all of them read, so it is their base model, and `{base}` is not.
+
+```
+icarus serve PATH --adapters NAME=PATH_OR_HUB_ID ...
+```
+
+A specialist that joins later is trained on it: `icarus train --base PATH --data FILE --output ADAPTER`.
+"""
+
 Keys = dict[str, Any]
 
 
@@ -223,7 +243,8 @@ def _merge(team: Team, encoder: Path) -> None:
     stored = model_folder.dtype_of(base_model.folder(team.base))
     model, codes = base_model.load(team.base, dtype=stored, device="cpu")
     merged: Any = adapter.merge(model, encoder)
-    model_folder.save(merged, codes, team.output / BASE)
+    card = _CARD.format(base=team.base, members=", ".join(team.specialists))
+    model_folder.save(merged, codes, team.output / BASE, card)
     print(f"{team.output / BASE} is the prepared base model: {team.base} with {encoder} merged.", file=sys.stderr)
 
 
