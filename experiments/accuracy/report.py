@@ -136,7 +136,7 @@ def _table(task: str, arms: Mapping[str, Any]) -> str:
         seeds = list(own["seeds"].values())
         cells = [arm, *_cells(own, seeds)]
         if not seeds:
-            tried = ", ".join(f"{rate}: {loss}" for rate, loss in own["search"].items())
+            tried = ", ".join(f"{rate}: {loss}" for rate, loss in own.get("search", {}).items())
             cells[3] = f"search: {tried}" if tried else "not run"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
