@@ -339,10 +339,10 @@ def soak() -> Table:
     return rows
 
 
-def accuracy(model: str) -> Table:
+def accuracy() -> Table:
     """Specialists beside conventional LoRA of the same seeds on the tasks that were run; each cell is a mean."""
     rows = [["task", "arm", "trainable", "rate", "loss", "over conventional", "right", "over conventional"]]
-    for task, arms in result(f"accuracy/{model}/summary")["tasks"].items():
+    for task, arms in result("accuracy/smollm2/summary")["tasks"].items():
         for arm, own in arms.items():
             seeds = _seeds(own)
             peer = _seeds(arms["conventional"], None if arm == "base" else own["seeds"])
@@ -363,26 +363,6 @@ def accuracy(model: str) -> Table:
                     "" if itself else f"{100 * (right - usual_right):+.1f} points",
                 ]
             )
-    return rows
-
-
-def accuracy_forms() -> Table:
-    """Loss on validation rows of all arms of one task, first seed, at the best rate of each: some have no scores."""
-    arms = result("accuracy/smollm2/summary")["tasks"]["commonsenseqa"]
-    found = {arm: own["seeds"]["0"] for arm, own in arms.items() if "validation_loss" in own["seeds"].get("0", {})}
-    rows = [["arm", "trainable", "rate", "validation loss", "over plain ICaRus", "over conventional"]]
-    for arm, run in sorted(found.items(), key=lambda pair: pair[1]["validation_loss"]):
-        loss = run["validation_loss"]
-        others = (loss / found[other]["validation_loss"] - 1 for other in ("icarus", "conventional"))
-        rows.append(
-            [
-                arm,
-                f"{run['trainable'] / 1e6:.2f} M",
-                f"{arms[arm]['rate']:g}",
-                f"{loss:.3f}",
-                *(f"{difference:+.0%}".replace("%", " %") if difference else "" for difference in others),
-            ]
-        )
     return rows
 
 
@@ -432,9 +412,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent gains": agent_gains,
     "specialists": specialists,
     **{name: partial(specialist, name) for name in ("planner", "sql", "explainer")},
-    "accuracy": partial(accuracy, "smollm2"),
-    "accuracy gemma": partial(accuracy, "gemma"),
-    "accuracy forms": accuracy_forms,
+    "accuracy": accuracy,
     "chain": chain,
     "soak": soak,
 }
