@@ -187,6 +187,7 @@ class Settings:
         return parser(
             (self.own, self.of_trainer),
             prog=self.command,
+            usage=f"{self.command} [flags]",
             description=self.description or None,
             epilog="--config FILE has settings as YAML; flags win; --json FILE writes the figures as JSON (- prints "
             "them as the last line); --debug shows tracebacks.",
