@@ -197,8 +197,7 @@ def _train(place: Place, cell: Cell) -> None:
     )
     trained = training.run(settings, told)
     form = trained.form
-    few = settings.validation_rows.get(cell.task)
-    loss = training.form_loss(form, own.validation[:few]) if form else _validation_loss(place, cell, base)
+    loss = training.form_loss(form, _validation(place, cell.task)) if form else _validation_loss(place, cell, base)
     result = {
         "identity": identity(place, cell),
         "task": cell.task,
@@ -284,11 +283,15 @@ def step_ms(place: Place, task: str, arm: Arm) -> float | None:
     return next((float(measured[name]["median_ms"]) for name in measured if place.settings.arms[name] == like), None)
 
 
+def _validation(place: Place, task: str) -> list[data.Row]:
+    """The rows that rates are chosen by."""
+    return parts(place, task).validation[: place.settings.validation_rows.get(task)]
+
+
 def _validation_loss(place: Place, cell: Cell, base: str) -> float:
     """Mean over all tokens that carry loss, in nats."""
     sides = Sides.load(base, {cell.arm: place.adapter(cell)}, dtype=place.settings.dtype)
-    validation = parts(place, cell.task).validation[: place.settings.validation_rows.get(cell.task)]
-    columns = [tokenize(row, sides.codec, None) for row in validation]
+    columns = [tokenize(row, sides.codec, None) for row in _validation(place, cell.task)]
     rows = [TokenRow(column["input_ids"], column["labels"]) for column in columns]
     rows.sort(key=lambda row: len(row.input_ids))
     with sides.side(cell.arm) as side:

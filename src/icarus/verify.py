@@ -38,15 +38,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     problems = adapter.problems(directory, base)
     report: dict[str, Any] = {"adapter": directory, "sound": not problems, "problems": problems}
     if problems:
-        plain, mate = adapter.is_conventional(directory), ""
-        if plain:
+        if plain := adapter.is_conventional(directory):
             print(f"{directory}: {problems[0]}")
             report |= _served(directory, base)
         else:
             _print(directory, problems)
-            mate = f" with {options.base}" if base else ""
         count = 1 if plain else len(problems)
         above = "for the reason above" if count == 1 else f"for the {count} reasons above"
+        mate = f" with {options.base}" if base and not plain else ""
         raise CheckFailed(f"{directory} must not share a KV cache{mate}, {above}.", report)
     info = adapter.verify(directory, base)
     print(f"{directory}: sound; rank {info.rank} on {', '.join(info.targets)}, {info.bytes / 1e6:.1f} MB")
