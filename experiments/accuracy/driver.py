@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 
 import torch
 
-from experiments.accuracy import plan, training, work
+from experiments.accuracy import bfloat16, plan, training, work
 from icarus import memory
 
 Job = plan.Wanted | str
@@ -64,6 +64,7 @@ def _jobs(place: work.Place) -> list[Job]:
 def _perform(place: work.Place, job: Job) -> None:
     if training.device() == "cpu":
         memory.keep()
+        bfloat16.speed_up()
     if isinstance(job, str):
         work.perform_base(place, job)
     else:
