@@ -1,8 +1,8 @@
 """bfloat16 on a processor without instructions for it, at the speed of float32.
 
-torch multiplies bfloat16 matrices there at an eighth of that speed. Products of bfloat16 values are exact in float32, in
-which the instructions accumulate, so a float32 product of the same values that is rounded at the end is what a processor
-with instructions computes, but for the order of the sum. Attention is computed in float32 and rounded at the end.
+torch multiplies bfloat16 matrices there at an eighth of that speed. Products of bfloat16 values are exact in float32,
+in which the instructions accumulate. So a float32 product of the same values, rounded at the end, is what a processor
+with instructions computes, but for the order of the sum. Attention, too, is computed in float32 and rounded at the end.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ def speed_up() -> None:
     """Until the process ends; nothing where the processor has the instructions."""
     if processor.slow_in_bfloat16():
         nn.Linear.forward = _forward  # type: ignore[method-assign]
-        F.scaled_dot_product_attention = _attend
+        F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
 
 
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if input.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
         return F.linear(input, self.weight, self.bias)
-    if self.weight.requires_grad or self.bias is not None:
+    trained = torch.is_grad_enabled() and self.weight.requires_grad
+    if trained or self.bias is not None:
         bias = None if self.bias is None else self.bias.float()
         return F.linear(input.float(), self.weight.float(), bias).bfloat16()
-    product: Tensor = _Product.apply(input, _in_float32(self))  # type: ignore[no-untyped-call]
+    product: Tensor = _Product.apply(input, _in_float32(self))
     return product
 
 
@@ -41,9 +42,13 @@ def _in_float32(module: nn.Linear) -> Tensor:
     version = (weight.data_ptr(), weight._version)
     made: tuple[Any, Tensor] | None = module.__dict__.get("_in_float32")
     if made is None or made[0] != version:
-        made = version, weight.detach().float()
+        made = version, _converted(weight)
         module.__dict__["_in_float32"] = made
     return made[1]
+
+
+def _converted(weight: Tensor) -> Tensor:
+    return weight.detach().float()
 
 
 class _Product(torch.autograd.Function):
@@ -62,5 +67,5 @@ class _Product(torch.autograd.Function):
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     if query.dtype != torch.bfloat16:
         return _attention(query, key, value, attn_mask=attn_mask, **options)
-    mask = attn_mask.float() if attn_mask is not None and attn_mask.dtype == torch.bfloat16 else attn_mask
+    mask: Any = attn_mask.float() if attn_mask is not None and attn_mask.dtype == torch.bfloat16 else attn_mask
     return _attention(query.float(), key.float(), value.float(), attn_mask=mask, **options).bfloat16()

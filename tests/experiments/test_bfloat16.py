@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,15 @@ def test_weights_that_were_changed_in_place_are_seen() -> None:
     with torch.no_grad():
         layer.weight.mul_(2)
     assert torch.equal(layer(x), 2 * before)
+
+
+@pytest.mark.usefixtures("slow")
+def test_weights_are_converted_once_where_nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, convert = _linear(bias=False, trained=True), _whole(3, 6), Mock(side_effect=bfloat16._converted)
+    monkeypatch.setattr(bfloat16, "_converted", convert)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x))
+    assert convert.call_count == 1
 
 
 @pytest.mark.usefixtures("slow")
