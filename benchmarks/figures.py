@@ -132,10 +132,10 @@ def headline() -> Table:
             f"{usual['median_ms'] / step['median_ms']:.1f}x faster",
         ],
         [
-            "[Accuracy](docs/accuracy.md): SQL queries right, trained equally long on a CPU, ICaRus on a prepared base",
+            "[Accuracy](docs/accuracy.md): SQL queries right after equal time of training on a CPU; prepared base",
             f"**{_right('conventional')}**",
             _right("team-time"),
-            f"**we lose**; {_right('icarus')} at equal steps and without it",
+            f"**we lose**; {_right('icarus')} at equal steps on the base as it is",
         ],
         [
             "[Decoding 16 requests at once](results/README.md#served), tokens a second",

@@ -59,7 +59,7 @@ def imported(path: Path, root: Path) -> Iterator[str]:
 
 
 def room(module: str) -> int:
-    """The height of a module of the plugin among its rooms; 0 for what they share, and outside."""
+    """The height of a module of the plugin among its packages; 0 for what they share, and outside."""
     part, _, rest = module.partition(".")
     inner = rest.split(".")[0]
     return PLUGIN.index(inner) + 1 if part == "vllm" and inner in PLUGIN else 0

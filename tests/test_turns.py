@@ -70,3 +70,12 @@ def test_an_unknown_model_is_named_before_anything_runs(team: Specialists, monke
     monkeypatch.setattr(team, "context", lambda: pytest.fail("something ran"))
     with pytest.raises(InputError, match="'three'; there are base, one, two"):
         next(turns.play(team, [{"append": "a", "model": "one"}, {"model": "three"}]))
+
+
+def test_an_unknown_model_is_named_before_anything_is_loaded(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Specialists, "load", lambda *args, **kw: pytest.fail("something was loaded"))
+    (tmp_path / "turns.json").write_text(json.dumps([{"append": "a", "model": "three"}]))
+    assert cli.main(["generate", "--turns", str(tmp_path / "turns.json"), *TEAM]) == 2
+    assert "'three'; load it with --adapter three=PATH" in capsys.readouterr().err

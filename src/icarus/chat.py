@@ -20,6 +20,7 @@ _HELP = "Commands: @NAME [text]  /undo  /max N  /text  /quit"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``icarus chat``."""
+    parser.epilog = _HELP
     team.add_arguments(parser)
 
 

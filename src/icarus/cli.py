@@ -55,7 +55,7 @@ COMMANDS: dict[str, Command | Group] = {
     "base": Command("print the folder of a base model", "icarus.base_model"),
     "specialists": Command("print the shipped specialists, one name=folder a line", "icarus.shipped_specialists"),
     "bench": Group(
-        "measure each side beside its peer in one run",
+        "benchmarks of ICaRus beside conventional LoRA",
         metavar="WHAT",
         commands={
             "decode": Command("one decode step beside conventional LoRA's, in process", "icarus.bench.decode"),

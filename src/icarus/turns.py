@@ -31,6 +31,11 @@ _KEYS: dict[str, tuple[type, ...]] = {"model": (str,), "append": (str,), "messag
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``icarus generate``."""
+    parser.epilog = (
+        'A turn is {"model": "sql", "append": TEXT or "messages": [...], "max_new_tokens": 256, "temperature": 0, '
+        '"top_p": 1, "top_k": 0, "stop": [...], "seed": 1}. '
+        'All keys are optional; without "model" the base model speaks.'
+    )
     team.add_arguments(parser)
     parser.add_argument("--turns", required=True, metavar="FILE", help="JSON list of turns; - reads standard input")
     arguments.add_json(parser)
@@ -39,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Print each turn as it ends: its text or, with ``--json -``, one object a line and no report at the end."""
     script, as_json = read(options.turns), options.json == "-"
+    for name in sorted(_speakers(script) - {BASE, *options.adapter}):
+        raise InputError(f"{options.turns} names the specialist {name!r}; load it with --adapter {name}=PATH.")
     played = []
     for turn in play(team.load(options), script):
         played.append(turn)
@@ -82,7 +89,7 @@ def _check(turn: Any, where: str) -> None:
 
 def play(specialists: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Play turns, as ``read`` checked them, in one context; yields the figures of each as it ends."""
-    for name in {turn.get("model", BASE) for turn in turns}:
+    for name in _speakers(turns):
         specialists.adapter(name)  # refuses an unknown name before anything runs
     context = specialists.context()
     for turn in turns:
@@ -92,3 +99,7 @@ def play(specialists: Specialists, turns: list[dict[str, Any]]) -> Iterator[dict
         options = {key: turn[key] for key in _OPTIONS if key in turn}
         figures = asdict(context.generate(turn.get("model", BASE), **options))
         yield figures | {"reused_tokens": figures["cached_tokens"]}  # its old name, until 0.3
+
+
+def _speakers(turns: list[dict[str, Any]]) -> set[str]:
+    return {turn.get("model", BASE) for turn in turns}

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML files of tasks (docs/evaluate.md)",
     )
     parser.add_argument(
-        "--against", default=BASE, metavar="NAME", help=f"the side that differences are taken to (default: {BASE})"
+        "--against", default=BASE, metavar="NAME", help=f"what the others are compared with (default: {BASE})"
     )
     parser.add_argument("--limit", type=arguments.positive_int, metavar="N", help="only the first N items of each task")
     parser.add_argument(

@@ -205,4 +205,9 @@ TRAIN = Settings(
     "Train one specialist with the flags below. Or prepare a base model for a team and train all of its specialists: "
     "icarus train --team FILE, without other flags (docs/train.md).",
 )
-DISTILL = Settings("icarus distill", DistillConfig, IcarusDistillationConfig)
+DISTILL = Settings(
+    "icarus distill",
+    DistillConfig,
+    IcarusDistillationConfig,
+    "Train a specialist on the predictions of a conventional LoRA adapter of the same base model (docs/train.md).",
+)

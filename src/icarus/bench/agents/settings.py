@@ -54,7 +54,7 @@ class Settings:
     rates: list[float] = setting((0.05, 0.2), "arriving workflows a second; all at once is always run as well")
     workflows: int = setting(6, "workflows of a run all at once, for which the KV budgets are made")
     window: float = setting(120.0, "seconds for which they arrive in a run at an arrival rate")
-    repeats: int = setting(2, "runs of each kind; the order of systems alternates")
+    repeats: int = setting(2, "runs of the headline points, in alternating order of systems; others run once")
     system_tokens: int = setting(128, "instructions that all workflows of a run share")
     task_tokens: int = setting(1536, "question with its examples, or document, of one workflow")
     turns: int = setting(16, "calls of a workflow (fan-out: specialists asked)")
@@ -66,10 +66,10 @@ class Settings:
     roomy_tokens: int | None = setting(None, "KV budget in tokens; by default from that of a cache for each model")
     seed: int = setting(0, "of texts, arrivals and adapters")
     block_size: int = setting(32, "tokens in a block of KV")
-    max_model_len: int = setting(4096, "of the server")
-    max_num_seqs: int = setting(16, "of the server")
-    max_num_batched_tokens: int = setting(2048, "of the server")
-    serve_flags: str = setting("", "more flags for vLLM in one word, in place of the profile's")
+    max_model_len: int = setting(4096, "of the server: tokens of one request")
+    max_num_seqs: int = setting(16, "of the server: requests at once")
+    max_num_batched_tokens: int = setting(2048, "of the server: tokens of a step")
+    serve_flags: str = setting("", "more flags for vLLM as one quoted text, in place of the profile's")
     start_seconds: float = setting(300.0, "how long a server may take to start")
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ def add_arguments(parser: arguments.Parser) -> None:
         "[--read-kv-once] [any flag of vllm serve]"
     )
     parser.description = "Serve a base model and its specialists from one KV cache, with vLLM."
-    parser.epilog = "All other flags are vLLM's: vllm serve --help=all lists them."
+    parser.epilog = "All other flags are vLLM's; python -m vllm.entrypoints.openai.api_server --help=all lists them."
     names = " or ".join(packaged_model.NAMES)
     parser.add_argument("base", metavar="BASE", help=f"hub id, folder, {names}")
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(parser: arguments.Parser) -> None:
         action=arguments.NamedPaths,
         default={},
         metavar="NAME=PATH",
-        help="specialists; repeatable",
+        help="specialists and conventional adapters; repeatable",
     )
     parser.add_argument(
         "--adapter-dir",
