@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from icarus import processor
 
 _attention = F.scaled_dot_product_attention
+_ROWS = 4  # for fewer, as in generation, converting K and V takes longer than attention
 
 
 def speed_up() -> None:
@@ -65,7 +66,7 @@ class _Product(torch.autograd.Function):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-    if query.dtype != torch.bfloat16:
+    if query.dtype != torch.bfloat16 or query.shape[-2] < _ROWS:
         return _attention(query, key, value, attn_mask=attn_mask, **options)
     mask: Any = attn_mask.float() if attn_mask is not None and attn_mask.dtype == torch.bfloat16 else attn_mask
     return _attention(query.float(), key.float(), value.float(), attn_mask=mask, **options).bfloat16()
