@@ -56,7 +56,7 @@ def _jobs(place: work.Place) -> list[Job]:
     """What is missing, the most wanted first: a run, or a task whose base model is to be scored."""
     tasks = list(dict.fromkeys(task for task, _ in place.settings.pairs))
     runs = [wanted for wanted in plan.wanted(place.settings, place.loss) if not place.done(wanted)]
-    bases = [task for task in tasks if not work.base_done(place, task)]
+    bases = [task for task in tasks if place.settings.scores and not work.base_done(place, task)]
     scored = {wanted.cell.task for wanted in runs if wanted.scored}
     return [*(task for task in bases if task in scored), *runs, *(task for task in bases if task not in scored)]
 

@@ -44,7 +44,7 @@ def wanted(settings: Settings, loss: Loss) -> Iterator[Wanted]:
         if teacher and best_rate(settings, task, teacher, loss) is None:
             continue
         if best is not None:
-            scored = not settings.arms[arm].in_process
+            scored = settings.scores and not settings.arms[arm].in_process
             yield from (Wanted(Cell(task, arm, best, seed), scored) for seed in settings.seeds)
         elif settings.arms[arm].rates_of is None:
             yield from (Wanted(cell, False) for cell in _search(settings, task, arm, loss))

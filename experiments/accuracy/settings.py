@@ -55,6 +55,9 @@ class Team:
     seed: int = 0
 
 
+_NO_TEAM = Team(tasks=(), steps=0, rate=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The whole of one file; ``grid`` has pairs of tasks and arms."""
@@ -75,7 +78,9 @@ class Settings:
     """Of tasks whose answers take long, in place of ``test_items``; the first ones of those."""
     validation_rows: dict[str, int] = field(default_factory=dict)
     """Of tasks whose rows are long, in place of all; the first ones of those."""
-    team: Team
+    scores: bool = True
+    """Whether answers are scored, of the arms with which that is possible; else validation losses compare all."""
+    team: Team = _NO_TEAM
     arms: dict[str, Arm]
     grid: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 
@@ -98,7 +103,7 @@ def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
     """
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        team = Team(**raw["team"] | {"tasks": tuple(raw["team"]["tasks"])})
+        team = Team(**raw["team"] | {"tasks": tuple(raw["team"]["tasks"])}) if "team" in raw else _NO_TEAM
         arms = {name: Arm(**arm) for name, arm in raw["arms"].items()}
         grid = tuple(
             (tuple(task for task in part["tasks"] if tasks is None or task in tasks), tuple(part["arms"]))
@@ -113,6 +118,8 @@ def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
         for task in getattr(settings, name):
             if task not in SOURCES:
                 raise InputError(f"{file}: {name} has {task}, which is no task; correct the name.")
+    if settings.team is _NO_TEAM and (needing := [name for name, arm in arms.items() if arm.base != "base"]):
+        raise InputError(f"{file}: the arm {needing[0]} needs a prepared base model; say under team how it is made.")
     for task, arm in settings.pairs:
         if task not in SOURCES or arm not in arms:
             raise InputError(f"{file}: the grid has {task} with {arm}, one of which does not exist; correct the name.")
