@@ -339,10 +339,10 @@ def soak() -> Table:
     return rows
 
 
-def accuracy() -> Table:
+def accuracy(model: str) -> Table:
     """Specialists beside conventional LoRA of the same seeds on the tasks that were run; each cell is a mean."""
     rows = [["task", "arm", "trainable", "rate", "loss", "over conventional", "right", "over conventional"]]
-    for task, arms in result("accuracy/smollm2/summary")["tasks"].items():
+    for task, arms in result(f"accuracy/{model}/summary")["tasks"].items():
         for arm, own in arms.items():
             seeds = _seeds(own)
             peer = _seeds(arms["conventional"], None if arm == "base" else own["seeds"])
@@ -363,6 +363,27 @@ def accuracy() -> Table:
                     "" if itself else f"{100 * (right - usual_right):+.1f} points",
                 ]
             )
+    return rows
+
+
+def accuracy_forms() -> Table:
+    """Validation losses of further forms of the decoder by rate, the best form first."""
+    arms = result("accuracy/forms/summary")["tasks"]["commonsenseqa"]
+    found = {arm: own for arm, own in arms.items() if own.get("rate")}
+    rates = sorted({rate for own in found.values() for rate in own["search"]}, key=float)
+    plain = min(found["icarus"]["search"].values())
+    rows = [["form", "trainable", *rates, "over plain ICaRus"]]
+    for arm, own in sorted(found.items(), key=lambda pair: min(pair[1]["search"].values())):
+        best = min(own["search"].values())
+        losses = (own["search"].get(rate) for rate in rates)
+        rows.append(
+            [
+                arm,
+                f"{own['seeds']['0']['trainable'] / 1e6:.2f} M",
+                *("" if loss is None else f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for loss in losses),
+                "" if arm == "icarus" else f"{best / plain - 1:+.1%}".replace("%", " %"),
+            ]
+        )
     return rows
 
 
@@ -412,7 +433,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agent gains": agent_gains,
     "specialists": specialists,
     **{name: partial(specialist, name) for name in ("planner", "sql", "explainer")},
-    "accuracy": accuracy,
+    "accuracy": partial(accuracy, "smollm2"),
+    "accuracy gemma": partial(accuracy, "gemma"),
+    "accuracy forms": accuracy_forms,
     "chain": chain,
     "soak": soak,
 }

@@ -73,9 +73,18 @@ def test_an_error_that_is_not_of_attention_comes_through(monkeypatch: pytest.Mon
     assert streams.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("rows", [0, 256], ids=["bfloat16", "float32"])
-def test_attention_in_either_dtype_trains_bfloat16_alike(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "dtype"), [(0, torch.bfloat16), (256, torch.float32)], ids=["bfloat16", "float32"])
+def test_attention_in_either_dtype_trains_bfloat16_alike(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "_FEW_ROWS", rows)
+    own, met = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(query: Any, *others: Any, **more: Any) -> Any:
+        met.add(query.dtype if query.requires_grad else None)
+        return own(query, *others, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     ids = tokens(2, 20)
     labels = torch.full_like(ids, IGNORED)
     labels[:, -5:] = ids[:, -5:]
@@ -86,4 +95,6 @@ def test_attention_in_either_dtype_trains_bfloat16_alike(rows: int, monkeypatch:
         return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 
     want = gradients(torch.float32)
+    met.clear()
     assert (gradients(torch.bfloat16) - want).norm() < 0.05 * want.norm()
+    assert met - {None} == {dtype}, "that in which decoder rows attend"

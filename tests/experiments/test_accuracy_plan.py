@@ -1,0 +1,58 @@
+"""What the accuracy experiment runs next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.accuracy import settings
+from experiments.accuracy.plan import Cell, best_rate, wanted
+from icarus.errors import InputError
+
+_TEXT = """
+name: some
+base: smollm2-135m-instruct
+form: chat
+dtype: bfloat16
+steps: 10
+batch_size: 2
+rates: [0.001, 0.002, 0.004]
+seeds: [0, 1]
+test_items: 4
+arms: {icarus: {method: icarus, rank: 2}}
+grid: [{tasks: [wikisql], arms: [icarus]}]
+"""
+
+
+def _read(folder: Path, text: str) -> settings.Settings:
+    (folder / "some.yaml").write_text(text)
+    return settings.read(folder / "some.yaml")
+
+
+def test_a_search_grows_while_its_best_rate_is_at_an_edge(tmp_path: Path) -> None:
+    losses = {0.001: 3.0, 0.002: 2.0, 0.004: 1.0}
+    read = _read(tmp_path, _TEXT)
+
+    def loss(cell: Cell) -> float | None:
+        return losses.get(cell.rate)
+
+    assert best_rate(read, "wikisql", "icarus", loss) is None
+    assert {one.cell.rate for one in wanted(read, loss) if loss(one.cell) is None} == {0.008}
+    losses[0.008] = 2.0
+    assert best_rate(read, "wikisql", "icarus", loss) == 0.004
+    assert {(one.cell.rate, one.cell.seed, one.scored) for one in wanted(read, loss)} == {
+        (0.004, 0, True),
+        (0.004, 1, True),
+    }
+
+
+def test_nothing_is_scored_where_losses_are_enough(tmp_path: Path) -> None:
+    read = _read(tmp_path, _TEXT + "scores: false\n")
+    losses = {0.001: 2.0, 0.002: 1.0, 0.004: 2.0}
+    assert not any(one.scored for one in wanted(read, lambda cell: losses[cell.rate]))
+
+
+def test_an_arm_on_a_prepared_base_needs_to_be_told_how_that_is_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="arm icarus needs a prepared base model; say under team"):
+        _read(tmp_path, _TEXT.replace("rank: 2}", "rank: 2, base: team}"))
