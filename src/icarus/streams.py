@@ -452,8 +452,7 @@ class TwoStreams:
 
     def _groups(self, device: torch.device) -> bool:
         """Not where the backward pass computes again, which would be outside the block."""
-        recomputed = self.model.training and getattr(unwrapped(self.model), "is_gradient_checkpointing", False)
-        return self._own_attention and device.type == "cpu" and not recomputed
+        return self._own_attention and device.type == "cpu" and not _checkpointed(self.model)
 
     def _check_complete(self, view: _Pass) -> None:
         """A layer that bypasses the cache would attend to its own K/V: plain LoRA, and silently wrong."""
@@ -529,9 +528,7 @@ def _cache_under_checkpointing(model: nn.Module) -> Iterator[None]:
     The decoder stream only reads. Transformers has the switch for such layers (modeling_layers.py,
     ``_can_checkpoint_with_cache``); where a version lacks it, ``_check_complete`` refuses.
     """
-    layers = []
-    if model.training:
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    layers = _checkpointed(model)
     for layer in layers:
         layer._can_checkpoint_with_cache = True
     try:
@@ -539,6 +536,13 @@ def _cache_under_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer._can_checkpoint_with_cache
+
+
+def _checkpointed(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations are computed again in the backward pass."""
+    if not model.training:
+        return []
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
 
 
 def _refuse_unsupported(model: nn.Module, config: Any) -> None:
