@@ -2,7 +2,7 @@
 
 Reads JSON lines (gzip) of WikiSQL, CommonsenseQA, OpenBookQA, GSM8K, BFCL and agent roles (LRAgent, from AutoAct).
 Their folder names are those of ``SOURCES``. Rows that settings are chosen by are cut from the training part; rows of
-one table, question or function never stand on both sides of a cut.
+one table, question or set of functions never stand on both sides of a cut. (One function may be in several sets.)
 """
 
 from __future__ import annotations

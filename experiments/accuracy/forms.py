@@ -3,7 +3,7 @@
 A form adds small modules to the decoder stream, which starts as plain ICaRus does: all of them add zero at first. With
 h^E and h^D the hidden states of the two streams and x^E, x^D the inputs of a projection:
 
-    residual   h^D += B A h^E behind each layer, as IBM's Shadow Residual has it
+    residual   h^D += s B A h^E behind each layer, as IBM's Shadow Residual has it
     inputs     W x^D + s B (A x^D + A' x^E) in each adapted projection
     norms      (1 + g) norm(h^D) in each norm
     head       lm_head(h^D) + s B A h^D
@@ -53,7 +53,7 @@ class Extra(nn.Module):
     def forward(self, output: Tensor, read: Tensor) -> Tensor:
         """The module's output in the decoder stream; ``read`` is what its form reads, (B, R, width)."""
         if self.form == "norms":
-            return output * (1 + self.gain).to(output.dtype)
+            return (output.float() * (1 + self.gain)).to(output.dtype)  # bfloat16 has few numbers near 1
         assert self.up is not None
         return output + (self.scale * self.up(self.down(read.float()))).to(output.dtype)
 

@@ -62,7 +62,8 @@ class Place:
     def loss(self, cell: Cell) -> float | None:
         """The loss on the validation rows; None where the run has not finished, or was another one."""
         result = read(self.result(cell))
-        return result["validation_loss"] if result and result["identity"] == identity(self, cell) else None
+        same = result and result["identity"] == identity(self, cell) and result["steps"] == _steps(self, cell)
+        return result["validation_loss"] if result and same else None
 
     def done(self, wanted: Wanted) -> bool:
         """Whether nothing is left to do."""
@@ -189,7 +190,7 @@ def _train(place: Place, cell: Cell) -> None:
         output=output,
         rows=_write(place, f"{cell.task}.train", own.train),
         validation=None if long else _write(place, f"{cell.task}.validation", own.validation),
-        steps=round(settings.steps * _stretch(place, cell.task, arm)),
+        steps=_steps(place, cell),
         batch_size=settings.rows_per_step(cell.task),
         rate=cell.rate,
         seed=cell.seed,
@@ -266,14 +267,15 @@ def _team_base(place: Place, kind: str) -> Path:
     return folder
 
 
-def _stretch(place: Place, task: str, arm: Arm) -> float:
-    """How many more steps an arm has that trains as long as another one."""
+def _steps(place: Place, cell: Cell) -> int:
+    """Of all arms the same, but of those that train as long as another one."""
+    settings, arm = place.settings, place.settings.arms[cell.arm]
     if arm.time_of is None:
-        return 1.0
-    own, other = step_ms(place, task, arm), step_ms(place, task, place.settings.arms[arm.time_of])
+        return settings.steps
+    own, other = step_ms(place, cell.task, arm), step_ms(place, cell.task, settings.arms[arm.time_of])
     if own is None or other is None:
-        raise InputError(f"{place.results / 'times.json'} lacks {task}; measure step times first (times).")
-    return other / own
+        raise InputError(f"{place.results / 'times.json'} lacks {cell.task}; measure step times first (times).")
+    return round(settings.steps * other / own)
 
 
 def step_ms(place: Place, task: str, arm: Arm) -> float | None:
