@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.accuracy.query_heads import QueryHeads
@@ -41,6 +42,7 @@ class Extra(nn.Module):
         self.up: Callable[[Tensor], Tensor] | None = None
         if form == "norms":
             self.gain = nn.Parameter(torch.zeros(width))
+            self.norm = (module,)  # in a tuple, so that it is no part of this one
             return
         self.down = nn.Linear(width, rank, bias=False)
         if form == "inputs":  # B is that of the adapter
@@ -53,7 +55,9 @@ class Extra(nn.Module):
     def forward(self, output: Tensor, read: Tensor) -> Tensor:
         """The module's output in the decoder stream; ``read`` is what its form reads, (B, R, width)."""
         if self.form == "norms":
-            return (output.float() * (1 + self.gain)).to(output.dtype)  # bfloat16 has few numbers near 1
+            (norm,) = self.norm  # anew, in float32: a small gain would be lost in an output in bfloat16
+            weight = norm.weight.float() * (1 + self.gain)
+            return F.rms_norm(read.float(), weight.shape, weight, norm.variance_epsilon).to(output.dtype)
         assert self.up is not None
         return output + (self.scale * self.up(self.down(read.float()))).to(output.dtype)
 
