@@ -203,6 +203,7 @@ def _train(place: Place, cell: Cell) -> None:
         "identity": identity(place, cell),
         "task": cell.task,
         "arm": cell.arm,
+        "trained_on": _fingerprint(base),  # a base model that is prepared again is another one
         "steps": told.steps,
         "validation_loss": loss,
         "trainable": trained.trainable,
