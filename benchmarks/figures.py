@@ -367,19 +367,19 @@ def accuracy(model: str) -> Table:
 
 
 def accuracy_forms() -> Table:
-    """Validation losses of further forms of the decoder by rate, the best form first."""
+    """Validation losses by rate of what else was tried, the best first."""
     arms = result("accuracy/forms/summary")["tasks"]["commonsenseqa"]
-    found = {arm: own for arm, own in arms.items() if own.get("rate")}
+    found = {arm: own for arm, own in arms.items() if own.get("search")}
     rates = sorted({rate for own in found.values() for rate in own["search"]}, key=float)
     plain = min(found["icarus"]["search"].values())
-    rows = [["form", "trainable", *rates, "over plain ICaRus"]]
+    rows = [["arm", "trainable", *rates, "over plain ICaRus"]]
     for arm, own in sorted(found.items(), key=lambda pair: min(pair[1]["search"].values())):
         best = min(own["search"].values())
         losses = (own["search"].get(rate) for rate in rates)
         rows.append(
             [
                 arm,
-                f"{own['seeds']['0']['trainable'] / 1e6:.2f} M",
+                f"{own['seeds']['0']['trainable'] / 1e6:.2f} M" if own["rate"] else "search not finished",
                 *("" if loss is None else f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for loss in losses),
                 "" if arm == "icarus" else f"{best / plain - 1:+.1%}".replace("%", " %"),
             ]
