@@ -33,11 +33,11 @@ _ROWS_AT_ONCE = 2
 
 def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -> None:
     """Ordinary LoRA on a file of rows; the merged model lies at ``target`` when it is complete."""
-    team = settings.team
+    team, base = settings.team, str(base_model.folder(settings.base))
     shutil.rmtree(adapter_folder, ignore_errors=True)
     told = training.Training(
         arm=Arm(method="lora", rank=team.rank),
-        base=str(base_model.folder(settings.base)),
+        base=base,
         output=adapter_folder,
         rows=rows,
         steps=team.steps,
@@ -47,7 +47,7 @@ def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -
         recompute=training.device() == "cpu",  # long rows would need 20 GB
     )
     training.run(settings, told)
-    model, tokenizer = base_model.load(settings.base, dtype="float32", device="cpu")
+    model, tokenizer = base_model.load(base, dtype="float32", device="cpu")
     _save(adapter.merge(model, adapter_folder), tokenizer, target)
 
 

@@ -166,8 +166,11 @@ def _both(texts: Iterable[str]) -> str:
 
 def _plot_curves(place: work.Place, task: str) -> None:
     """Validation loss over tokens seen and over wall time, of each arm at its best rate so far."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for arm in [arm for name, arm in place.settings.pairs if name == task]:
+    arms = [arm for name, arm in place.settings.pairs if name == task]
+    timed = any(work.step_ms(place, task, place.settings.arms[arm]) for arm in arms)
+    count = 2 if timed else 1
+    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4), sharey=True, squeeze=False)
+    for arm in arms:
         if place.settings.arms[arm].method == "distill":  # its loss in training holds the divergence, too
             continue
         searched = _search(place, task, arm)
@@ -179,14 +182,15 @@ def _plot_curves(place: work.Place, task: str) -> None:
             continue
         steps, losses = zip(*result["validation"], strict=True)
         tokens = [step * result["tokens"] / result["steps"] / 1e3 for step in steps]
-        (line,) = axes[0].plot(tokens, losses, "o-", label=f"{arm}, {rate}")
+        (line,) = axes[0, 0].plot(tokens, losses, "o-", label=f"{arm}, {rate}")
         if step_ms := work.step_ms(place, task, place.settings.arms[arm]):
-            axes[1].plot([step * step_ms / 1e3 for step in steps], losses, "o-", color=line.get_color())
-    axes[0].set(xlabel="thousand tokens seen", ylabel="validation loss (nats per token)", title=task)
-    axes[1].set(xlabel="seconds, from alternating step times", title="the same over wall time")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+            axes[0, 1].plot([step * step_ms / 1e3 for step in steps], losses, "o-", color=line.get_color())
+    axes[0, 0].set(xlabel="thousand tokens seen", ylabel="validation loss (nats per token)", title=task)
+    axes[0, -1].grid(alpha=0.3)
+    if timed:
+        axes[0, 1].set(xlabel="seconds, from alternating step times", title="the same over wall time")
+        axes[0, 0].grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(place.results / f"{task}.png", dpi=120)
     plt.close(figure)
@@ -208,14 +212,14 @@ def _plot_scores(report: Mapping[str, Any], file: Path) -> None:
         for place, seeds in enumerate(rows.values()):
             for seed, difference in enumerate(seeds):
                 low, high = (scale * bound for bound in difference[name]["interval"])
-                height, colour = place + 0.3 * seed - 0.15, f"C{seed}"
+                height, colour = place + 0.3 * (seed - (len(seeds) - 1) / 2), f"C{seed}"
                 axis.plot([low, high], [height, height], color=colour)
                 axis.plot(scale * difference[name]["value"], height, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel=label, title=f"{name} over {PEER}")
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)

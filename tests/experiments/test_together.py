@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
 import torch
 from torch import Tensor
 
+from experiments.accuracy import bases, settings
 from experiments.accuracy.bases import ENCODER, Joint
 from icarus.streams import IGNORED, Batch
 from tiny_models import tiny, tokens
@@ -51,3 +56,19 @@ def test_a_batch_in_parts_is_the_batch() -> None:
     want, got = _gradients(joint), _gradients(parts)
     assert want.keys() == got.keys()
     assert all(torch.allclose(got[name], want[name], atol=1e-5) for name in want)
+
+
+def test_a_base_is_merged_under_the_name_that_its_adapter_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else merging refuses the adapter as one of another base model, at the end of its training."""
+    load, run = Mock(return_value=(None, None)), Mock()
+    monkeypatch.setattr(bases.base_model, "folder", lambda base: tmp_path / base)
+    monkeypatch.setattr(bases.base_model, "load", load)
+    monkeypatch.setattr(bases.training, "run", run)
+    monkeypatch.setattr(bases.adapter, "merge", lambda *_: None)
+    monkeypatch.setattr(bases, "_save", lambda *_: None)
+    chosen = settings.read(Path(bases.__file__).with_name("forms.yaml"))
+    bases.merged(chosen, tmp_path / "rows", tmp_path / "adapter", tmp_path / "base")
+    trained, merged = run.call_args.args[1].base, load.call_args.args[0]
+    assert trained == merged == str(tmp_path / chosen.base)
