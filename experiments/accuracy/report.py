@@ -30,7 +30,7 @@ def run(place: work.Place) -> None:
         place.results / "summary.md", "\n\n".join(_table(task, arms) for task, arms in report.items()) + "\n"
     )
     for task in report:
-        if task not in place.settings.batch_sizes:  # those runs have no curves
+        if place.settings.curves(task):
             _plot_curves(place, task)
     _plot_scores(report, place.results / "scores.png")
 

@@ -79,7 +79,7 @@ class Settings:
     validation_rows: dict[str, int] = field(default_factory=dict)
     """Of tasks whose rows are long, in place of all; the first ones of those."""
     scores: bool = True
-    """Whether answers are scored, of the arms with which that is possible; else validation losses compare all."""
+    """Whether answers are scored, of the arms with which that is possible; else final validation losses compare all."""
     team: Team = _NO_TEAM
     arms: dict[str, Arm]
     grid: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
@@ -87,6 +87,10 @@ class Settings:
     def rows_per_step(self, task: str) -> int:
         """The batch size of a task's runs."""
         return self.batch_sizes.get(task, self.batch_size)
+
+    def curves(self, task: str) -> bool:
+        """Whether a task's runs look at validation rows on the way; where rows are long that takes too much time."""
+        return self.scores and task not in self.batch_sizes
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -183,13 +183,12 @@ def _train(place: Place, cell: Cell) -> None:
     base, output = _base(place, arm), place.adapter(cell)
     shutil.rmtree(output, ignore_errors=True)
     own = parts(place, cell.task)
-    long = cell.task in settings.batch_sizes  # whose validation rows take longer than the training between two looks
     told = training.Training(
         arm=arm,
         base=base,
         output=output,
         rows=_write(place, f"{cell.task}.train", own.train),
-        validation=None if long else _write(place, f"{cell.task}.validation", own.validation),
+        validation=_write(place, f"{cell.task}.validation", own.validation) if settings.curves(cell.task) else None,
         steps=_steps(place, cell),
         batch_size=settings.rows_per_step(cell.task),
         rate=cell.rate,

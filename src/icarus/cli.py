@@ -51,7 +51,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "generate": Command("run a list of turns in one context", "icarus.turns"),
     "chat": Command("talk to several specialists in one context", "icarus.chat"),
-    "verify": Command("check that an adapter is safe to share a cache with; exit status 0 or 1", "icarus.verify"),
+    "verify": Command("check that an adapter is safe to share a cache with; exit status 0 if it is", "icarus.verify"),
     "base": Command("print the folder of a base model", "icarus.base_model"),
     "specialists": Command("print the shipped specialists, one name=folder a line", "icarus.shipped_specialists"),
     "bench": Group(

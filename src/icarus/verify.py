@@ -1,4 +1,4 @@
-"""``icarus verify``: may this adapter share a KV cache; exit status 0 or 1.
+"""``icarus verify``: may this adapter share a KV cache; exit status 0 if so, 1 if not, 2 for bad input.
 
 A conventional adapter may not, and may well be served: it says so.
 """

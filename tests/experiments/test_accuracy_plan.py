@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from experiments.accuracy import settings
+from experiments.accuracy import settings, work
 from experiments.accuracy.plan import Cell, best_rate, wanted
 from icarus.errors import InputError
 
@@ -56,3 +57,18 @@ def test_nothing_is_scored_where_losses_are_enough(tmp_path: Path) -> None:
 def test_an_arm_on_a_prepared_base_needs_to_be_told_how_that_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="arm icarus needs a prepared base model; say under team"):
         _read(tmp_path, _TEXT.replace("rank: 2}", "rank: 2, base: team}"))
+
+
+def test_a_run_of_equal_time_is_made_again_when_other_step_times_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = "arms: {lora: {method: lora, rank: 2}, icarus: {method: icarus, rank: 2}, time: {method: icarus, rank: 2, "
+    arms += "rates_of: icarus, time_of: lora}}"
+    read = _read(tmp_path, _TEXT.replace("arms: {icarus: {method: icarus, rank: 2}}", arms))
+    monkeypatch.setattr(work, "identity", lambda *_: {})
+    place, cell = work.Place(read, tmp_path, tmp_path, tmp_path), Cell("wikisql", "time", 0.002, 0)
+    place.result(cell).write_text(json.dumps({"identity": {}, "steps": 20, "validation_loss": 1.0}))
+    for icarus_ms, loss in ((5, 1.0), (4, None)):
+        times = {"lora": {"median_ms": 10}, "icarus": {"median_ms": icarus_ms}}
+        (tmp_path / "times.json").write_text(json.dumps({"tasks": {"wikisql": times}}))
+        assert place.loss(cell) == loss
