@@ -38,6 +38,8 @@ class Example:
     reference: Any
     """What the scorer compares with; of choices, the index of the right one."""
     choices: tuple[str, ...] = ()
+    calls: frozenset[str] = frozenset()
+    """The functions that the answer calls. Other groups may call them, too."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Parts:
     train: list[Row]
     validation: list[Row]
     test: Task
+    seen: frozenset[str]
+    """Names of the items whose answers call a function that an answer to train on calls."""
 
 
 def _lines(file: Path) -> Iterable[Row]:
@@ -108,7 +112,8 @@ def _bfcl(row: Row) -> Example | None:
     ]
     question = f"Functions: {json.dumps(row['function'])}\nAnswer with a JSON list of calls.\n{turns[0]['content']}"
     group = json.dumps(sorted(function["name"] for function in row["function"]))
-    return Example(group, question, json.dumps(calls), row["ground_truth"])
+    called = frozenset(str(call["name"]) for call in calls)
+    return Example(group, question, json.dumps(calls), row["ground_truth"], calls=called)
 
 
 def _allowed(wanted: Row) -> Row:
@@ -158,11 +163,14 @@ def parts(task: str, folder: Path, form: Form, test_items: int) -> Parts:
     held = {example.group for example in test}
     examples = [example for example in examples if example.group not in held]
     validation, train = _cut(examples, VALIDATION_ROWS)
-    items = [_item(f"{task}-{index}", example, form) for index, example in enumerate(test[:test_items])]
+    asked = {f"{task}-{index}": example for index, example in enumerate(test[:test_items])}
+    items = [_item(name, example, form) for name, example in asked.items()]
+    called = {function for example in train for function in example.calls}
     return Parts(
         [_row(example, form) for example in train],
         [_row(example, form) for example in validation],
         Task(name=task, items=items, scorer=source.scorer, max_new_tokens=source.max_new_tokens or 1),
+        frozenset(name for name, example in asked.items() if example.calls & called),
     )
 
 

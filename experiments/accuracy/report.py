@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ PEER, PLAIN = "conventional", "icarus"
 
 def run(place: work.Place) -> None:
     """Write ``summary.json``, ``summary.md`` and the plots beside the results."""
-    report = {task: _task(place, task) for task in _tasks(place)}
+    report: dict[str, Any] = {}
+    for task in _tasks(place):
+        report[task] = _task(place, task)
+        if seen := work.parts(place, task).seen:
+            report[f"{task}, unseen functions"] = _task(place, task, seen)
     arguments.write_json({"tasks": report}, str(place.results / "summary.json"))
     atomic.write_text(
         place.results / "summary.md", "\n\n".join(_table(task, arms) for task, arms in report.items()) + "\n"
     )
-    for task in report:
+    for task in _tasks(place):
         if place.settings.curves(task):
             _plot_curves(place, task)
     _plot_scores(report, place.results / "scores.png")
@@ -40,15 +45,18 @@ def _tasks(place: work.Place) -> list[str]:
     return [task for task in tasks if any(place.results.glob(f"{task}.*.json"))]
 
 
-def _task(place: work.Place, task: str) -> dict[str, Any]:
-    """Of each arm: its search, its runs at the best rate, and how these compare with the peer's of the same seed."""
+def _task(place: work.Place, task: str, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Of each arm: its search, its runs at the best rate, and how these compare with the peer's of the same seed.
+
+    Scores, losses and differences leave out the items named in ``without``.
+    """
     arms = [arm for name, arm in place.settings.pairs if name == task]
-    report: dict[str, Any] = {BASE: {"seeds": _seeds(place, task, BASE, 0.0)}}
+    report: dict[str, Any] = {BASE: {"seeds": _seeds(place, Cell(task, BASE, 0.0, 0), without)}}
     for arm in arms:
         rate = best_rate(place.settings, task, arm, place.loss)
         report[arm] = {"search": _search(place, task, arm), "rate": rate, "seeds": {}}
         if rate is not None:
-            report[arm]["seeds"] = _seeds(place, task, arm, rate)
+            report[arm]["seeds"] = _seeds(place, Cell(task, arm, rate, 0), without)
     return report
 
 
@@ -61,14 +69,14 @@ def _search(place: work.Place, task: str, arm: str) -> dict[str, float]:
     return {f"{rate:g}": round(loss, 4) for rate, loss in losses.items() if loss is not None}
 
 
-def _seeds(place: work.Place, task: str, arm: str, rate: float) -> dict[str, Any]:
+def _seeds(place: work.Place, first: Cell, without: frozenset[str]) -> dict[str, Any]:
     """By seed: cost, loss and score on held-back items, and differences to the run of the peer with that seed."""
-    found: dict[str, Any] = {}
+    task, arm, found = first.task, first.arm, dict[str, Any]()
     for seed in place.settings.seeds if arm != BASE else (0,):
-        cell = Cell(task, arm, rate, seed)
+        cell = replace(first, seed=seed)
         figures = _training(place, cell) if arm != BASE else {}
-        if own := _outcomes(place, cell):
-            peer, plain = (_of_arm(place, task, name, seed) for name in (PEER, PLAIN))
+        if own := _outcomes(place, cell, without):
+            peer, plain = (_of_arm(place, task, name, seed, without) for name in (PEER, PLAIN))
             figures |= _compared(task, arm, own, PEER, peer)
             if plain and arm not in (BASE, PEER, PLAIN):
                 figures[f"over {PLAIN}"] = _compared(task, arm, own, PLAIN, plain)["difference"]
@@ -77,10 +85,10 @@ def _seeds(place: work.Place, task: str, arm: str, rate: float) -> dict[str, Any
     return found
 
 
-def _of_arm(place: work.Place, task: str, arm: str, seed: int) -> list[Outcome]:
+def _of_arm(place: work.Place, task: str, arm: str, seed: int, without: frozenset[str]) -> list[Outcome]:
     """The outcomes at its best rate."""
     rate = best_rate(place.settings, task, arm, place.loss)
-    return [] if rate is None else _outcomes(place, Cell(task, arm, rate, seed))
+    return [] if rate is None else _outcomes(place, Cell(task, arm, rate, seed), without)
 
 
 def _compared(task: str, arm: str, own: list[Outcome], other: str, its: list[Outcome]) -> dict[str, Any]:
@@ -100,8 +108,8 @@ def _training(place: work.Place, cell: Cell) -> dict[str, Any]:
     return {name: result[name] for name in names if name in result} | {"on": on}
 
 
-def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
-    """The items of a run; the text of answers is not kept."""
+def _outcomes(place: work.Place, cell: Cell, without: frozenset[str]) -> list[Outcome]:
+    """The items of a run but for some; the text of answers is not kept."""
     scores = work.scores(place, cell)
     if scores is None:
         return []
@@ -121,6 +129,7 @@ def _outcomes(place: work.Place, cell: Cell) -> list[Outcome]:
         for item, score, loss, tokens, generated, drift in zip(
             *(columns[name] for name in ("item", "score", "loss", "tokens", "generated", "drift")), strict=True
         )
+        if item not in without
     ]
 
 

@@ -91,7 +91,7 @@ def _form(place: Place) -> tuple[Path, data.Form, int, int]:
 @cache
 def _parts(task: str, folder: Path, form: data.Form, test_items: int, most: int) -> data.Parts:
     made = data.parts(task, folder, form, test_items)
-    return data.Parts(made.train[:most], made.validation, made.test)
+    return replace(made, train=made.train[:most])
 
 
 @cache
