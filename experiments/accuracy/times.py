@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
-from experiments.accuracy import peer, work
+from experiments.accuracy import bfloat16, peer, work
 from experiments.accuracy.data import Row
 from experiments.accuracy.settings import Arm
 from experiments.trainer_steps import stepping
@@ -26,17 +26,18 @@ from icarus.train.data import token_rows
 def run(place: work.Place, tasks: Sequence[str], arms: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure, and write ``times.json``; tasks that were measured before are kept."""
     file = place.results / "times.json"
-    report = work.read(file) or {"tasks": {}}
+    report = work.read(file) or {"tasks": {}, "machines": {}}
     peer.score_labels_alone()
     if not torch.cuda.is_available():
         memory.keep()
+        bfloat16.speed_up()
     for task in tasks:
         size = place.settings.rows_per_step(task)
         rows = work.parts(place, task).train[: size * (repeats + 1)]
         steps = {name: _step(place, place.settings.arms[name], rows, size) for name in arms}
         seconds = measure.alternate(steps, repeats, task)
         report["tasks"][task] = {name: measure.summary(values) for name, values in seconds.items()}
-    report["machine"] = measure.settings(repeats=repeats)
+        report["machines"][task] = measure.settings(repeats=repeats)
     arguments.write_json(report, str(file))
     return report
 

@@ -77,7 +77,7 @@ class NamedPaths(argparse.Action):
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``, which the command line acts on for every command that returns a report."""
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - prints them as the last line")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON; - prints it as the last line")
 
 
 def read_yaml(file: Path, what: str) -> dict[str, Any]:
