@@ -222,11 +222,14 @@ def _plot_scores(report: Mapping[str, Any], file: Path) -> None:
             for seed, difference in enumerate(seeds):
                 low, high = (scale * bound for bound in difference[name]["interval"])
                 height, colour = place + 0.3 * (seed - (len(seeds) - 1) / 2), f"C{seed}"
-                axis.plot([low, high], [height, height], color=colour)
+                axis.plot([low, high], [height, height], color=colour, label=f"seed {seed}")
                 axis.plot(scale * difference[name]["value"], height, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel=label, title=f"{name} over {PEER}")
         axis.grid(alpha=0.3, axis="x")
+    lines, seeds_drawn = axes[1].get_legend_handles_labels()
+    by_seed = dict(zip(seeds_drawn, lines, strict=True))
+    axes[1].legend(by_seed.values(), by_seed, fontsize=8, title="95 % interval", loc="lower right")
     axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top
     figure.tight_layout()
