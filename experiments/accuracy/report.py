@@ -195,10 +195,10 @@ def _plot_curves(place: work.Place, task: str) -> None:
         if step_ms := work.step_ms(place, task, place.settings.arms[arm]):
             axes[0, 1].plot([step * step_ms / 1e3 for step in steps], losses, "o-", color=line.get_color())
     axes[0, 0].set(xlabel="thousand tokens seen", ylabel="validation loss (nats per token)", title=task)
-    axes[0, -1].grid(alpha=0.3)
     if timed:
         axes[0, 1].set(xlabel="seconds, from alternating step times", title="the same over wall time")
-        axes[0, 0].grid(alpha=0.3)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(place.results / f"{task}.png", dpi=120)
