@@ -61,15 +61,15 @@ def test_all_sides_over_all_tasks(folder: Path, capsys: Capture) -> None:
 
 
 def test_an_interrupted_evaluation_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    score, passes = Side.score, []
+    batch, passes = Side._batch, []
 
     def interrupted(side: Side, rows: Any) -> Any:
         passes.append(len(rows))
         if len(passes) == 5:
             raise KeyboardInterrupt
-        return score(side, rows)
+        return batch(side, rows)
 
-    monkeypatch.setattr(Side, "score", interrupted)
+    monkeypatch.setattr(Side, "_batch", interrupted)
     assert cli.main(EVAL) == 130
     partial = Path("report.json.partial")
     assert len(partial.read_text().splitlines()) == 1 + 8

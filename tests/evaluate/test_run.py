@@ -11,6 +11,7 @@ from icarus.chat_template import Codec
 from icarus.errors import InputError
 from icarus.evaluate import Item, Sides, Task, evaluate
 from icarus.evaluate.run import _asked
+from icarus.streams import IGNORED
 from icarus.train.data import tokenize
 from tiny_models import tiny_tokenizer
 
@@ -41,7 +42,8 @@ def test_items_have_the_tokens_of_training_rows() -> None:
         trained = tokenize(item.row, codec, None)
         asked = _asked(item, codec)
         assert (asked.rows[0].input_ids, asked.rows[0].labels) == (trained["input_ids"], trained["labels"])
-        assert codec.decode(asked.prompt, special=True) == codec.render(item.row["prompt"], header=True)
+        prompt = asked.rows[0].input_ids[: asked.rows[0].labels.count(IGNORED)]
+        assert codec.decode(prompt, special=True) == codec.render(item.row["prompt"], header=True)
 
 
 def test_results_are_those_of_contexts(sides: Sides, team: Specialists) -> None:

@@ -102,6 +102,53 @@ def test_a_batch_scores_as_each_row_does_alone(name: str, sides: Sides, team: Sp
         assert result.log_probabilities == pytest.approx(wanted, abs=1e-4)
 
 
+def check_together(side: Side, rows: list[TokenRow], tokens: int = 8) -> None:
+    """``answer`` gives what ``score`` and ``generate`` do."""
+    prompts = [one.input_ids[: one.labels.count(IGNORED)] for one in rows]
+    scored, answers = zip(*side.answer(rows, max_new_tokens=tokens), strict=True)
+    for ours, its in zip(scored, side.score(rows), strict=True):
+        assert ours.log_probabilities == pytest.approx(its.log_probabilities, abs=1e-4)
+        assert ours.greedy == its.greedy
+    for ours, its in zip(answers, side.generate(prompts, max_new_tokens=tokens), strict=True):
+        assert (ours.text, ours.token_ids, ours.finish_reason) == (its.text, its.token_ids, its.finish_reason)
+        assert ours.drift == pytest.approx(its.drift, abs=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, ["a", "b"]], ids=["of several lengths", "of one token"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_scored_and_answered_as_in_passes_of_their_own(name: str, prompts: list[str], sides: Sides) -> None:
+    with sides.side(name) as side:
+        check_together(side, [row(side, prompt, "some answer"[: 3 + 2 * i]) for i, prompt in enumerate(prompts)])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_nor_does_a_sliding_window_matter(family: str, tmp_path: Path) -> None:
+    with Sides.load(str(save_base(tmp_path / family, family=family))).side("base") as side:
+        check_together(side, [row(side, prompt * 2, "an answer") for prompt in PROMPTS])
+
+
+def test_nor_the_models_last_position(tmp_path: Path) -> None:
+    """A learned position is missing there, so padding must not stand behind it."""
+    with Sides.load(str(save_base(tmp_path / "base", family="gpt2", max_position_embeddings=16))).side("base") as side:
+        check_together(side, [row(side, "0123456789abc", "d"), row(side, "a", "long answer")], tokens=3)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("base", 1), ("ours", 1), ("theirs", 2)])
+def test_a_prompt_is_read_once_by_each_model(name: str, passes: int, sides: Sides) -> None:
+    read = 0
+
+    def count(module: Any, inputs: tuple[Any, ...]) -> None:
+        nonlocal read
+        read += inputs[0].numel()
+
+    with sides.side(name) as side:
+        rows = [row(side, "0123456789" * 20, "answer")]
+        hook = side.causal_lm.get_input_embeddings().register_forward_pre_hook(count)
+        side.answer(rows, max_new_tokens=4)
+        hook.remove()
+    assert 200 * passes <= read < 200 * passes + 40
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_generated_is_greedy(name: str, sides: Sides) -> None:
     with sides.side(name) as side:

@@ -1,6 +1,6 @@
 """Evaluation: the base model, conventional adapters and ICaRus adapters answer the same items.
 
-* ``sides``: who answers, and how each kind of adapter is run
+* ``sides``: who answers, and how each kind of adapter is run; ``generated``: what it says, token by token
 * ``tasks``, ``task_files``: what is asked and what is right; the same as YAML
 * ``scorers``: from an answer to a score; ``sandbox`` and ``jail`` run those that are programs
 * ``run``: each side over each item
@@ -11,13 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icarus.evaluate.generated import Answer
     from icarus.evaluate.run import Outcome, evaluate
-    from icarus.evaluate.sides import Answer, Scored, Side, Sides, TokenRow
+    from icarus.evaluate.sides import Scored, Side, Sides, TokenRow
     from icarus.evaluate.task_files import read as read_task
     from icarus.evaluate.tasks import Item, Task
 
 _HOMES = {
-    "Answer": "sides",
+    "Answer": "generated",
     "Item": "tasks",
     "Outcome": "run",
     "Scored": "sides",

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from icarus.chat_template import Codec
 from icarus.errors import InputError
+from icarus.evaluate.generated import Answer
 from icarus.evaluate.sides import Scored, Side, Sides, TokenRow
 from icarus.evaluate.tasks import Item, Task
 from icarus.streams import IGNORED
@@ -40,7 +41,6 @@ class Outcome:
 @dataclass(frozen=True)
 class _Asked:
     item: Item
-    prompt: list[int]
     rows: list[TokenRow]  # the reference, or all choices
 
 
@@ -102,10 +102,9 @@ def _asked(item: Item, codec: Codec) -> _Asked:
     """The tokens of an item are those of a training row, cut where the first answer begins."""
     columns = [tokenize(row, codec, None) for row in separate(item.row)]
     rows = [TokenRow(c["input_ids"], c["labels"]) for c in columns]
-    starts = [next((i for i, label in enumerate(row.labels) if label != IGNORED), 0) for row in rows]
-    if not all(starts):
+    if not all(any(label != IGNORED for label in row.labels) and row.labels[0] == IGNORED for row in rows):
         raise InputError(f"{item.name}: the completion has no tokens behind the prompt; give one that has.")
-    return _Asked(item, list(rows[0].input_ids[: starts[0]]), rows)
+    return _Asked(item, rows)
 
 
 def _check_length(one: _Asked, side: Side) -> None:
@@ -117,22 +116,8 @@ def _check_length(one: _Asked, side: Side) -> None:
 
 
 def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked], batch_size: int) -> Iterator[Outcome]:
-    rows = [row for one in batch for row in one.rows]
-    scored = [s for start in range(0, len(rows), batch_size) for s in side.score(rows[start : start + batch_size])]
-    answers = (
-        side.generate([one.prompt for one in batch], max_new_tokens=task.max_new_tokens, stop=task.stop)
-        if task.generates
-        else []
-    )
-    for index, one in enumerate(batch):
-        own, scored = scored[: len(one.rows)], scored[len(one.rows) :]
-        if task.generates:
-            answer = answers[index]
-            right, score, text = own[0], task.score(answer.text, one.item), answer.text
-        else:
-            best = max(range(len(own)), key=lambda i: sum(own[i].log_probabilities))
-            right, score = own[one.item.reference], float(best == one.item.reference)
-            text = _choice(one.item, best)
+    results = _generated(side, task, batch) if task.generates else _chosen(side, batch, batch_size)
+    for one, (score, right, text, answer) in zip(batch, results, strict=True):
         yield Outcome(
             task=task.name,
             side=name,
@@ -141,9 +126,28 @@ def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked], batch_
             loss=_loss(right),
             tokens=len(right.log_probabilities),
             text=text,
-            generated_tokens=len(answers[index].token_ids) if answers else 0,
-            drift=answers[index].drift if answers else None,
+            generated_tokens=len(answer.token_ids) if answer else 0,
+            drift=answer.drift if answer else None,
         )
+
+
+_Result = tuple[float, Scored, str, Answer | None]
+"""Score, the reference's log-probabilities, text, what was generated."""
+
+
+def _generated(side: Side, task: Task, batch: Sequence[_Asked]) -> Iterator[_Result]:
+    answers = side.answer([one.rows[0] for one in batch], max_new_tokens=task.max_new_tokens, stop=task.stop)
+    for one, (right, answer) in zip(batch, answers, strict=True):
+        yield task.score(answer.text, one.item), right, answer.text, answer
+
+
+def _chosen(side: Side, batch: Sequence[_Asked], batch_size: int) -> Iterator[_Result]:
+    rows = [row for one in batch for row in one.rows]
+    scored = [s for start in range(0, len(rows), batch_size) for s in side.score(rows[start : start + batch_size])]
+    for one in batch:
+        own, scored = scored[: len(one.rows)], scored[len(one.rows) :]
+        best = max(range(len(own)), key=lambda i: sum(own[i].log_probabilities))
+        yield float(best == one.item.reference), own[one.item.reference], _choice(one.item, best), None
 
 
 def _loss(scored: Scored) -> float:

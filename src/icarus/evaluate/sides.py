@@ -6,28 +6,35 @@ adapter's config says of which kind it is, so none is run as the other.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from icarus import adapter as adapters
 from icarus import base_model, packaged_model
-from icarus.chat_template import Codec, Reader
-from icarus.context import BASE, TurnText
+from icarus.chat_template import Codec
+from icarus.context import BASE
 from icarus.errors import InputError
+from icarus.evaluate.generated import Answer, Answers
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
 
 Kind = Literal["base", "conventional", "icarus"]
 Watch = Callable[[Tensor, Tensor], None]
+Past = Any
+"""K/V of tokens that were read: a Transformers cache, or an ``EncoderCache``; None where there are none."""
+Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Takes all tokens (B, T) so far, and reads the new ones; gives the logits (B, V) behind the last one, and those of the
+base model (None if this is it)."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,6 @@ class Scored:
     """Of each of them, natural logarithms."""
     greedy: bool
     """Whether each of them is the most likely one."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a side generated; ``text`` ends before a stop string, ``token_ids`` hold it."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-    drift: float = 0.0
-    """KL divergence from the base model, in nats per generated token: of this side's distributions from its."""
 
 
 class Side(ABC):
@@ -78,13 +74,7 @@ class Side(ABC):
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow]) -> list[Scored]:
         """Log-probability of each token that is to be predicted."""
-        logits, targets = self._predictions(self._batch(rows))
-        wanted = targets != IGNORED
-        log_probabilities = -F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(targets)
-        greedy = ((logits.argmax(-1) == targets) | ~wanted).all(1)
-        return [Scored(log_probabilities[i, wanted[i]].tolist(), bool(greedy[i])) for i in range(len(rows))]
+        return _scored(*self._predictions(self._batch(rows)))
 
     @torch.no_grad()
     def generate(
@@ -95,37 +85,99 @@ class Side(ABC):
         An answer ends with the model's or the tokenizer's end token, before a text of ``stop``, after
         ``max_new_tokens``, or at the model's last position.
         """
+        return self._answers(prompts, self._batch(_without_labels(prompts)), None, max_new_tokens, stop)
+
+    @torch.no_grad()
+    def answer(
+        self, rows: Sequence[TokenRow], *, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[tuple[Scored, Answer]]:
+        """``score`` of each row, and ``generate`` behind its prompt, which ends where the labels begin.
+
+        Each prompt is read once for both.
+        """
+        prompts = [row.input_ids[: _start(row)] for row in rows]
+        longest = max(map(len, prompts)) + max(len(row.input_ids) - _start(row) for row in rows)
+        if self.max_length and longest > self.max_length:  # with its padding, behind the last position
+            answers = self.generate(prompts, max_new_tokens=max_new_tokens, stop=stop)
+            return list(zip(self.score(rows), answers, strict=True))
+        batch = self._batch(_without_labels(prompts))
+        past = self._read(batch) if batch.input_ids.shape[1] > 1 else None
+        scored = self._score_behind(past, batch, rows)
+        return list(zip(scored, self._answers(prompts, batch, past, max_new_tokens, stop), strict=True))
+
+    def _score_behind(self, past: Past, prompts: Batch, rows: Sequence[TokenRow]) -> list[Scored]:
+        """Scores of rows whose prompts are read; what follows the prompts is padded on the right."""
+        width = max(len(row.input_ids) - _start(row) for row in rows)
+
+        def after(values: Sequence[int], start: int, filler: int) -> list[int]:
+            return [*values[start:], *[filler] * (start + width - len(values))]
+
+        ids, targets = (
+            torch.tensor(column, device=self.causal_lm.device)
+            for column in (
+                [after(row.input_ids, _start(row), self._padding) for row in rows],
+                [after(row.labels, _start(row), IGNORED) for row in rows],
+            )
+        )
+        logits = self._follow(past, torch.cat([prompts.input_ids[:, -1:], ids[:, :-1]], dim=1), _mask(prompts))
+        return _scored(logits, targets)
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], batch: Batch, past: Past, max_new_tokens: int, stop: Sequence[str]
+    ) -> list[Answer]:
         limits = [
             max_new_tokens if not self.max_length else min(max_new_tokens, self.max_length - len(p)) for p in prompts
         ]
-        batch = self._batch([TokenRow(prompt, [IGNORED] * len(prompt)) for prompt in prompts])
-        answers = _Answers(self.codec, prompts, limits, self._ends(), stop)
-        mask = (batch.document_ids >= 0).long()
+        answers = Answers(self.codec, prompts, limits, self._ends(), stop)
         self.causal_lm.generate(
             batch.input_ids,
-            attention_mask=mask,
+            attention_mask=_mask(batch),
             generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=False, max_new_tokens=max(limits), pad_token_id=self._padding
             ),
             stopping_criteria=StoppingCriteriaList([answers]),
-            **self.generation(mask, answers.compare),
+            **self.generation(_mask(batch), answers.compare, past),
         )
-        return self._with_drift(prompts, answers.finished())
+        return answers.finished()
 
     @abstractmethod
     def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, R, V) for the targets (B, R) of a batch; -100 pads."""
 
-    def generation(self, mask: Tensor, watch: Watch | None = None) -> dict[str, Any]:
+    @abstractmethod
+    def _read(self, batch: Batch) -> Past:
+        """The K/V of a batch, but for the last token of each row."""
+
+    @abstractmethod
+    def _follow(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, R, V) behind each of the tokens (B, R), the first of which is the mask's (B, T) last.
+
+        ``past`` stays as it is.
+        """
+
+    @abstractmethod
+    def _steps(self, mask: Tensor, past: Past) -> Step:
+        """Of a generation behind tokens (B, T), whose mask tells them from padding; it writes behind ``past``."""
+
+    def generation(self, mask: Tensor, watch: Watch | None = None, past: Past = None) -> dict[str, Any]:
         """What Transformers' ``generate`` needs to run this side; the mask (B, T) tells tokens from padding.
 
-        ``watch`` gets this side's and the base model's logits (B, V) at each token, if that costs nothing.
+        ``watch`` gets this side's and the base model's logits (B, V) at each token. ``past`` holds the K/V of all
+        tokens but the last.
         """
-        return {}
 
-    def _with_drift(self, prompts: Sequence[Sequence[int]], answers: list[Answer]) -> list[Answer]:
-        """The answers, as far as their drift is not known from the generation itself."""
-        return answers
+        def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
+            step, done = self._steps(mask, past), False
+            while not done:
+                logits, base = step(input_ids)
+                if watch and base is not None:
+                    watch(logits, base)
+                token = logits_processor(input_ids, logits.float()).argmax(-1)
+                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+                done = bool(stopping_criteria(input_ids, None).all())
+            return input_ids
+
+        return {"custom_generate": loop}
 
     @property
     def _padding(self) -> int:
@@ -166,7 +218,7 @@ class Plain(Side):
         first = int(rows[targets != IGNORED].min()) if bool((targets != IGNORED).any()) else 0
         logits = self.model(
             input_ids=batch.input_ids,
-            attention_mask=(batch.document_ids >= 0).long(),
+            attention_mask=_mask(batch),
             position_ids=batch.position_ids,
             logits_to_keep=torch.arange(
                 first, batch.input_ids.shape[1], device=self.causal_lm.device
@@ -176,18 +228,61 @@ class Plain(Side):
         places = (rows - first).clamp(min=0)  # those of the padding are anywhere
         return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), targets
 
-    def _with_drift(self, prompts: Sequence[Sequence[int]], answers: list[Answer]) -> list[Answer]:
-        """Two passes over what was generated, with the adapter and without it; row by row, as logits are large."""
-        if self.kind == "base":
-            return answers
-        drifted = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            batch = self._batch([TokenRow([*prompt, *answer.token_ids], [IGNORED] * len(prompt) + answer.token_ids)])
-            own, _ = self._predictions(batch)
+    def _read(self, batch: Batch) -> Past:
+        reader = _Reader(self.model, _mask(batch))
+        reader(batch.input_ids[:, :-1])
+        return reader.past
+
+    def _follow(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
+        reader = _Reader(self.model, mask, copy.deepcopy(past))  # that of a sliding window cannot be cut back
+        return reader.logits(ids)
+
+    def _steps(self, mask: Tensor, past: Past) -> Step:
+        own, base = _Reader(self.model, mask, past), _Reader(self.model, mask)
+
+        def step(input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+            logits = own(input_ids)
+            if self.kind == "base":
+                return logits, None
             with self.model.disable_adapter():
-                base, _ = self._predictions(batch)
-            drifted.append(replace(answer, drift=float(_divergence(own, base).mean())))
-        return drifted
+                return logits, base(input_ids)
+
+        return step
+
+
+class _Reader:
+    """A Transformers model that reads tokens behind those that it has read.
+
+    Args:
+        mask: (B, T) of the first tokens; 0 is padding, which only stands before them.
+        past: the K/V of all these but the last.
+    """
+
+    def __init__(self, model: Any, mask: Tensor, past: Past = None) -> None:
+        self.model, self.mask, self.past = model, mask, past
+        self.count = 0 if past is None else mask.shape[1] - 1
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, V) behind the last of all tokens (B, T) so far."""
+        return self.logits(input_ids[:, self.count :], last=True)[:, -1]
+
+    def logits(self, new: Tensor, *, last: bool = False) -> Tensor:
+        """Logits (B, R, V) behind each of the new tokens (B, R), or only behind the last."""
+        self.count += new.shape[1]
+        width = self.mask.shape[1]
+        mask = F.pad(self.mask, (0, max(self.count - width, 0)), value=1)[:, : self.count]
+        kept = torch.arange(new.shape[1], device=new.device)  # numbers would copy lm_head: see streams
+        out = self.model(
+            input_ids=new,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
+            past_key_values=self.past,
+            logits_to_keep=kept[-1:] if last else kept,
+            use_cache=True,
+        )
+        self.past = out.past_key_values
+        logits: Tensor = out.logits
+        return logits
 
 
 class TwoStream(Side):
@@ -204,70 +299,53 @@ class TwoStream(Side):
         _, logits, targets = self.streams.loss(batch)
         return logits, targets
 
-    def generation(self, mask: Tensor, watch: Watch | None = None) -> dict[str, Any]:
-        def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
-            cache = EncoderCache(padding=(mask == 0).sum(1))
-            if input_ids.shape[1] > 1:
-                self.streams.encode(input_ids[:, :-1], cache)
-            done = False
-            while not done:
-                logits, base = self.streams.step(input_ids[:, -1:], cache, self.name)
-                if watch:
-                    watch(logits, base)
-                token = logits_processor(input_ids, logits.float()).argmax(-1)
-                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-                done = bool(stopping_criteria(input_ids, None).all())
-            return input_ids
+    def _read(self, batch: Batch) -> EncoderCache:
+        cache = EncoderCache(padding=_padding(_mask(batch)))
+        self.streams.encode(batch.input_ids[:, :-1], cache)
+        return cache
 
-        return {"custom_generate": loop}
+    def _follow(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
+        cache = EncoderCache(padding=_padding(mask)) if past is None else past.fork()
+        self.streams.encode(ids, cache)
+        return self.streams.decode(ids, cache, self.name)
 
+    def _steps(self, mask: Tensor, past: Past) -> Step:
+        cache = EncoderCache(padding=_padding(mask)) if past is None else past
 
-class _Answers(StoppingCriteria):
-    """Reads what a batch generates, token by token, and tells which rows have come to their end."""
+        def step(input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+            if input_ids.shape[1] > cache.length + 1:
+                self.streams.encode(input_ids[:, cache.length : -1], cache)
+            return self.streams.step(input_ids[:, -1:], cache, self.name)
 
-    def __init__(
-        self,
-        codec: Codec,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        ends: frozenset[int],
-        stop: Sequence[str],
-    ) -> None:
-        self._texts = [TurnText(Reader(codec, prompt), None, stop) for prompt in prompts]
-        self._tokens: list[list[int]] = [[] for _ in prompts]
-        self._limits, self._ends = limits, ends
-        self._stopped = [False] * len(prompts)
-        self._drifts = [0.0] * len(prompts)
-
-    def compare(self, logits: Tensor, base: Tensor) -> None:
-        """What predicts the next tokens (B, V), beside the base model's prediction."""
-        for row, drift in enumerate(_divergence(logits, base).tolist()):
-            if not self._done(row):
-                self._drifts[row] += drift
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if not self._done(row):
-                self._tokens[row].append(token)
-                self._texts[row].push(token)
-                self._stopped[row] = token in self._ends or self._texts[row].end is not None
-        done = [self._done(row) for row in range(len(self._tokens))]
-        return torch.tensor(done, device=input_ids.device)
-
-    def finished(self) -> list[Answer]:
-        return [
-            Answer(text.whole[: text.end], tokens, "stop" if stopped else "length", drift / max(len(tokens), 1))
-            for text, tokens, stopped, drift in zip(self._texts, self._tokens, self._stopped, self._drifts, strict=True)
-        ]
-
-    def _done(self, row: int) -> bool:
-        return self._stopped[row] or len(self._tokens[row]) >= self._limits[row]
+        return step
 
 
-def _divergence(logits: Tensor, base: Tensor) -> Tensor:
-    """KL(p || q) of the distributions of two (..., V), in nats."""
-    own, its = (part.float().log_softmax(-1) for part in (logits, base))
-    return F.kl_div(its, own, log_target=True, reduction="none").sum(-1)
+def _scored(logits: Tensor, targets: Tensor) -> list[Scored]:
+    """Of logits (B, R, V) and the tokens (B, R) that they should predict; -100 is none."""
+    wanted = targets != IGNORED
+    log_probabilities = -F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    greedy = ((logits.argmax(-1) == targets) | ~wanted).all(1)
+    return [Scored(log_probabilities[i, wanted[i]].tolist(), bool(greedy[i])) for i in range(len(targets))]
+
+
+def _without_labels(prompts: Sequence[Sequence[int]]) -> list[TokenRow]:
+    return [TokenRow(prompt, [IGNORED] * len(prompt)) for prompt in prompts]
+
+
+def _start(row: TokenRow) -> int:
+    """Where the first token stands that is to be predicted."""
+    return next(index for index, label in enumerate(row.labels) if label != IGNORED)
+
+
+def _mask(batch: Batch) -> Tensor:
+    """(B, T): 1 where there is a token, 0 where there is padding."""
+    return (batch.document_ids >= 0).long()
+
+
+def _padding(mask: Tensor) -> Tensor:
+    return (mask == 0).sum(1)
 
 
 class Sides:
