@@ -33,7 +33,7 @@ from icarus.train.data import tokenize
 
 _BATCH = 8
 _SCORED = {"cpu": 16, "cuda": 64}
-"""Items whose answers are generated in one pass."""
+"""Items whose answers are generated in one pass; fewer of those tasks whose rows are longer."""
 _ROWS_PER_STEP = 4  # rows written for each row that an arm of the common number of steps sees; equal time needs more
 
 
@@ -304,10 +304,11 @@ def _validation_loss(place: Place, cell: Cell, base: str) -> float:
 
 def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: str) -> None:
     """Of each item: score, loss per token of the reference, its tokens, drift."""
-    sides = Sides.load(base, sources, dtype=place.settings.dtype)
-    batch = _SCORED[training.device()]
+    settings = place.settings
+    sides = Sides.load(base, sources, dtype=settings.dtype)
+    batch = _SCORED[training.device()] * settings.rows_per_step(task) // settings.batch_size
     test = parts(place, task).test
-    asked = replace(test, items=test.items[: place.settings.scored_items.get(task)])
+    asked = replace(test, items=test.items[: settings.scored_items.get(task)])
     found = evaluate(sides, asked, [next(iter(sources), BASE)], batch_size=batch)
     outcomes = sorted(found, key=lambda outcome: outcome.item)
     result = {
