@@ -121,6 +121,26 @@ def test_a_row_is_scored_and_answered_as_in_passes_of_their_own(name: str, promp
         check_together(side, [row(side, prompt, "some answer"[: 3 + 2 * i]) for i, prompt in enumerate(prompts)])
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, ["a", "b"]], ids=["of several lengths", "of one token"])
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_are_scored_as_rows_of_their_own(name: str, prompts: list[str], sides: Sides) -> None:
+    texts = ["yes", "certainly not", "n"]
+    with sides.side(name) as side:
+        choices = [[row(side, prompt, text) for text in texts[: 1 + i % 3]] for i, prompt in enumerate(prompts)]
+        for own, scored in zip(choices, side.choose(choices), strict=True):
+            for one, result in zip(side.score(own), scored, strict=True):
+                assert result.log_probabilities == pytest.approx(one.log_probabilities, abs=1e-4)
+
+
+def test_choices_need_not_share_a_prompt(sides: Sides) -> None:
+    """The first letter of a choice may make one token with the end of the prompt."""
+    with sides.side("ours") as side:
+        choices = [[row(side, "abc", "d"), row(side, "ab", "cd")], [row(side, "b", "c"), row(side, "b", "d")]]
+        for own, scored in zip(choices, side.choose(choices), strict=True):
+            for one, result in zip(own, scored, strict=True):
+                assert result.log_probabilities == pytest.approx(side.score([one])[0].log_probabilities, abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_nor_does_a_sliding_window_matter(family: str, tmp_path: Path) -> None:
     with Sides.load(str(save_base(tmp_path / family, family=family))).side("base") as side:
@@ -130,7 +150,9 @@ def test_nor_does_a_sliding_window_matter(family: str, tmp_path: Path) -> None:
 def test_nor_the_models_last_position(tmp_path: Path) -> None:
     """A learned position is missing there, so padding must not stand behind it."""
     with Sides.load(str(save_base(tmp_path / "base", family="gpt2", max_position_embeddings=16))).side("base") as side:
-        check_together(side, [row(side, "0123456789abc", "d"), row(side, "a", "long answer")], tokens=3)
+        rows = [row(side, "0123456789abc", "d"), row(side, "a", "long answer")]
+        check_together(side, rows, tokens=3)
+        assert [len(one.log_probabilities) for (one,) in side.choose([[each] for each in rows])] == [1, 11]
 
 
 @pytest.mark.parametrize(("name", "passes"), [("base", 1), ("ours", 1), ("theirs", 2)])
@@ -145,8 +167,11 @@ def test_a_prompt_is_read_once_by_each_model(name: str, passes: int, sides: Side
         rows = [row(side, "0123456789" * 20, "answer")]
         hook = side.causal_lm.get_input_embeddings().register_forward_pre_hook(count)
         side.answer(rows, max_new_tokens=4)
+        assert 200 * passes <= read < 200 * passes + 40
+        read = 0
+        side.choose([rows * 3])
+        assert 200 <= read < 200 + 60
         hook.remove()
-    assert 200 * passes <= read < 200 * passes + 40
 
 
 @pytest.mark.parametrize("name", NAMES)

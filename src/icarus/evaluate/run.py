@@ -61,7 +61,7 @@ def evaluate(
         sides: who answers.
         task: what is asked.
         names: of sides, in the order in which they answer.
-        batch_size: items, or choices, in one pass.
+        batch_size: items in one pass; an item's choices follow its prompt one by one.
         done: (side, item) that are known already.
         confirm_run_unsafe_code: whether programs that a model wrote may run (scorer ``code``), in a sandbox.
 
@@ -85,7 +85,7 @@ def evaluate(
                     _check_length(one, side)
                 for start in range(0, len(left), batch_size):
                     batch = left[start : start + batch_size]
-                    yield from _outcomes(name, side, task, batch, batch_size)
+                    yield from _outcomes(name, side, task, batch)
                     bar.update(len(batch))
 
 
@@ -115,8 +115,8 @@ def _check_length(one: _Asked, side: Side) -> None:
         )
 
 
-def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked], batch_size: int) -> Iterator[Outcome]:
-    results = _generated(side, task, batch) if task.generates else _chosen(side, batch, batch_size)
+def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked]) -> Iterator[Outcome]:
+    results = _generated(side, task, batch) if task.generates else _chosen(side, batch)
     for one, (score, right, text, answer) in zip(batch, results, strict=True):
         yield Outcome(
             task=task.name,
@@ -141,11 +141,8 @@ def _generated(side: Side, task: Task, batch: Sequence[_Asked]) -> Iterator[_Res
         yield task.score(answer.text, one.item), right, answer.text, answer
 
 
-def _chosen(side: Side, batch: Sequence[_Asked], batch_size: int) -> Iterator[_Result]:
-    rows = [row for one in batch for row in one.rows]
-    scored = [s for start in range(0, len(rows), batch_size) for s in side.score(rows[start : start + batch_size])]
-    for one in batch:
-        own, scored = scored[: len(one.rows)], scored[len(one.rows) :]
+def _chosen(side: Side, batch: Sequence[_Asked]) -> Iterator[_Result]:
+    for one, own in zip(batch, side.choose([one.rows for one in batch]), strict=True):
         best = max(range(len(own)), key=lambda i: sum(own[i].log_probabilities))
         yield float(best == one.item.reference), own[one.item.reference], _choice(one.item, best), None
 

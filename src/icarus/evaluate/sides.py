@@ -95,15 +95,37 @@ class Side(ABC):
 
         Each prompt is read once for both.
         """
-        prompts = [row.input_ids[: _start(row)] for row in rows]
-        longest = max(map(len, prompts)) + max(len(row.input_ids) - _start(row) for row in rows)
-        if self.max_length and longest > self.max_length:  # with its padding, behind the last position
+        prompts = [_prompt(row) for row in rows]
+        if not self._fit(rows):
             answers = self.generate(prompts, max_new_tokens=max_new_tokens, stop=stop)
             return list(zip(self.score(rows), answers, strict=True))
         batch = self._batch(_without_labels(prompts))
-        past = self._read(batch) if batch.input_ids.shape[1] > 1 else None
+        past = self._read(batch)
         scored = self._score_behind(past, batch, rows)
         return list(zip(scored, self._answers(prompts, batch, past, max_new_tokens, stop), strict=True))
+
+    @torch.no_grad()
+    def choose(self, choices: Sequence[Sequence[TokenRow]]) -> list[list[Scored]]:
+        """``score`` of each item's choices; a prompt that all of an item share is read once."""
+        rows = [row for own in choices for row in own]
+        prompts = [_prompt(own[0]) for own in choices]
+        same = all(_prompt(row) == prompt for own, prompt in zip(choices, prompts, strict=True) for row in own)
+        if not same or not self._fit(rows):
+            size = len(choices)
+            scored = [one for start in range(0, len(rows), size) for one in self.score(rows[start : start + size])]
+            return [[scored.pop(0) for _ in own] for own in choices]
+        batch = self._batch(_without_labels(prompts))
+        past = self._read(batch)
+        columns = [  # an item with fewer choices repeats its last one
+            self._score_behind(past, batch, [own[min(index, len(own) - 1)] for own in choices])
+            for index in range(max(map(len, choices)))
+        ]
+        return [[columns[index][item] for index in range(len(own))] for item, own in enumerate(choices)]
+
+    def _fit(self, rows: Sequence[TokenRow]) -> bool:
+        """Whether the longest answer behind the longest prompt, as padding may lie, is within the model's positions."""
+        longest = max(_start(row) for row in rows) + max(len(row.input_ids) - _start(row) for row in rows)
+        return not self.max_length or longest <= self.max_length
 
     def _score_behind(self, past: Past, prompts: Batch, rows: Sequence[TokenRow]) -> list[Scored]:
         """Scores of rows whose prompts are read; what follows the prompts is padded on the right."""
@@ -144,9 +166,13 @@ class Side(ABC):
     def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, R, V) for the targets (B, R) of a batch; -100 pads."""
 
-    @abstractmethod
     def _read(self, batch: Batch) -> Past:
         """The K/V of a batch, but for the last token of each row."""
+        return self._cache(batch) if batch.input_ids.shape[1] > 1 else None
+
+    @abstractmethod
+    def _cache(self, batch: Batch) -> Past:
+        """``_read`` of rows that have tokens before the last one."""
 
     @abstractmethod
     def _follow(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
@@ -228,7 +254,7 @@ class Plain(Side):
         places = (rows - first).clamp(min=0)  # those of the padding are anywhere
         return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), targets
 
-    def _read(self, batch: Batch) -> Past:
+    def _cache(self, batch: Batch) -> Past:
         reader = _Reader(self.model, _mask(batch))
         reader(batch.input_ids[:, :-1])
         return reader.past
@@ -299,7 +325,7 @@ class TwoStream(Side):
         _, logits, targets = self.streams.loss(batch)
         return logits, targets
 
-    def _read(self, batch: Batch) -> EncoderCache:
+    def _cache(self, batch: Batch) -> EncoderCache:
         cache = EncoderCache(padding=_padding(_mask(batch)))
         self.streams.encode(batch.input_ids[:, :-1], cache)
         return cache
@@ -337,6 +363,10 @@ def _without_labels(prompts: Sequence[Sequence[int]]) -> list[TokenRow]:
 def _start(row: TokenRow) -> int:
     """Where the first token stands that is to be predicted."""
     return next(index for index, label in enumerate(row.labels) if label != IGNORED)
+
+
+def _prompt(row: TokenRow) -> list[int]:
+    return list(row.input_ids[: _start(row)])
 
 
 def _mask(batch: Batch) -> Tensor:
