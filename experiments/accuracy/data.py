@@ -65,11 +65,16 @@ class Parts:
     """Names of the items whose answers call a function that an answer to train on calls."""
 
 
-def _lines(file: Path) -> Iterable[Row]:
+def lines(file: Path) -> Iterable[Row]:
+    """The rows of a file.
+
+    Raises:
+        InputError: there is no such file.
+    """
     if not file.exists():
         raise InputError(f"{file} is missing; give the folder of the data sets as --data.")
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    with gzip.open(file, "rt", encoding="utf-8") as opened:
+        yield from map(json.loads, opened)
 
 
 def _wikisql(row: Row) -> Example:
@@ -133,6 +138,7 @@ def _role(row: Row) -> Example:
 
 SOURCES = {
     "wikisql": Source(("text_to_sql/wikisql_train",), ("text_to_sql/wikisql_test",), _wikisql, "sql", 96),
+    "wikisql-more": Source(("text_to_sql/wikisql_train",), ("text_to_sql/wikisql_dev_rest",), _wikisql, "sql", 96),
     "commonsenseqa": Source(
         ("multiple_choice/commonsenseqa_train",), ("multiple_choice/commonsenseqa_dev",), _commonsenseqa, "choice"
     ),
@@ -175,7 +181,7 @@ def parts(task: str, folder: Path, form: Form, test_items: int) -> Parts:
 
 
 def _examples(files: Sequence[str], folder: Path, make: Callable[[Row], Example | None]) -> list[Example]:
-    made = [make(row) for file in files for row in _lines(folder / f"{file}.jsonl.gz")]
+    made = [make(row) for file in files for row in lines(folder / f"{file}.jsonl.gz")]
     examples = [example for example in made if example is not None]
     random.Random(0).shuffle(examples)
     return examples

@@ -52,9 +52,11 @@ def wanted(settings: Settings, loss: Loss) -> Iterator[Wanted]:
 
 def best_rate(settings: Settings, task: str, arm: str, loss: Loss) -> float | None:
     """The rate with the lowest validation loss at the end; None while the search goes on."""
-    own = settings.arms[arm].rates_of
-    if own is not None:
-        return best_rate(settings, task, own, loss)
+    own = settings.arms[arm]
+    if own.rate is not None:
+        return own.rate
+    if own.rates_of is not None:
+        return best_rate(settings, task, own.rates_of, loss)
     losses = {cell.rate: loss(cell) for cell in _search(settings, task, arm, loss)}
     if any(value is None for value in losses.values()):
         return None

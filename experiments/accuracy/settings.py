@@ -33,6 +33,8 @@ class Arm:
     """The arm whose adapter of the same seed, at its best rate, is distilled."""
     lmbda: float | None = None
     """Of a distillation: the share of batches with answers that the student samples; None: the product's default."""
+    rate: float | None = None
+    """The learning rate, if it is known; None: it is searched."""
     rates_of: str | None = None
     """The arm whose best rate is taken; None: a search of its own."""
     time_of: str | None = None

@@ -48,6 +48,11 @@ def test_a_search_grows_while_its_best_rate_is_at_an_edge(tmp_path: Path) -> Non
     }
 
 
+def test_a_rate_that_is_known_is_not_searched(tmp_path: Path) -> None:
+    read = _read(tmp_path, _TEXT.replace("rank: 2}", "rank: 2, rate: 0.003}"))
+    assert {(one.cell.rate, one.scored) for one in wanted(read, lambda cell: None)} == {(0.003, True)}
+
+
 def test_nothing_is_scored_where_losses_are_enough(tmp_path: Path) -> None:
     read = _read(tmp_path, _TEXT + "scores: false\n")
     losses = {0.001: 2.0, 0.002: 1.0, 0.004: 2.0}
