@@ -31,15 +31,17 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     options = parser.parse_args()
-    known = [row for part in _PARTS for row in lines(options.data / f"text_to_sql/wikisql_{part}.jsonl.gz")]
-    ids, questions = {row["id"] for row in known}, {row["question"] for row in known}
+    files = [options.data / f"text_to_sql/wikisql_{part}.jsonl.gz" for part in _PARTS]
+    known = {row["id"]: row for file in files for row in lines(file)}
+    questions = {row["question"] for row in known.values()}
     with bz2.open(options.source, "rt", encoding="utf-8") as source:
-        found = [row for row in rows(json.load(source)) if row["split"] == "dev"]
-    made = [row for row in found if row["id"] not in ids and row["question"] not in questions]
+        found = list(rows(json.load(source)))
+    same = sum(row == known[row["id"]] for row in found if row["id"] in known)
+    made = [r for r in found if r["split"] == "dev" and r["id"] not in known and r["question"] not in questions]
     _link(options.data, options.output)
     with gzip.open(options.output / "text_to_sql/wikisql_dev_rest.jsonl.gz", "wt", encoding="utf-8") as output:
         output.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-    print(len(made), "rows")
+    print(f"{len(made)} rows; of the {len(known)} that {options.data} has, {same} come out the same")
 
 
 def rows(entries: list[Any]) -> Iterator[Row]:
@@ -72,7 +74,7 @@ def _link(data: Path, output: Path) -> None:
     for file in data.resolve().rglob("*.gz"):
         link = output / file.relative_to(data.resolve())
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
+        if not link.is_symlink():
             link.symlink_to(file)
 
 

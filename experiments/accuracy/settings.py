@@ -126,6 +126,8 @@ def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
                 raise InputError(f"{file}: {name} has {task}, which is no task; correct the name.")
     if settings.team is _NO_TEAM and (needing := [name for name, arm in arms.items() if arm.base != "base"]):
         raise InputError(f"{file}: the arm {needing[0]} needs a prepared base model; say under team how it is made.")
+    if not settings.rates and (searching := [n for n, a in arms.items() if a.rate is None and a.rates_of is None]):
+        raise InputError(f"{file}: the arm {searching[0]} has no rate and there are no rates to search; give either.")
     for task, arm in settings.pairs:
         if task not in SOURCES or arm not in arms:
             raise InputError(f"{file}: the grid has {task} with {arm}, one of which does not exist; correct the name.")

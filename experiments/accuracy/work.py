@@ -281,8 +281,14 @@ def _steps(place: Place, cell: Cell) -> int:
 def step_ms(place: Place, task: str, arm: Arm) -> float | None:
     """Milliseconds of an arm's step; None where none like it was measured."""
     measured = (read(place.results / "times.json") or {"tasks": {}})["tasks"].get(task, {})
-    like = replace(arm, base="base", rates_of=None, time_of=None)  # which make no step slower
-    return next((float(measured[name]["median_ms"]) for name in measured if place.settings.arms[name] == like), None)
+    wanted = _timed(arm)
+    alike = (name for name in measured if (own := place.settings.arms.get(name)) and _timed(own) == wanted)
+    return next((float(measured[name]["median_ms"]) for name in alike), None)
+
+
+def _timed(arm: Arm) -> Arm:
+    """What makes no step slower is left out."""
+    return replace(arm, base="base", rate=None, rates_of=None, time_of=None)
 
 
 def _validation(place: Place, task: str) -> list[data.Row]:
@@ -306,7 +312,7 @@ def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: 
     """Of each item: score, loss per token of the reference, its tokens, drift."""
     settings = place.settings
     sides = Sides.load(base, sources, dtype=settings.dtype)
-    batch = _SCORED[training.device()] * settings.rows_per_step(task) // settings.batch_size
+    batch = max(_SCORED[training.device()] * settings.rows_per_step(task) // settings.batch_size, 1)
     test = parts(place, task).test
     asked = replace(test, items=test.items[: settings.scored_items.get(task)])
     found = evaluate(sides, asked, [next(iter(sources), BASE)], batch_size=batch)

@@ -144,14 +144,17 @@ def test_choices_need_not_share_a_prompt(sides: Sides) -> None:
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_nor_does_a_sliding_window_matter(family: str, tmp_path: Path) -> None:
     with Sides.load(str(save_base(tmp_path / family, family=family))).side("base") as side:
-        check_together(side, [row(side, prompt * 2, "an answer") for prompt in PROMPTS])
+        rows = [row(side, prompt * 2, "an answer") for prompt in PROMPTS]
+        check_together(side, rows)
+        for first, second in side.choose([[one, one] for one in rows]):
+            assert first.log_probabilities == second.log_probabilities
 
 
 def test_nor_the_models_last_position(tmp_path: Path) -> None:
     """A learned position is missing there, so padding must not stand behind it."""
     with Sides.load(str(save_base(tmp_path / "base", family="gpt2", max_position_embeddings=16))).side("base") as side:
         rows = [row(side, "0123456789abc", "d"), row(side, "a", "long answer")]
-        check_together(side, rows, tokens=3)
+        check_together(side, rows, tokens=8)
         assert [len(one.log_probabilities) for (one,) in side.choose([[each] for each in rows])] == [1, 11]
 
 
@@ -167,11 +170,11 @@ def test_a_prompt_is_read_once_by_each_model(name: str, passes: int, sides: Side
         rows = [row(side, "0123456789" * 20, "answer")]
         hook = side.causal_lm.get_input_embeddings().register_forward_pre_hook(count)
         side.answer(rows, max_new_tokens=4)
-        assert 200 * passes <= read < 200 * passes + 40
-        read = 0
+        answered, read = read, 0
         side.choose([rows * 3])
-        assert 200 <= read < 200 + 60
         hook.remove()
+    assert 200 * passes <= answered < 200 * passes + 40
+    assert 200 <= read < 200 + 60
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,10 +191,12 @@ def test_what_is_generated_is_greedy(name: str, sides: Sides) -> None:
         assert not side.score([wrong])[0].greedy
 
 
+@pytest.mark.parametrize("block", [1, 4, 32])
 @pytest.mark.parametrize("name", NAMES)
 def test_drift_is_the_divergence_from_the_base_model(
-    name: str, sides: Sides, team: Specialists, peft_model: Any
+    name: str, block: int, sides: Sides, team: Specialists, peft_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("icarus.evaluate.sides._BLOCK", block)
     with sides.side(name) as side:
         prompts = [side.codec.encode(prompt) for prompt in PROMPTS]
         answers = side.generate(prompts, max_new_tokens=6)

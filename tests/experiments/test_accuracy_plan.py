@@ -59,6 +59,11 @@ def test_nothing_is_scored_where_losses_are_enough(tmp_path: Path) -> None:
     assert not any(one.scored for one in wanted(read, lambda cell: losses[cell.rate]))
 
 
+def test_a_search_needs_rates(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the arm icarus has no rate and there are no rates to search; give either"):
+        _read(tmp_path, _TEXT.replace("[0.001, 0.002, 0.004]", "[]"))
+
+
 def test_an_arm_on_a_prepared_base_needs_to_be_told_how_that_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="arm icarus needs a prepared base model; say under team"):
         _read(tmp_path, _TEXT.replace("rank: 2}", "rank: 2, base: team}"))

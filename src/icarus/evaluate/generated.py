@@ -41,13 +41,11 @@ class Answers(StoppingCriteria):
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._limits, self._ends = limits, ends
         self._stopped = [False] * len(prompts)
-        self._drifts = [0.0] * len(prompts)
+        self._drifts: list[list[float]] = []  # of each token that was generated, by row
 
     def compare(self, logits: Tensor, base: Tensor) -> None:
-        """What predicts the next tokens (B, V), beside the base model's prediction."""
-        for row, drift in enumerate(_divergence(logits, base).tolist()):
-            if not self._done(row):
-                self._drifts[row] += drift
+        """What predicts the next n tokens (B, n, V), beside the base model's predictions."""
+        self._drifts.extend(_divergence(logits, base).T.tolist())
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for row, token in enumerate(input_ids[:, -1].tolist()):
@@ -61,9 +59,14 @@ class Answers(StoppingCriteria):
     def finished(self) -> list[Answer]:
         """All answers."""
         return [
-            Answer(text.whole[: text.end], tokens, "stop" if stopped else "length", drift / max(len(tokens), 1))
-            for text, tokens, stopped, drift in zip(self._texts, self._tokens, self._stopped, self._drifts, strict=True)
+            Answer(text.whole[: text.end], tokens, "stop" if stopped else "length", self._drift(row))
+            for row, (text, tokens, stopped) in enumerate(zip(self._texts, self._tokens, self._stopped, strict=True))
         ]
+
+    def _drift(self, row: int) -> float:
+        """The mean over a row's tokens; what came behind its end is in none."""
+        own = [drifts[row] for drifts in self._drifts[: len(self._tokens[row])]]
+        return sum(own) / max(len(own), 1)
 
     def _done(self, row: int) -> bool:
         return self._stopped[row] or len(self._tokens[row]) >= self._limits[row]

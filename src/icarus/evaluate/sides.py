@@ -24,17 +24,20 @@ from icarus import adapter as adapters
 from icarus import base_model, packaged_model
 from icarus.chat_template import Codec
 from icarus.context import BASE
-from icarus.errors import InputError
+from icarus.errors import InputError, UnsupportedModelError
 from icarus.evaluate.generated import Answer, Answers
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams
 
 Kind = Literal["base", "conventional", "icarus"]
-Watch = Callable[[Tensor, Tensor], None]
+Watch = Callable[[Tensor, Tensor, Tensor | None], None]
+"""Takes all tokens (B, T) so far and the logits (B, V) behind the last one: this side's, and those of the base model if
+they come with them."""
 Past = Any
 """K/V of tokens that were read: a Transformers cache, or an ``EncoderCache``; None where there are none."""
 Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Takes all tokens (B, T) so far, and reads the new ones; gives the logits (B, V) behind the last one, and those of the
-base model (None if this is it)."""
+"""Takes all tokens (B, T) so far and reads the new ones; gives what a ``Watch`` takes."""
+
+_BLOCK = 32  # tokens between two looks at the base model: PEFT takes longer to take an adapter off than a token takes
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,20 @@ class Side(ABC):
         An answer ends with the model's or the tokenizer's end token, before a text of ``stop``, after
         ``max_new_tokens``, or at the model's last position.
         """
+        if len(prompts) > 1 and not self._holds(max(map(len, prompts)) + max_new_tokens):
+            return [one for p in prompts for one in self.generate([p], max_new_tokens=max_new_tokens, stop=stop)]
         return self._answers(prompts, self._batch(_without_labels(prompts)), None, max_new_tokens, stop)
 
     @torch.no_grad()
     def answer(
         self, rows: Sequence[TokenRow], *, max_new_tokens: int, stop: Sequence[str] = ()
     ) -> list[tuple[Scored, Answer]]:
-        """``score`` of each row, and ``generate`` behind its prompt, which ends where the labels begin.
+        """``score`` of each row, and ``generate`` behind its prompt: the tokens before the first label, one or more.
 
         Each prompt is read once for both.
         """
         prompts = [_prompt(row) for row in rows]
-        if not self._fit(rows):
+        if not self._fit(rows, max_new_tokens):
             answers = self.generate(prompts, max_new_tokens=max_new_tokens, stop=stop)
             return list(zip(self.score(rows), answers, strict=True))
         batch = self._batch(_without_labels(prompts))
@@ -106,7 +111,7 @@ class Side(ABC):
 
     @torch.no_grad()
     def choose(self, choices: Sequence[Sequence[TokenRow]]) -> list[list[Scored]]:
-        """``score`` of each item's choices; a prompt that all of an item share is read once."""
+        """``score`` of each item's choices, one or more; a prompt that all of an item share is read once."""
         rows = [row for own in choices for row in own]
         prompts = [_prompt(own[0]) for own in choices]
         same = all(_prompt(row) == prompt for own, prompt in zip(choices, prompts, strict=True) for row in own)
@@ -122,10 +127,14 @@ class Side(ABC):
         ]
         return [[columns[index][item] for index in range(len(own))] for item, own in enumerate(choices)]
 
-    def _fit(self, rows: Sequence[TokenRow]) -> bool:
-        """Whether the longest answer behind the longest prompt, as padding may lie, is within the model's positions."""
-        longest = max(_start(row) for row in rows) + max(len(row.input_ids) - _start(row) for row in rows)
-        return not self.max_length or longest <= self.max_length
+    def _fit(self, rows: Sequence[TokenRow], new: int = 0) -> bool:
+        """Whether a batch with these prompts stays within the model's positions, its padding included."""
+        after = max(len(row.input_ids) - _start(row) for row in rows)
+        return self._holds(max(_start(row) for row in rows) + max(after, new))
+
+    def _holds(self, tokens: int) -> bool:
+        """Whether the model has as many positions. Learned ones end there."""
+        return not self.max_length or tokens <= self.max_length
 
     def _score_behind(self, past: Past, prompts: Batch, rows: Sequence[TokenRow]) -> list[Scored]:
         """Scores of rows whose prompts are read; what follows the prompts is padded on the right."""
@@ -151,15 +160,22 @@ class Side(ABC):
             max_new_tokens if not self.max_length else min(max_new_tokens, self.max_length - len(p)) for p in prompts
         ]
         answers = Answers(self.codec, prompts, limits, self._ends(), stop)
+        comparison = self._comparison(_mask(batch), answers)
         self.causal_lm.generate(
             batch.input_ids,
             attention_mask=_mask(batch),
             generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False, max_new_tokens=max(limits), pad_token_id=self._padding
+                do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+                max_new_tokens=max(limits),
+                pad_token_id=self._padding,
             ),
             stopping_criteria=StoppingCriteriaList([answers]),
-            **self.generation(_mask(batch), answers.compare, past),
+            **self.generation(_mask(batch), comparison, past),
         )
+        if comparison:
+            comparison.finish()
         return answers.finished()
 
     @abstractmethod
@@ -185,19 +201,22 @@ class Side(ABC):
     def _steps(self, mask: Tensor, past: Past) -> Step:
         """Of a generation behind tokens (B, T), whose mask tells them from padding; it writes behind ``past``."""
 
+    @abstractmethod
+    def _comparison(self, mask: Tensor, answers: Answers) -> _Comparison | None:
+        """What compares a generation with the base model's; None if this is the base model."""
+
     def generation(self, mask: Tensor, watch: Watch | None = None, past: Past = None) -> dict[str, Any]:
         """What Transformers' ``generate`` needs to run this side; the mask (B, T) tells tokens from padding.
 
-        ``watch`` gets this side's and the base model's logits (B, V) at each token. ``past`` holds the K/V of all
-        tokens but the last.
+        ``past`` holds the K/V of all tokens but the last; it is written behind.
         """
 
         def loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
             step, done = self._steps(mask, past), False
             while not done:
                 logits, base = step(input_ids)
-                if watch and base is not None:
-                    watch(logits, base)
+                if watch:
+                    watch(input_ids, logits, base)
                 token = logits_processor(input_ids, logits.float()).argmax(-1)
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
                 done = bool(stopping_criteria(input_ids, None).all())
@@ -264,16 +283,11 @@ class Plain(Side):
         return reader.logits(ids)
 
     def _steps(self, mask: Tensor, past: Past) -> Step:
-        own, base = _Reader(self.model, mask, past), _Reader(self.model, mask)
+        reader = _Reader(self.model, mask, past)
+        return lambda input_ids: (reader(input_ids), None)
 
-        def step(input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-            logits = own(input_ids)
-            if self.kind == "base":
-                return logits, None
-            with self.model.disable_adapter():
-                return logits, base(input_ids)
-
-        return step
+    def _comparison(self, mask: Tensor, answers: Answers) -> _Comparison | None:
+        return None if self.kind == "base" else _ComparisonInBlocks(self.model, mask, answers)
 
 
 class _Reader:
@@ -290,10 +304,10 @@ class _Reader:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits (B, V) behind the last of all tokens (B, T) so far."""
-        return self.logits(input_ids[:, self.count :], last=True)[:, -1]
+        return self.logits(input_ids[:, self.count :], keep=1)[:, -1]
 
-    def logits(self, new: Tensor, *, last: bool = False) -> Tensor:
-        """Logits (B, R, V) behind each of the new tokens (B, R), or only behind the last."""
+    def logits(self, new: Tensor, *, keep: int = 0) -> Tensor:
+        """Logits (B, R, V) behind each of the new tokens (B, R), or behind the last ``keep`` of them."""
         self.count += new.shape[1]
         width = self.mask.shape[1]
         mask = F.pad(self.mask, (0, max(self.count - width, 0)), value=1)[:, : self.count]
@@ -303,12 +317,53 @@ class _Reader:
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
             past_key_values=self.past,
-            logits_to_keep=kept[-1:] if last else kept,
+            logits_to_keep=kept[-keep:],
             use_cache=True,
         )
-        self.past = out.past_key_values
+        self.past = getattr(out, "past_key_values", None)
+        if self.past is None:
+            name = type(self.model).__name__
+            raise UnsupportedModelError(
+                f"{name} has no KV cache (past_key_values); evaluate a Transformer that has one."
+            )
         logits: Tensor = out.logits
         return logits
+
+
+class _Comparison:
+    """Takes what a generation is watched by, and tells the answers how far the base model is."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+
+    def __call__(self, input_ids: Tensor, logits: Tensor, base: Tensor | None) -> None:
+        assert base is not None
+        self.answers.compare(logits[:, None], base[:, None])
+
+    def finish(self) -> None:
+        """What is left at the end of the generation."""
+
+
+class _ComparisonInBlocks(_Comparison):
+    """The base model reads what a conventional adapter generated, block by block, with a KV cache of its own."""
+
+    def __init__(self, model: Any, mask: Tensor, answers: Answers) -> None:
+        super().__init__(answers)
+        self.model, self.reader = model, _Reader(model, mask)
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, logits: Tensor, base: Tensor | None) -> None:
+        self.input_ids = input_ids
+        self.logits.append(logits)
+        if len(self.logits) == _BLOCK:
+            self.finish()
+
+    def finish(self) -> None:
+        if self.logits:
+            with self.model.disable_adapter():
+                base = self.reader.logits(self.input_ids[:, self.reader.count :], keep=len(self.logits))
+            self.answers.compare(torch.stack(self.logits, dim=1), base)
+            self.logits.clear()
 
 
 class TwoStream(Side):
@@ -331,9 +386,12 @@ class TwoStream(Side):
         return cache
 
     def _follow(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
-        cache = EncoderCache(padding=_padding(mask)) if past is None else past.fork()
+        cache = EncoderCache(padding=_padding(mask)) if past is None else past
+        length = cache.length
         self.streams.encode(ids, cache)
-        return self.streams.decode(ids, cache, self.name)
+        logits = self.streams.decode(ids, cache, self.name)
+        cache.truncate(length)
+        return logits
 
     def _steps(self, mask: Tensor, past: Past) -> Step:
         cache = EncoderCache(padding=_padding(mask)) if past is None else past
@@ -344,6 +402,9 @@ class TwoStream(Side):
             return self.streams.step(input_ids[:, -1:], cache, self.name)
 
         return step
+
+    def _comparison(self, mask: Tensor, answers: Answers) -> _Comparison | None:
+        return _Comparison(answers)
 
 
 def _scored(logits: Tensor, targets: Tensor) -> list[Scored]:
