@@ -435,6 +435,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     **{name: partial(specialist, name) for name in ("planner", "sql", "explainer")},
     "accuracy": partial(accuracy, "smollm2"),
     "accuracy gemma": partial(accuracy, "gemma"),
+    "accuracy more": partial(accuracy, "more"),
     "accuracy forms": accuracy_forms,
     "chain": chain,
     "soak": soak,
