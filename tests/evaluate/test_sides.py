@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from icarus import Specialists, adapter
-from icarus.errors import AdapterError, InputError
+from icarus.errors import AdapterError, InputError, UnsupportedModelError
 from icarus.evaluate import Side, Sides, TokenRow
 from icarus.evaluate.sides import Plain
 from icarus.streams import IGNORED, EncoderCache
@@ -156,6 +156,12 @@ def test_nor_the_models_last_position(tmp_path: Path) -> None:
         rows = [row(side, "0123456789abc", "d"), row(side, "a", "long answer")]
         check_together(side, rows, tokens=8)
         assert [len(one.log_probabilities) for (one,) in side.choose([[each] for each in rows])] == [1, 11]
+
+
+def test_a_model_without_a_kv_cache_is_refused(tmp_path: Path) -> None:
+    sides = Sides.load(str(save_base(tmp_path / "base", family="mamba", attention="eager")))
+    with sides.side("base") as side, pytest.raises(UnsupportedModelError, match="mamba has no KV cache"):
+        side.answer([row(side, "prompt", "answer")], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("base", 1), ("ours", 1), ("theirs", 2)])

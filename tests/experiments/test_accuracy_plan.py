@@ -53,6 +53,17 @@ def test_a_rate_that_is_known_is_not_searched(tmp_path: Path) -> None:
     assert {(one.cell.rate, one.scored) for one in wanted(read, lambda cell: None)} == {(0.003, True)}
 
 
+def test_a_rate_makes_no_step_slower(tmp_path: Path) -> None:
+    """Nor is an arm looked for that the settings lack."""
+    arms = "{plain: {method: icarus, rank: 2, rate: 0.1}, longer: {method: icarus, rank: 2, rate: 0.2, base: team}}"
+    text = _TEXT.replace("{icarus: {method: icarus, rank: 2}}", arms).replace("arms: [icarus]", "arms: [plain]")
+    read = _read(tmp_path, text + "team: {tasks: [wikisql], steps: 1, rate: 0.1}\n")
+    place = work.Place(read, tmp_path, tmp_path, tmp_path)
+    measured = {"gone": {"median_ms": 1.0}, "plain": {"median_ms": 2.0}}
+    (tmp_path / "times.json").write_text(json.dumps({"tasks": {"wikisql": measured}}))
+    assert work.step_ms(place, "wikisql", read.arms["longer"]) == 2.0
+
+
 def test_nothing_is_scored_where_losses_are_enough(tmp_path: Path) -> None:
     read = _read(tmp_path, _TEXT + "scores: false\n")
     losses = {0.001: 2.0, 0.002: 1.0, 0.004: 2.0}

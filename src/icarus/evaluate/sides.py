@@ -322,9 +322,9 @@ class _Reader:
         )
         self.past = getattr(out, "past_key_values", None)
         if self.past is None:
-            name = type(self.model).__name__
+            kind = self.model.config.model_type
             raise UnsupportedModelError(
-                f"{name} has no KV cache (past_key_values); evaluate a Transformer that has one."
+                f"{kind} has no KV cache (past_key_values); evaluate a Transformer that has one."
             )
         logits: Tensor = out.logits
         return logits
@@ -351,6 +351,7 @@ class _ComparisonInBlocks(_Comparison):
         super().__init__(answers)
         self.model, self.reader = model, _Reader(model, mask)
         self.logits: list[Tensor] = []
+        self.input_ids: Tensor
 
     def __call__(self, input_ids: Tensor, logits: Tensor, base: Tensor | None) -> None:
         self.input_ids = input_ids
