@@ -24,7 +24,7 @@ LEVELS = [
     {"adapter"},
     {"packaged_model"},
     {"base_model"},
-    {"lora", "attention"},
+    {"lora", "attention", "model_length"},
     {"streams"},
     {"context"},
     {"team"},

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from icarus import adapter as adapters
-from icarus import base_model, packaged_model
+from icarus import base_model, model_length, packaged_model
 from icarus.chat_template import Codec, Message, Reader, end_tokens, surrogates
 from icarus.errors import InputError
 from icarus.streams import EncoderCache, TwoStreams
@@ -353,7 +353,7 @@ class Context:
 
     def _within_model_length(self, config: GenerationConfig) -> GenerationConfig:
         """The turn ends at the model's last position at the latest: beyond it, answers are nonsense."""
-        limit = getattr(self.team.streams.config, "max_position_embeddings", None)
+        limit = model_length.max_length(self.team.streams.config)
         if limit and len(self.token_ids) >= limit:
             raise InputError(
                 f"The context has {len(self.token_ids)} tokens and this model takes {limit}; roll it back."

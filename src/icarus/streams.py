@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from icarus import attention
+from icarus import attention, model_length
 from icarus.errors import InputError, UnsupportedModelError
 from icarus.lora import LoraLayers, unwrapped
 
@@ -284,6 +284,7 @@ class TwoStreams:
         self.config: Any = unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
         self.lora = LoraLayers(model)
         _refuse_unsupported(model, self.config)
+        self._steady_length = model_length.steady_length(self.config)
         self._own_attention = attention.replaceable(_transformers_model(model))
         self._pairs = True
 
@@ -303,6 +304,7 @@ class TwoStreams:
         else:
             positions = batch.position_ids
             mask = self.mask(batch)
+        self._check_length(positions)
         with _evaluating(self.model), self.lora.off():
             out = self.model(
                 input_ids=input_ids,
@@ -354,6 +356,7 @@ class TwoStreams:
         """Logits (2B, V) of one pass with both rows of each sequence."""
         pair = torch.cat([token, token])
         positions, mask = _placed(cache, cache.length + 1, pair)
+        self._check_length(positions)
         with (
             _evaluating(self.model),
             self.lora.on_second_half(adapter),
@@ -453,6 +456,10 @@ class TwoStreams:
     def _groups(self, device: torch.device) -> bool:
         """Not where the backward pass computes again, which would be outside the block."""
         return self._own_attention and device.type == "cpu" and not _checkpointed(self.model)
+
+    def _check_length(self, positions: Tensor) -> None:
+        if self._steady_length:
+            model_length.refuse_longer(int(positions.max()) + 1, self._steady_length, self.config.model_type)
 
     def _check_complete(self, view: _Pass) -> None:
         """A layer that bypasses the cache would attend to its own K/V: plain LoRA, and silently wrong."""

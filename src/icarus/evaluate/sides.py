@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from icarus import adapter as adapters
-from icarus import base_model, packaged_model
+from icarus import base_model, model_length, packaged_model
 from icarus.chat_template import Codec
 from icarus.context import BASE
 from icarus.errors import InputError, UnsupportedModelError
@@ -70,9 +70,8 @@ class Side(ABC):
 
     @property
     def max_length(self) -> int | None:
-        """The positions that the model has."""
-        limit: int | None = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        return limit
+        """The longest text in tokens, prompt and answer."""
+        return model_length.max_length(self.causal_lm.config.get_text_config())
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow]) -> list[Scored]:

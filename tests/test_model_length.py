@@ -1,0 +1,91 @@
+"""Where rotary positions change with the length of the text, a KV cache ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from icarus import model_length
+from icarus.context import Specialists
+from icarus.errors import UnsupportedModelError
+from icarus.evaluate.sides import Sides
+from icarus.streams import Batch, EncoderCache, TwoStreams
+from tiny_models import tiny, tiny_tokenizer, tokens, with_adapters
+
+LIMIT = 12
+CHANGING: dict[str, dict[str, Any]] = {
+    "llama": {
+        "max_position_embeddings": LIMIT,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
+    "phi3": {
+        "max_position_embeddings": 4 * LIMIT,
+        "original_max_position_embeddings": LIMIT,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": LIMIT,
+            "short_factor": [1.0] * 8,
+            "long_factor": [3.0] * 8,
+        },
+    },
+}
+
+
+def keys(streams: TwoStreams, ids: torch.Tensor, *, first: int) -> torch.Tensor:
+    """Of the first tokens' last layer, written by a pass over them, and then one over the rest."""
+    cache = EncoderCache()
+    for part in (ids[:, :first], ids[:, first:]):
+        streams.encode(part, cache)
+    return cache.layer(cache.layers - 1)[0][:, :, :first]
+
+
+@pytest.mark.parametrize("family", CHANGING)
+def test_a_text_is_refused_where_its_cache_would_not_fit(family: str) -> None:
+    streams = TwoStreams(with_adapters(tiny(family, **CHANGING[family])))
+    ids, cache = tokens(1, LIMIT + 1), EncoderCache()
+    streams.encode(ids[:, :LIMIT], cache)
+    for write in (
+        lambda: streams.encode(ids[:, LIMIT:], cache),
+        lambda: streams.step(ids[:, LIMIT:], cache, "one"),
+        lambda: streams.loss(Batch.of(ids, ids)),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"13 tokens, and {family} .* keep to 12 tokens"):
+            write()
+    assert cache.length == LIMIT
+    packed = torch.arange(LIMIT)[None].repeat(1, 2)
+    streams.loss(Batch.of(tokens(1, 2 * LIMIT), tokens(1, 2 * LIMIT), position_ids=packed))  # two short documents
+
+
+@pytest.mark.parametrize("family", CHANGING)
+def test_without_that_refusal_a_cache_is_not_what_a_longer_pass_writes(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_length, "steady_length", lambda config: None)
+    streams = TwoStreams(with_adapters(tiny(family, **CHANGING[family])))
+    ids = tokens(1, LIMIT + 4)
+    before, whole = keys(streams, ids, first=LIMIT), EncoderCache()
+    streams.encode(ids, whole)
+    assert not torch.allclose(before, whole.layer(whole.layers - 1)[0][:, :, :LIMIT], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", CHANGING)
+def test_answers_end_there(family: str) -> None:
+    model, tokenizer = tiny(family, **CHANGING[family]), tiny_tokenizer()
+    with Sides(model, tokenizer).side("base") as side:
+        assert side.max_length == LIMIT
+        (answer,) = side.generate([tokens(LIMIT - 2).tolist()], max_new_tokens=9)
+    assert len(answer.token_ids) <= 2
+    context = Specialists(with_adapters(model), tokenizer).context()
+    context.append(tokens(LIMIT - 2).tolist())
+    context.generate("one", max_new_tokens=9)
+    assert len(context.token_ids) <= LIMIT
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_other_models_end_at_their_last_position(family: str) -> None:
+    config = tiny(family).config
+    assert model_length.steady_length(config) is None
+    assert model_length.max_length(config) == config.max_position_embeddings
