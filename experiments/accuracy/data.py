@@ -1,8 +1,9 @@
 """The tasks: rows to train on, rows for the choice of settings, items to score.
 
-Reads JSON lines (gzip) of WikiSQL, CommonsenseQA, OpenBookQA, GSM8K, BFCL and agent roles (LRAgent, from AutoAct).
-Their folder names are those of ``SOURCES``. Rows that settings are chosen by are cut from the training part; rows of
-one table, question or set of functions never stand on both sides of a cut. (One function may be in several sets.)
+Reads JSON lines (gzip) of WikiSQL, CommonsenseQA, OpenBookQA, GSM8K, MAWPS, BFCL and agent roles (LRAgent, from
+AutoAct). Their folder names are those of ``SOURCES``. Rows that settings are chosen by are cut from the training part;
+rows of one table, question or set of functions never stand on both sides of a cut. (One function may be in several
+sets.)
 """
 
 from __future__ import annotations
@@ -87,6 +88,17 @@ def _gsm8k(row: Row) -> Example:
     return Example(row["question"], row["question"], answer, row["answer"])
 
 
+def _mawps(row: Row) -> Example | None:
+    """A short problem; its answer is the equation solved for x, and the number."""
+    found = re.fullmatch(r"[xX]=(.+)", row["equation"])
+    if not found:
+        return None
+    equation = re.sub(r"(\d)\.0\b", r"\1", found[1])
+    same_but_for_numbers = re.sub(r"[\d.,\s]+", "#", row["question"].lower())
+    answer = f"{equation}\n#### {float(row['answer']):g}"
+    return Example(same_but_for_numbers, row["question"], answer, answer)
+
+
 def _commonsenseqa(row: Row) -> Example:
     choices = tuple(row["choices"].values())
     right = list(row["choices"]).index(row["answer"])
@@ -146,6 +158,7 @@ SOURCES = {
         ("multiple_choice/openbookqa_train",), ("multiple_choice/openbookqa_test",), _openbookqa, "choice"
     ),
     "gsm8k": Source(("gsm8k/train",), ("gsm8k/test",), _gsm8k, "number", 256),
+    "mawps": Source(("math_word_problems/mawps_train",), (), _mawps, "number", 48),
     "bfcl": Source(("function_calling/bfcl",), (), _bfcl, "function_call", 128),
     "plan": Source(("agent_roles/hotpotqa_plan", "agent_roles/scienceqa_plan"), (), _role, "exact_match", 64),
     "action": Source(("agent_roles/hotpotqa_action", "agent_roles/scienceqa_action"), (), _role, "exact_match", 48),

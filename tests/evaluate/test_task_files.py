@@ -98,6 +98,7 @@ def test_packed_data(folder: Path) -> None:
         task(folder, PLAIN | {"data": "rows.jsonl.gz"})
 
 
+CALLS = PLAIN | {"scorer": "function_call"}
 WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
 
 
@@ -115,6 +116,10 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
         (PLAIN | {"prompt": 5}, "prompt must be a text or a list of messages, not 5"),
         (PLAIN | {"max_new_tokens": 0}, "max_new_tokens must be a positive integer, not 0"),
         (PLAIN | {"few_shot": 3}, "few_shot must be count: NUMBER, not 3"),
+        (PLAIN | {"few_shot": {"count": -1}}, "few_shot: count must be a positive integer, not -1"),
+        (PLAIN | {"prompt": "{{qestion}}", "few_shot": {"count": 1}}, "rows.jsonl:1: a template of the task fails"),
+        (PLAIN | {"prompt": "{{''}}", "few_shot": {"count": 1}}, "rows.jsonl:1: field 'prompt' is empty"),
+        (CHOICE | {"answer": "seven", "few_shot": {"count": 1}}, "rows.jsonl:1: the right choice is 'seven'; give"),
         (PLAIN | {"few_shot": {"cuont": 3}}, "few_shot has an unknown key 'cuont'"),
         (PLAIN | {"few_shot": {"count": 5}}, "has 3 rows for few_shot"),
         (PLAIN | {"few_shot": {"count": 3}}, "rows.jsonl has no rows to ask"),
@@ -127,7 +132,11 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
         (PLAIN | {"prompt": ["x"]}, "rows.jsonl:1: a template of the task fails"),
         (PLAIN | {"reference": "none"}, "rows.jsonl:1: scorer 'number' needs a text with a number as reference"),
         (PLAIN | {"scorer": "sql", "reference": "{{wrong}}"}, "scorer 'sql' needs a text as reference"),
-        (PLAIN | {"scorer": "function_call"}, "scorer 'function_call' needs a list of calls as reference"),
+        (PLAIN | {"scorer": "function_call"}, "scorer 'function_call' needs a list of calls"),
+        (CALLS | {"reference": "{{ [{'f': {'x': 2}}] }}"}, r"needs a list of calls \({name: {argument: \[values\]}}"),
+        (CALLS | {"reference": "{{ [{'name': 'f', 'parameters': {}}] }}"}, "needs a list of calls"),
+        (CALLS | {"reference": "{{ [{'f': 'x'}] }}"}, "needs a list of calls"),
+        (CALLS | {"reference": "{{ [{}] }}"}, "needs a list of calls"),
         (PLAIN | {"reference": "{{none}}"}, "rows.jsonl:1 has no reference"),
         (CHOICE | {"answer": "seven"}, "rows.jsonl:1: the right choice is 'seven'; give its index, from 0 to 2"),
         (CHOICE | {"choices": "{{[]}}"}, "field 'completions' must be a list"),

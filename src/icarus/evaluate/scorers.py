@@ -8,10 +8,14 @@ from __future__ import annotations
 import ast
 import json
 import re
+import string
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from icarus.evaluate import sandbox
 
@@ -60,14 +64,10 @@ def function_call(answer: str, reference: Any) -> float:
     """
     calls = _calls(answer)
     wanted = reference if isinstance(reference, list) else [reference]
-    if calls is None or len(calls) != len(wanted):
+    if not calls or len(calls) != len(wanted):
         return 0.0
-    for one in wanted:
-        met = next((call for call in calls if _meets(call, one)), None)
-        if met is None:
-            return 0.0
-        calls.remove(met)
-    return 1.0
+    meets = np.array([[_meets(call, one) for one in wanted] for call in calls])
+    return float(meets[linear_sum_assignment(meets, maximize=True)].all())  # each call another one of those wanted
 
 
 def code(answer: str, reference: Any) -> float:
@@ -104,11 +104,23 @@ def misfit(scorer: str, reference: Any) -> str | None:
         return None if _number(str(reference)) is not None else "a text with a number"
     if scorer == "function_call":
         calls = reference if isinstance(reference, list) else [reference]
-        return None if calls and all(isinstance(call, dict) and call for call in calls) else "a list of calls"
+        return None if calls and all(map(_is_call, calls)) else "a list of calls ({name: {argument: [values]}})"
     if scorer == CODE and isinstance(reference, dict):
         texts = all(isinstance(part, str) for part in reference.values())
         return None if texts and reference.keys() in ({"after"}, {"before", "after"}) else "texts 'before' and 'after'"
     return None if isinstance(reference, str | int | float) and str(reference).strip() else "a text"
+
+
+def _is_call(wanted: Any) -> bool:
+    """In one of the two forms that ``function_call`` takes."""
+    if not isinstance(wanted, dict) or _is_exact(wanted):
+        return isinstance(wanted, dict)
+    allowed = next(iter(wanted.values()), None)
+    return len(wanted) == 1 and isinstance(allowed, dict) and all(isinstance(own, list) for own in allowed.values())
+
+
+def _is_exact(wanted: dict[str, Any]) -> bool:
+    return isinstance(wanted.get("name"), str) and isinstance(wanted.get("arguments"), dict)
 
 
 # ------------------------------------------------------------------------------------------- what they read
@@ -126,7 +138,8 @@ def _number(text: str) -> Decimal | None:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in ("a", "an", "the")]
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
 def _sql(text: str) -> list[str]:
@@ -162,7 +175,7 @@ def _parsed(text: str) -> list[Call] | None:
         pass
     try:
         return _of_python(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
 
 
@@ -192,7 +205,7 @@ def _of_python(node: ast.expr) -> list[Call] | None:
 
 def _meets(call: Call, wanted: Any) -> bool:
     name, given = call
-    if "name" in wanted and "arguments" in wanted:
+    if _is_exact(wanted):
         return name == wanted["name"] and _same(given, wanted["arguments"])
     ((right, allowed),) = wanted.items()
     if name != right or given.keys() - allowed.keys():

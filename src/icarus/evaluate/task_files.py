@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from icarus import arguments
 from icarus.errors import DataError, IcarusError, InputError, first_line
 from icarus.evaluate.scorers import CHOICE
-from icarus.evaluate.tasks import Item, Task
+from icarus.evaluate.tasks import Item, Task, check_choice
 from icarus.train import data
 
 Row = dict[str, Any]
@@ -115,8 +116,9 @@ def _check(file: TaskFile, path: Path) -> None:
     wanted("stop", stops, "a list of texts")
     wanted("max_new_tokens", type(file.max_new_tokens) is int and file.max_new_tokens > 0, "a positive integer")
     wanted("chat_template_kwargs", isinstance(file.chat_template_kwargs, dict), "an object")
-    shots = file.few_shot
-    wanted("few_shot", shots is None or (isinstance(shots, FewShot) and type(shots.count) is int), "count: NUMBER")
+    wanted("few_shot", file.few_shot is None or isinstance(file.few_shot, FewShot), "count: NUMBER")
+    if file.few_shot and not (type(file.few_shot.count) is int and file.few_shot.count > 0):
+        raise InputError(f"{path}, few_shot: count must be a positive integer, not {file.few_shot.count!r}.")
     parts = ("choices", "answer") if file.scorer == CHOICE else ("completion",)
     if missing := [part for part in parts if getattr(file, part) is None]:
         raise InputError(f"{path} has no {missing[0]!r}, which scorer {file.scorer!r} needs; give a template for it.")
@@ -147,12 +149,19 @@ def _beside(path: Path, source: str) -> str:
 
 
 def _item(file: TaskFile, row: Row, source: str, shots: Sequence[Row]) -> Item:
-    name = f"{Path(source).name}:{row[data.LINE]}"
-    try:
+    with _naming(source, row) as name:
         asked = _row(file, row)
         asked["prompt"] = _behind(shots, asked["prompt"], file)
         data.check(asked, ("prompt", "completions" if file.scorer == CHOICE else "completion"), name)
         return Item(name=name, row=asked, reference=_reference(file, row, asked))
+
+
+@contextmanager
+def _naming(source: str, row: Row) -> Iterator[str]:
+    """The name of a row's item, which errors inside the block begin with."""
+    name = f"{Path(source).name}:{row[data.LINE]}"
+    try:
+        yield name
     except IcarusError:
         raise
     except Exception as error:  # templates are programs of their own and raise what they like
@@ -197,16 +206,24 @@ def _shots(file: TaskFile, path: Path, rows: Iterator[Row]) -> list[Row]:
     """The solved rows; those of the task's own data are taken off it."""
     if file.few_shot is None:
         return []
-    source = None if file.few_shot.data is None else _beside(path, file.few_shot.data)
-    solved = list(islice(rows if source is None else data.objects(source), file.few_shot.count))
+    own = file.few_shot.data is None
+    source = _beside(path, file.few_shot.data or file.data)
+    solved = list(islice(rows if own else data.objects(source), file.few_shot.count))
     if len(solved) < file.few_shot.count:
-        raise DataError(f"{source or file.data} has {len(solved)} rows for few_shot; lower its count.")
-    made = []
-    for row in solved:
+        raise DataError(f"{source} has {len(solved)} rows for few_shot; lower its count.")
+    return [_solved(file, row, source) for row in solved]
+
+
+def _solved(file: TaskFile, row: Row, source: str) -> Row:
+    """A row's prompt, and the completion that is right."""
+    with _naming(source, row) as name:
         one = _row(file, row)
-        right = one["completions"][_reference(file, row, one)] if file.scorer == CHOICE else one["completion"]
-        made.append({"prompt": one["prompt"], "completion": right})
-    return made
+        data.check(one, ("prompt", "completions" if file.scorer == CHOICE else "completion"), name)
+        if file.scorer != CHOICE:
+            return {"prompt": one["prompt"], "completion": one["completion"]}
+        right = _reference(file, row, one)
+        check_choice(name, right, one["completions"])
+        return {"prompt": one["prompt"], "completion": one["completions"][right]}
 
 
 def _behind(shots: Sequence[Row], prompt: Any, file: TaskFile) -> Any:

@@ -64,10 +64,8 @@ class Task:
         right = item.reference
         if choices is None and (wanted := misfit(self.scorer, right)):
             raise InputError(f"{item.name}: scorer {self.scorer!r} needs {wanted} as reference, not {right!r:.80}.")
-        if choices is not None and (type(right) is not int or not 0 <= right < len(choices)):
-            raise InputError(
-                f"{item.name}: the right choice is {right!r}; give its index, from 0 to {len(choices) - 1}."
-            )
+        if choices is not None:
+            check_choice(item.name, right, choices)
 
     @property
     def generates(self) -> bool:
@@ -93,3 +91,13 @@ class Task:
         """Of a generated answer, from 0 to 1."""
         scorer: Scorer = SCORERS[self.scorer]
         return scorer(answer, item.reference)
+
+
+def check_choice(name: str, right: Any, choices: Sequence[Any]) -> None:
+    """Refuse what is no index of one of the choices.
+
+    Raises:
+        InputError: it names the item.
+    """
+    if type(right) is not int or not 0 <= right < len(choices):
+        raise InputError(f"{name}: the right choice is {right!r}; give its index, from 0 to {len(choices) - 1}.")
