@@ -26,23 +26,16 @@ PEER, PLAIN = "conventional", "icarus"
 def run(place: work.Place) -> None:
     """Write ``summary.json``, ``summary.md`` and the plots beside the results."""
     report: dict[str, Any] = {}
-    for task in _tasks(place):
+    for task in dict.fromkeys(task for task, _ in place.settings.pairs):
         report[task] = _task(place, task)
         if seen := work.parts(place, task).seen:
             report[f"{task}, unseen functions"] = _task(place, task, seen)
-    arguments.write_json({"tasks": report}, str(place.results / "summary.json"))
-    atomic.write_text(
-        place.results / "summary.md", "\n\n".join(_table(task, arms) for task, arms in report.items()) + "\n"
-    )
-    for task in _tasks(place):
-        if place.settings.curves(task):
+        if place.settings.curves(task) and any(place.results.glob(f"{task}.*.json")):
             _plot_curves(place, task)
+    arguments.write_json({"tasks": report}, str(place.results / "summary.json"))
+    tables = [_table(task, arms, place.settings.seeds) for task, arms in report.items()]
+    atomic.write_text(place.results / "summary.md", "\n\n".join([_LEGEND, *tables]) + "\n")
     _plot_scores(report, place.results / "scores.png")
-
-
-def _tasks(place: work.Place) -> list[str]:
-    tasks = dict.fromkeys(task for task, _ in place.settings.pairs)
-    return [task for task in tasks if any(place.results.glob(f"{task}.*.json"))]
 
 
 def _task(place: work.Place, task: str, without: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -136,32 +129,54 @@ def _outcomes(place: work.Place, cell: Cell, without: frozenset[str]) -> list[Ou
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _table(task: str, arms: Mapping[str, Any]) -> str:
-    """A table in Markdown: a row for each arm, with both seeds' figures in each cell."""
+_LEGEND = """\
+One figure for each seed. Differences are over conventional LoRA of the same seed, with their 95 % interval. *Tokens*
+are those of all rows trained on, in thousands; *minutes* are those of the processor, of the last start where a run was
+resumed; *memory* is the peak of the process in GB, which may have prepared the team's base model before. Runs that
+shared a GPU or a machine took longer than alone."""
+
+
+def _table(task: str, arms: Mapping[str, Any], wanted: Sequence[int]) -> str:
+    """A table in Markdown: a row for each arm, with all seeds' figures in each cell."""
     over = f"over {PEER}"
-    heads = ["arm", "trainable, M", "rate", "validation loss", "test loss", over, "score", over, "drift", "on"]
+    heads = ["arm", "trainable, M", "rate", "validation loss", "test loss", over, "score", over, "drift"]
+    heads += ["tokens", "minutes", "memory", "on"]
     lines = [f"### {task}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, own in arms.items():
         seeds = list(own["seeds"].values())
         cells = [arm, *_cells(own, seeds)]
-        if not seeds:
-            tried = ", ".join(f"{rate}: {loss}" for rate, loss in own.get("search", {}).items())
-            cells[3] = f"search: {tried}" if tried else "not run"
+        if arm != BASE:
+            cells[3] = _both([cells[3], *_missing(own, wanted)])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _missing(own: Mapping[str, Any], wanted: Sequence[int]) -> list[str]:
+    """What is still to be run of an arm, in words."""
+    if not own["seeds"]:
+        tried = ", ".join(f"{rate}: {loss}" for rate, loss in own.get("search", {}).items())
+        return [f"search: {tried}" if tried else "not run"]
+    return [f"seed {seed} not run" for seed in wanted if str(seed) not in own["seeds"]]
+
+
 def _cells(own: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     differences = [seed.get("difference", {}) for seed in seeds]
+
+    def each(name: str, form: str, scale: float = 1) -> str:
+        return _both(f"{scale * seed[name]:{form}}" for seed in seeds if name in seed)
+
     return [
         next((f"{seed['trainable'] / 1e6:.2f}" for seed in seeds if "trainable" in seed), ""),
         f"{own['rate']:g}" if own.get("rate") else "",
-        _both(f"{seed['validation_loss']:.3f}" for seed in seeds if "validation_loss" in seed),
-        _both(f"{seed['loss']:.3f}" for seed in seeds if "loss" in seed),
+        each("validation_loss", ".3f"),
+        each("loss", ".3f"),
         _both(shown(difference.get("loss"), 1, ".3f") for difference in differences),
-        _both(f"{100 * seed['score']:.1f}" for seed in seeds if "score" in seed),
+        each("score", ".1f", 100),
         _both(shown(difference.get("score"), 100, ".1f") for difference in differences),
-        _both(f"{seed['drift']:.2f}" for seed in seeds if "drift" in seed),
+        each("drift", ".2f"),
+        each("tokens", ".0f", 1e-3),
+        each("cpu_seconds", ".1f", 1 / 60),
+        each("peak_bytes", ".1f", 1e-9),
         _both(dict.fromkeys(seed["on"] for seed in seeds if "on" in seed)),
     ]
 

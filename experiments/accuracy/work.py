@@ -28,6 +28,7 @@ from icarus.chat_template import Codec
 from icarus.context import BASE
 from icarus.errors import InputError
 from icarus.evaluate import Sides, TokenRow, evaluate
+from icarus.evaluate.records import Records
 from icarus.evaluate.run import digest
 from icarus.train.data import tokenize
 
@@ -315,10 +316,14 @@ def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: 
     batch = max(_SCORED[training.device()] * settings.rows_per_step(task) // settings.batch_size, 1)
     test = parts(place, task).test
     asked = replace(test, items=test.items[: settings.scored_items.get(task)])
-    found = evaluate(sides, asked, [next(iter(sources), BASE)], batch_size=batch)
-    outcomes = sorted(found, key=lambda outcome: outcome.item)
+    scored = _scored_identity(place, cell)
+    records = _records(place, cell, scored | sides.identities)
+    names = [next(iter(sources), BASE)]
+    for outcome in evaluate(sides, asked, names, batch_size=batch, done=records.done(asked.name)):
+        records.add(outcome)
+    outcomes = sorted(records.outcomes, key=lambda outcome: outcome.item)
     result = {
-        "identity": _scored_identity(place, cell),
+        "identity": scored,
         "task": task,
         "arm": cell.arm,
         "scorer": test.scorer,
@@ -333,3 +338,10 @@ def _score(place: Place, task: str, cell: Cell, sources: dict[str, Path], base: 
         "machine": measure.settings(),
     }
     arguments.write_json(result, str(place.scores(cell)))
+    records.finish()
+
+
+def _records(place: Place, cell: Cell, depends: dict[str, Any]) -> Records:
+    """The items that were scored before an interruption; those of another adapter or of others have another file."""
+    name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+    return Records(place.work / f"{cell.name}.scores.{name}", depends)

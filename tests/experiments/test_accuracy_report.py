@@ -19,3 +19,28 @@ def test_items_that_are_left_out_count_nowhere(monkeypatch: pytest.MonkeyPatch) 
     assert [(one.item, one.score, one.loss, one.tokens, one.generated_tokens, one.drift) for one in kept] == [
         ("b", 0.0, 4.0, 2, 5, 0.25)
     ]
+
+
+def test_what_was_not_run_is_said() -> None:
+    def runs(*seeds: int) -> dict[str, Any]:
+        run = {"validation_loss": 0.5, "tokens": 12_345, "cpu_seconds": 90, "peak_bytes": 2.5e9, "on": "CPU"}
+        return {"rate": 0.001, "seeds": {str(seed): run for seed in seeds}}
+
+    arms = {
+        "base": {"seeds": {}},
+        "conventional": runs(0, 1),
+        "icarus": runs(0),
+        "team": {"search": {"0.001": 0.7}, "rate": None, "seeds": {}},
+        "team-time": {"search": {}, "rate": None, "seeds": {}},
+    }
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ") for line in report._table("plan", arms, (0, 1)).split("\n")
+    }
+    assert {name: cells[3] for name, cells in rows.items() if name in arms} == {
+        "base": "",
+        "conventional": "0.500; 0.500",
+        "icarus": "0.500; seed 1 not run",
+        "team": "search: 0.001: 0.7",
+        "team-time": "not run",
+    }
+    assert rows["conventional"][9:12] == ["12; 12", "1.5; 1.5", "2.5; 2.5"]
