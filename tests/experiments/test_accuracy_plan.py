@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.accuracy import settings, work
+from experiments.accuracy import data, settings, work
 from experiments.accuracy.plan import Cell, best_rate, wanted
 from icarus.errors import InputError
 
@@ -93,3 +93,25 @@ def test_a_run_of_equal_time_is_made_again_when_other_step_times_are_measured(
         times = {"lora": {"median_ms": 10}, "icarus": {"median_ms": icarus_ms}}
         (tmp_path / "times.json").write_text(json.dumps({"tasks": {"wikisql": times}}))
         assert place.loss(cell) == loss
+
+
+@pytest.mark.parametrize(
+    ("was", "wrong", "message"),
+    [
+        ("tasks: [wikisql]", "tasks: [wikisq]", "the grid has wikisq with icarus, one of which does not exist"),
+        ("arms: [icarus]", "arms: [lora]", "the grid has wikisql with lora, one of which does not exist"),
+        ("test_items: 4", "test_items: 4\nbatch_sizes: {wikisq: 2}", "batch_sizes has wikisq, which is no task"),
+        ("test_items: 4", "test_itens: 4", "is no file of settings"),
+        ("name: some", "name: [", "is no file of settings"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path: Path, was: str, wrong: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _read(tmp_path, _TEXT.replace(was, wrong))
+
+
+def test_missing_settings_or_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone.yaml cannot be read"):
+        settings.read(tmp_path / "gone.yaml")
+    with pytest.raises(InputError, match=r"wikisql_train.jsonl.gz is missing"):
+        data.parts("wikisql", tmp_path, "chat", 4)
