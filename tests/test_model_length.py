@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from icarus import model_length
 from icarus.context import Specialists
@@ -82,6 +83,9 @@ def test_answers_end_there(family: str) -> None:
     context.append(tokens(LIMIT - 2).tolist())
     context.generate("one", max_new_tokens=9)
     assert len(context.token_ids) <= LIMIT
+    other = context.rollback(LIMIT - 2).fork()
+    other.generate("one", generation_config=GenerationConfig(max_length=3 * LIMIT))
+    assert len(other.token_ids) <= LIMIT
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
@@ -89,3 +93,10 @@ def test_other_models_end_at_their_last_position(family: str) -> None:
     config = tiny(family).config
     assert model_length.steady_length(config) is None
     assert model_length.max_length(config) == config.max_position_embeddings
+
+
+def test_dynamic_rope_changes_behind_the_last_position_alone() -> None:
+    rope = CHANGING["llama"]["rope_parameters"] | {"original_max_position_embeddings": LIMIT}
+    config = tiny("llama", max_position_embeddings=2 * LIMIT, rope_parameters=rope).config
+    assert model_length.steady_length(config) == 2 * LIMIT
+    assert model_length.max_length(object()) is None

@@ -159,6 +159,12 @@ def _missing(own: Mapping[str, Any], wanted: Sequence[int]) -> list[str]:
     return [f"seed {seed} not run" for seed in wanted if str(seed) not in own["seeds"]]
 
 
+def _unscored(own: Mapping[str, Any]) -> list[str]:
+    """Seeds whose answers are not scored, where those of others are."""
+    scored = [seed for seed, figures in own["seeds"].items() if "score" in figures]
+    return [f"seed {seed} not scored" for seed in own["seeds"] if scored and seed not in scored]
+
+
 def _cells(own: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     differences = [seed.get("difference", {}) for seed in seeds]
 
@@ -171,7 +177,7 @@ def _cells(own: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> list[s
         each("validation_loss", ".3f"),
         each("loss", ".3f"),
         _both(shown(difference.get("loss"), 1, ".3f") for difference in differences),
-        each("score", ".1f", 100),
+        _both([each("score", ".1f", 100), *_unscored(own)]),
         _both(shown(difference.get("score"), 100, ".1f") for difference in differences),
         each("drift", ".2f"),
         each("tokens", ".0f", 1e-3),

@@ -361,6 +361,9 @@ class Context:
         if limit and (config.max_new_tokens or 0) > limit - len(self.token_ids):
             config = copy(config)
             config.max_new_tokens = limit - len(self.token_ids)
+        if limit and config.max_new_tokens is None and (config.max_length or 0) > limit:
+            config = copy(config)
+            config.max_length = limit
         return config
 
     def _next_logits(self, speaker: str | None) -> Tensor:

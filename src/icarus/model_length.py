@@ -6,6 +6,8 @@ from typing import Any
 
 from icarus.errors import UnsupportedModelError
 
+_ORIGINAL = "original_max_position_embeddings"
+
 
 def steady_length(config: Any) -> int | None:
     """The length up to which rotary frequencies stay as they are; None where they never change.
@@ -15,11 +17,10 @@ def steady_length(config: Any) -> int | None:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some models have one by layer type
-    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
-    return min(
-        (kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in changing),
-        default=None,
-    )
+    trained = getattr(config, "max_position_embeddings", None)
+    changing = {"dynamic": lambda kind: trained, "longrope": lambda kind: kind.get(_ORIGINAL) or trained}
+    limits = [changing[kind["rope_type"]](kind) for kind in kinds if kind.get("rope_type") in changing]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def max_length(config: Any) -> int | None:

@@ -32,7 +32,7 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_rows(Path("rows.jsonl"), *({"q": "why " * n, "a": f"as {n}", "right": n % 2} for n in (1, 2, 3, 4)))
     Path("words.yaml").write_text(yaml.safe_dump(TASK))
     Path("pick.yaml").write_text(yaml.safe_dump(CHOICE))
-    Path("code.yaml").write_text(yaml.safe_dump(TASK | {"scorer": "code"}))
+    Path("code.yaml").write_text(yaml.safe_dump(TASK | {"scorer": "code", "reference": "assert True"}))
     return tmp_path / "home"
 
 

@@ -13,7 +13,7 @@ from icarus.evaluate import Item, Sides, Task, evaluate
 from icarus.evaluate.run import _asked
 from icarus.streams import IGNORED
 from icarus.train.data import tokenize
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,11 @@ def test_an_item_that_does_not_fit_is_named(sides: Sides) -> None:
     mute = Item(name="data.jsonl:4", row={"prompt": silent, "completion": silent}, reference="b")
     with pytest.raises(InputError, match=r"data.jsonl:4: the completion has no tokens"):
         list(evaluate(sides, Task(name="mute", items=[mute], scorer="exact_match")))
+
+
+@pytest.mark.parametrize("task", [CHATS, CHOICES])
+def test_a_model_that_gives_no_numbers_is_not_scored(task: Task) -> None:
+    model = tiny()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(InputError, match=r"base gives .* a loss that is no number; check its weights and the dtype"):
+        list(evaluate(Sides(model, tiny_tokenizer()), task))

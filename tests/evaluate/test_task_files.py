@@ -90,6 +90,41 @@ def test_examples_stand_before_the_question_and_are_not_asked(folder: Path) -> N
     assert choice.row["prompt"] == "Q: 2 + 2?\nA: 4|Q: 3 + 3?\nA: "
 
 
+def test_examples_of_the_same_file_are_not_asked(folder: Path) -> None:
+    made = task(folder, PLAIN | {"few_shot": {"count": 2, "data": "rows.jsonl"}})
+    assert [item.name for item in made.items] == ["rows.jsonl:3"]
+
+
+def test_examples_are_of_the_questions_kind(folder: Path) -> None:
+    save_rows(
+        folder / "rows.jsonl",
+        {"prompt": [{"role": "user", "content": "Q"}], "a": "#### 1"},
+        {"prompt": "Q", "a": "#### 2"},
+    )
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*a solved row of few_shot is a chat, and this one is a text"):
+        task(folder, PLAIN | {"prompt": "{{prompt}}", "completion": "{{a}}", "few_shot": {"count": 1}})
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (" {{number}}", " 5"),
+        ("{{number}}\n", "5\n"),
+        ("{{number}}", "5"),
+        ("{{- number -}}", "5"),
+        (" {{- number }}", "5"),
+        ("{{ -number }}", "-5"),
+        (" {{word}}", " five"),
+    ],
+)
+def test_white_space_around_an_expression_is_kept(folder: Path, template: str, text: str) -> None:
+    save_rows(folder / "rows.jsonl", {"number": 5, "word": "five"})
+    made = task(folder, {"data": "rows.jsonl", "prompt": "Q", "completion": template, "scorer": "exact_match"})
+    assert made.items[0].row["completion"] == text
+    choices = task(folder, CHOICE | {"prompt": "Q", "choices": [template, "6"], "answer": "{{ 0 }}\n"})
+    assert choices.items[0].row["completions"] == [text, "6"]
+
+
 def test_packed_data(folder: Path) -> None:
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
     assert len(task(folder, PLAIN | {"data": "rows.jsonl.gz"}).items) == 3
@@ -137,6 +172,21 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
         (CALLS | {"reference": "{{ [{'name': 'f', 'parameters': {}}] }}"}, "needs a list of calls"),
         (CALLS | {"reference": "{{ [{'f': 'x'}] }}"}, "needs a list of calls"),
         (CALLS | {"reference": "{{ [{}] }}"}, "needs a list of calls"),
+        (CALLS | {"reference": "{{ [{'f': {'x': []}}] }}"}, "needs a list of calls"),
+        (PLAIN | {"reference": "{{ [1, 2] }}"}, "scorer 'number' needs a text as reference"),
+        (PLAIN | {"scorer": "code"}, "no 'reference', which scorer 'code' needs"),
+        (PLAIN | {"scorer": "code", "reference": "{{ {'after': ' '} }}"}, "needs a text of tests, or texts"),
+        (PLAIN | {"scorer": "code", "reference": "{{ 5 }}"}, "needs a text of tests, or texts"),
+        (CHOICE | {"choices": "A B"}, "rows.jsonl:1: .*choices must be a list, not 'A B'"),
+        (CHOICE | {"choices": "{{ {'text': ['5']} }}"}, "rows.jsonl:1: .*choices must be a list"),
+        (CHOICE | {"choices": "{{ [none] }}"}, "rows.jsonl:1: .*an answer must be a text, not None"),
+        (PLAIN | {"completion": "{{ none }}"}, "rows.jsonl:1: .*an answer must be a text, not None"),
+        (PLAIN | {"prompt": "{{ none }}"}, "rows.jsonl:1: .*the prompt must be a text or messages, not None"),
+        (PLAIN | {"prompt": "Q: {{ none }}"}, "rows.jsonl:1: .*a field is null"),
+        (PLAIN | {"name": ["x"]}, r"name must be a text, not \['x'\]"),
+        (PLAIN | {"few_shot": {"count": 1, "data": 5}}, "few_shot: data must be a file or a Hub data set, not 5"),
+        (PLAIN | {"few_shot": {"count": 1, "data": ""}}, "few_shot: data must be a file or a Hub data set, not ''"),
+        (PLAIN | {"few_shot": {"count": 1, "separator": None}}, "few_shot: separator must be a text, not None"),
         (PLAIN | {"reference": "{{none}}"}, "rows.jsonl:1 has no reference"),
         (CHOICE | {"answer": "seven"}, "rows.jsonl:1: the right choice is 'seven'; give its index, from 0 to 2"),
         (CHOICE | {"choices": "{{[]}}"}, "field 'completions' must be a list"),

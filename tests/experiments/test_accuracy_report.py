@@ -43,4 +43,7 @@ def test_what_was_not_run_is_said() -> None:
         "team": "search: 0.001: 0.7",
         "team-time": "not run",
     }
+    arms["icarus"]["seeds"]["1"] = {"score": 0.25, **runs(1)["seeds"]["1"]}
+    assert " | seed 0 not scored" not in report._table("plan", {"icarus": runs(0, 1)}, (0, 1))
+    assert " | 25.0; seed 0 not scored | " in report._table("plan", arms, (0, 1))
     assert rows["conventional"][9:12] == ["12; 12", "1.5; 1.5", "2.5; 2.5"]

@@ -6,11 +6,12 @@ The first line says what the results depend on; those of another evaluation are 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from icarus import atomic
 from icarus.errors import InputError
 from icarus.evaluate.run import Outcome
 
@@ -29,24 +30,27 @@ class Records:
         if self._file is None:
             return
         try:
-            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-            if not lines:
-                self._file.write_text(head + "\n", encoding="utf-8")
+            text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+            lines, unfinished = text.split("\n")[:-1], text.rpartition("\n")[2]
+            if not head.startswith(unfinished) if not lines else lines[0] != head:
+                raise InputError(
+                    f"{self._file} holds results of an evaluation with another base model, adapter, task or dtype; "
+                    "remove it, or give another --json."
+                )
+            self._read(lines[1:])
+            if not lines or unfinished or len(self.outcomes) < len(lines) - 1:
+                kept = [head, *(json.dumps(asdict(outcome)) for outcome in self.outcomes)]
+                atomic.write_text(self._file, "".join(f"{line}\n" for line in kept))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"Results cannot be kept in {self._file} ({error}); give another --json.") from error
-        if lines and lines[0] != head:
-            raise InputError(
-                f"{self._file} holds results of an evaluation with another base model, adapter, task or dtype; "
-                "remove it, or give another --json."
-            )
-        for line in lines[1:]:
+
+    def _read(self, lines: Sequence[str]) -> None:
+        """Those before the line that was being written when it ended."""
+        for line in lines:
             try:
                 self.outcomes.append(Outcome(**json.loads(line)))
             except (ValueError, TypeError):
-                break  # the line that was being written when it ended
-        if len(self.outcomes) < len(lines) - 1:
-            kept = [head, *(json.dumps(asdict(outcome)) for outcome in self.outcomes)]
-            self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                break
 
     def done(self, task: str) -> list[tuple[str, str]]:
         """(side, item) of a task that are known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ def _check_length(one: _Asked, side: Side) -> None:
 def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked]) -> Iterator[Outcome]:
     results = _generated(side, task, batch) if task.generates else _chosen(side, batch)
     for one, (score, right, text, answer) in zip(batch, results, strict=True):
+        if math.isnan(_loss(right)):
+            raise InputError(f"{name} gives {one.item.name} a loss that is no number; check its weights and the dtype.")
         yield Outcome(
             task=task.name,
             side=name,

@@ -24,10 +24,10 @@ Scorer = Callable[[str, Any], float]
 CODE = "code"
 """The scorer that runs what a model wrote."""
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _MARK = "####"
 _SQL_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|[\w.]+|<>|!=|<=|>=|==|\S""")
-_FENCE = re.compile(r"```\w*\n?(.*?)(?:```|$)", re.DOTALL)
+_FENCE = re.compile(r"```(?:\w*[ \t]*\r?\n|(?:json|python|sql)\s)?(.*?)(?:```|$)", re.DOTALL)
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -37,7 +37,7 @@ def exact_match(answer: str, reference: Any) -> float:
 
 
 def number(answer: str, reference: Any) -> float:
-    """The number behind ``####``, as GSM8K has it; without that mark the last number that stands there."""
+    """The number behind the first ``####``, as GSM8K has it; without that mark the last number that stands there."""
     said, wanted = _number(answer), _number(str(reference))
     return float(said is not None and said == wanted)
 
@@ -59,14 +59,18 @@ def sql(answer: str, reference: Any) -> float:
 def function_call(answer: str, reference: Any) -> float:
     """The same calls, in any order; JSON or Python.
 
-    The reference is a list of ``{name: {argument: [allowed values]}}``, where ``""`` among the values lets an argument
-    be left out (BFCL's form), or of ``{"name": ..., "arguments": {...}}``, which must be met exactly.
+    The reference is a list of ``{name: {argument: [allowed values]}}`` (BFCL's form), where ``""`` among the values
+    lets an argument be left out, also within allowed objects; or of ``{"name": ..., "arguments": {...}}``, which must
+    be met exactly. Texts are equal but for case and white space.
     """
     calls = _calls(answer)
     wanted = reference if isinstance(reference, list) else [reference]
     if not calls or len(calls) != len(wanted):
         return 0.0
-    meets = np.array([[_meets(call, one) for one in wanted] for call in calls])
+    try:
+        meets = np.array([[_meets(call, one) for one in wanted] for call in calls])
+    except RecursionError:
+        return 0.0
     return float(meets[linear_sum_assignment(meets, maximize=True)].all())  # each call another one of those wanted
 
 
@@ -100,15 +104,17 @@ CHOICE = "choice"
 
 def misfit(scorer: str, reference: Any) -> str | None:
     """What the reference would have to be for this scorer; None if it is."""
-    if scorer == "number":
-        return None if _number(str(reference)) is not None else "a text with a number"
     if scorer == "function_call":
         calls = reference if isinstance(reference, list) else [reference]
         return None if calls and all(map(_is_call, calls)) else "a list of calls ({name: {argument: [values]}})"
-    if scorer == CODE and isinstance(reference, dict):
-        texts = all(isinstance(part, str) for part in reference.values())
-        return None if texts and reference.keys() in ({"after"}, {"before", "after"}) else "texts 'before' and 'after'"
-    return None if isinstance(reference, str | int | float) and str(reference).strip() else "a text"
+    if scorer == CODE:
+        parts = reference if isinstance(reference, dict) else {"after": reference}
+        texts = all(isinstance(part, str) for part in parts.values()) and str(parts.get("after", "")).strip()
+        fits = texts and parts.keys() <= {"after", "before"}
+        return None if fits else "a text of tests, or texts 'before' and 'after'"
+    if not isinstance(reference, str | int | float) or not str(reference).strip():
+        return "a text"
+    return "a text with a number" if scorer == "number" and _number(str(reference)) is None else None
 
 
 def _is_call(wanted: Any) -> bool:
@@ -116,7 +122,9 @@ def _is_call(wanted: Any) -> bool:
     if not isinstance(wanted, dict) or _is_exact(wanted):
         return isinstance(wanted, dict)
     allowed = next(iter(wanted.values()), None)
-    return len(wanted) == 1 and isinstance(allowed, dict) and all(isinstance(own, list) for own in allowed.values())
+    if len(wanted) != 1 or not isinstance(allowed, dict):
+        return False
+    return all(isinstance(values, list) and values for values in allowed.values())
 
 
 def _is_exact(wanted: dict[str, Any]) -> bool:
@@ -127,7 +135,7 @@ def _is_exact(wanted: dict[str, Any]) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    marked = text.rpartition(_MARK)[2] if _MARK in text else None
+    marked = text.partition(_MARK)[2] if _MARK in text else None
     numbers = _NUMBER.findall(text if marked is None else marked)
     if not numbers:
         return None
@@ -139,7 +147,7 @@ def _number(text: str) -> Decimal | None:
 
 def _words(text: str) -> list[str]:
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return [word for word in bare.split() if word not in ("a", "an", "the")]
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def _sql(text: str) -> list[str]:
@@ -175,7 +183,7 @@ def _parsed(text: str) -> list[Call] | None:
         pass
     try:
         return _of_python(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    except Exception:  # whatever a model writes: syntax, depth, sets of lists, sums that overflow
         return None
 
 
@@ -208,16 +216,30 @@ def _meets(call: Call, wanted: Any) -> bool:
     if _is_exact(wanted):
         return name == wanted["name"] and _same(given, wanted["arguments"])
     ((right, allowed),) = wanted.items()
-    if name != right or given.keys() - allowed.keys():
+    return name == right and _fits(given, allowed)
+
+
+def _fits(given: dict[str, Any], allowed: dict[str, Any]) -> bool:
+    """Whether an object has allowed fields alone, and each has an allowed value or may be left out."""
+    if given.keys() - allowed.keys():
         return False
+    choices = {name: values if isinstance(values, list) else [values] for name, values in allowed.items()}
     return all(
-        any(_same(given[argument], value) for value in values) if argument in given else "" in values
-        for argument, values in allowed.items()
+        any(_is_allowed(given[name], value) for value in values) if name in given else "" in values
+        for name, values in choices.items()
     )
 
 
+def _is_allowed(value: Any, allowed: Any) -> bool:
+    if isinstance(value, dict) and isinstance(allowed, dict):
+        return _fits(value, allowed)
+    if isinstance(value, list | tuple) and isinstance(allowed, list | tuple):
+        return len(value) == len(allowed) and all(map(_is_allowed, value, allowed))
+    return _same(value, allowed)
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Equal; texts but for case and white space, and the allowed values of objects within as BFCL has them."""
+    """Equal; texts but for case and white space."""
     if isinstance(one, str) and isinstance(other, str):
         return " ".join(one.lower().split()) == " ".join(other.lower().split())
     if isinstance(one, bool) or isinstance(other, bool):
@@ -225,9 +247,5 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(
-            _same(one[key], other[key])
-            or (isinstance(other[key], list) and any(_same(one[key], value) for value in other[key]))
-            for key in one
-        )
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     return bool(one == other)

@@ -26,14 +26,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icarus import arguments
 from icarus.errors import DataError, IcarusError, InputError, first_line
-from icarus.evaluate.scorers import CHOICE
+from icarus.evaluate.scorers import CHOICE, CODE
 from icarus.evaluate.tasks import Item, Task, check_choice
 from icarus.train import data
 
 Row = dict[str, Any]
 
-_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-_ALONE = re.compile(r"\s*\{\{((?:(?!\}\}).)*)\}\}\s*", re.DOTALL)
+_ALONE = re.compile(r"\s*\{\{(?![-+])((?:(?!\}\}).)*)(?<![-+])\}\}\s*", re.DOTALL)
+
+
+def _present(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a field is null")
+    return value
+
+
+_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_present)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +119,27 @@ def _check(file: TaskFile, path: Path) -> None:
             raise InputError(f"{path}: {key} must be {what}, not {getattr(file, key)!r}.")
 
     wanted("data", isinstance(file.data, str), "a file or a Hub data set")
+    wanted("name", file.name is None or isinstance(file.name, str), "a text")
     wanted("prompt", isinstance(file.prompt, str | list), "a text or a list of messages")
     stops = isinstance(file.stop, list) and all(isinstance(stop, str) and stop for stop in file.stop)
     wanted("stop", stops, "a list of texts")
     wanted("max_new_tokens", type(file.max_new_tokens) is int and file.max_new_tokens > 0, "a positive integer")
     wanted("chat_template_kwargs", isinstance(file.chat_template_kwargs, dict), "an object")
     wanted("few_shot", file.few_shot is None or isinstance(file.few_shot, FewShot), "count: NUMBER")
-    if file.few_shot and not (type(file.few_shot.count) is int and file.few_shot.count > 0):
-        raise InputError(f"{path}, few_shot: count must be a positive integer, not {file.few_shot.count!r}.")
-    parts = ("choices", "answer") if file.scorer == CHOICE else ("completion",)
+    if file.few_shot:
+        _check_few_shot(file.few_shot, f"{path}, few_shot")
+    parts = {CHOICE: ("choices", "answer"), CODE: ("completion", "reference")}.get(file.scorer, ("completion",))
     if missing := [part for part in parts if getattr(file, part) is None]:
         raise InputError(f"{path} has no {missing[0]!r}, which scorer {file.scorer!r} needs; give a template for it.")
+
+
+def _check_few_shot(shots: FewShot, where: str) -> None:
+    if type(shots.count) is not int or shots.count < 1:
+        raise InputError(f"{where}: count must be a positive integer, not {shots.count!r}.")
+    if shots.data is not None and not (isinstance(shots.data, str) and shots.data):
+        raise InputError(f"{where}: data must be a file or a Hub data set, not {shots.data!r}.")
+    if not isinstance(shots.separator, str):
+        raise InputError(f"{where}: separator must be a text, not {shots.separator!r}.")
 
 
 def _task(file: TaskFile, path: Path, limit: int | None) -> Task:
@@ -175,6 +193,8 @@ def _row(file: TaskFile, row: Row) -> Row:
         made["tools"] = _value(file.tools, row)
     if file.scorer == CHOICE:
         choices = _value(file.choices, row)
+        if isinstance(choices, str | Mapping):
+            raise TypeError(f"choices must be a list, not {choices!r:.40}")
         made["completions"] = [_completion(choice, made["prompt"]) for choice in choices]
     else:
         made["completion"] = _completion(_value(file.completion, row), made["prompt"])
@@ -183,6 +203,8 @@ def _row(file: TaskFile, row: Row) -> Row:
 
 def _completion(value: Any, prompt: Any) -> Any:
     """What the assistant says, if the prompt is a chat."""
+    if not isinstance(value, str | int | float | list):
+        raise TypeError(f"an answer must be a text, not {value!r:.40}")
     if isinstance(prompt, str) or isinstance(value, list):
         return value if isinstance(value, list) else str(value)
     return [{"role": "assistant", "content": str(value)}]
@@ -190,7 +212,7 @@ def _completion(value: Any, prompt: Any) -> Any:
 
 def _reference(file: TaskFile, row: Row, asked: Row) -> Any:
     if file.scorer == CHOICE:
-        answer = _value(file.answer, row)
+        answer = _value(file.answer.strip() if isinstance(file.answer, str) else file.answer, row)
         texts = [_text(choice) for choice in asked["completions"]]
         if isinstance(answer, str):
             return texts.index(answer) if answer in texts else int(answer) if answer.isdecimal() else answer
@@ -206,8 +228,8 @@ def _shots(file: TaskFile, path: Path, rows: Iterator[Row]) -> list[Row]:
     """The solved rows; those of the task's own data are taken off it."""
     if file.few_shot is None:
         return []
-    own = file.few_shot.data is None
     source = _beside(path, file.few_shot.data or file.data)
+    own = source == _beside(path, file.data)
     solved = list(islice(rows if own else data.objects(source), file.few_shot.count))
     if len(solved) < file.few_shot.count:
         raise DataError(f"{source} has {len(solved)} rows for few_shot; lower its count.")
@@ -231,6 +253,8 @@ def _behind(shots: Sequence[Row], prompt: Any, file: TaskFile) -> Any:
     if not shots or file.few_shot is None:
         return prompt
     if isinstance(prompt, str):
+        if not all(isinstance(shot["prompt"], str) for shot in shots):
+            raise TypeError("a solved row of few_shot is a chat, and this one is a text")
         return "".join(f"{shot['prompt']}{shot['completion']}{file.few_shot.separator}" for shot in shots) + prompt
     solved = [message for shot in shots for message in (*_chat(shot["prompt"]), *shot["completion"])]
     return [*(message for message in prompt if message["role"] == "system"), *solved, *_chat(prompt)]
@@ -255,7 +279,8 @@ def _value(template: Any, row: Row) -> Any:
     value = _JINJA.compile_expression(alone[1], undefined_to_none=False)(**row)
     if isinstance(value, StrictUndefined):
         str(value)  # raises, and says what is missing
-    return value
+    around = template != template.strip()
+    return _filled_in(template, row) if around and isinstance(value, str | int | float) else value
 
 
 def _filled_in(template: Any, row: Row) -> Any:
@@ -267,4 +292,6 @@ def _prompt(template: Any, row: Row) -> Any:
     if isinstance(template, list):
         return [{key: _filled_in(part, row) for key, part in dict(message).items()} for message in template]
     value = _value(template, row)
+    if not isinstance(value, str | int | float | list):
+        raise TypeError(f"the prompt must be a text or messages, not {value!r:.40}")
     return value if isinstance(value, list) else str(value)
