@@ -26,7 +26,8 @@ PEER, PLAIN = "conventional", "icarus"
 def run(place: work.Place) -> None:
     """Write ``summary.json``, ``summary.md`` and the plots beside the results."""
     report: dict[str, Any] = {}
-    for task in dict.fromkeys(task for task, _ in place.settings.pairs):
+    tasks = dict.fromkeys(task for task, _ in place.settings.pairs)
+    for task in tasks:
         report[task] = _task(place, task)
         if seen := work.parts(place, task).seen:
             report[f"{task}, unseen functions"] = _task(place, task, seen)
@@ -34,7 +35,7 @@ def run(place: work.Place) -> None:
             _plot_curves(place, task)
     arguments.write_json({"tasks": report}, str(place.results / "summary.json"))
     tables = [_table(task, arms, place.settings.seeds) for task, arms in report.items()]
-    atomic.write_text(place.results / "summary.md", "\n\n".join([_LEGEND, *tables]) + "\n")
+    atomic.write_text(place.results / "summary.md", "\n\n".join([_LEGEND, *tables, _wins({task: report[task] for task in tasks})]) + "\n")
     _plot_scores(report, place.results / "scores.png")
 
 
@@ -185,6 +186,36 @@ def _cells(own: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> list[s
         each("peak_bytes", ".1f", 1e-9),
         _both(dict.fromkeys(seed["on"] for seed in seeds if "on" in seed)),
     ]
+
+
+def _wins(report: Mapping[str, Any]) -> str:
+    """Where an arm is clearly better or worse than another: the interval is on one side of 0 for each of two seeds."""
+    arms = dict.fromkeys(arm for own in report.values() for arm in own if arm != BASE)
+    lines = [
+        "### Who wins",
+        "",
+        "An arm wins over another if intervals exclude 0 with both seeds on at least two tasks.",
+        "",
+        "| arm | over | by | better on | worse on |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        for other, key in ((PEER, "difference"), (PLAIN, f"over {PLAIN}")):
+            for name, sign in (("score", 1), ("loss", -1)):
+                better, worse = (_clear(report, arm, key, name, side) for side in (sign, -sign))
+                if arm != other and (better or worse):
+                    lines.append(f"| {arm} | {other} | {name} | {', '.join(better)} | {', '.join(worse)} |")
+    return "\n".join(lines)
+
+
+def _clear(report: Mapping[str, Any], arm: str, key: str, name: str, sign: int) -> list[str]:
+    """The tasks on which the differences of two seeds have this sign, intervals included."""
+    found = []
+    for task, arms in report.items():
+        differences = [seed[key][name] for seed in arms.get(arm, {"seeds": {}})["seeds"].values() if key in seed]
+        if len(differences) > 1 and all(min(sign * bound for bound in d["interval"]) > 0 for d in differences):
+            found.append(task)
+    return found
 
 
 def _both(texts: Iterable[str]) -> str:

@@ -47,3 +47,21 @@ def test_what_was_not_run_is_said() -> None:
     assert " | seed 0 not scored" not in report._table("plan", {"icarus": runs(0, 1)}, (0, 1))
     assert " | 25.0; seed 0 not scored | " in report._table("plan", arms, (0, 1))
     assert rows["conventional"][9:12] == ["12; 12", "1.5; 1.5", "2.5; 2.5"]
+
+
+def test_who_wins_is_by_both_seeds() -> None:
+    def arm(*intervals: tuple[float, float]) -> dict[str, Any]:
+        return {
+            "seeds": {
+                str(n): {"difference": {"score": {"interval": [0, 1]}, "loss": {"interval": list(own)}}}
+                for n, own in enumerate(intervals)
+            }
+        }
+
+    report_of = {
+        "one": {"team": arm((-0.3, -0.1), (-0.2, -0.1)), "icarus": arm((0.1, 0.2), (0.1, 0.3))},
+        "two": {"team": arm((-0.3, -0.1), (-0.2, 0.1)), "icarus": arm((0.1, 0.2))},
+        "three": {"team": arm((-0.3, -0.1), (-0.4, -0.1))},
+    }
+    rows = [line for line in report._wins(report_of).split("\n") if " | loss | " in line]
+    assert rows == ["| team | conventional | loss | one, three |  |", "| icarus | conventional | loss |  | one |"]
