@@ -35,7 +35,8 @@ def run(place: work.Place) -> None:
             _plot_curves(place, task)
     arguments.write_json({"tasks": report}, str(place.results / "summary.json"))
     tables = [_table(task, arms, place.settings.seeds) for task, arms in report.items()]
-    atomic.write_text(place.results / "summary.md", "\n\n".join([_LEGEND, *tables, _wins({task: report[task] for task in tasks})]) + "\n")
+    parts = [_LEGEND, *tables, _wins({task: report[task] for task in tasks})]
+    atomic.write_text(place.results / "summary.md", "\n\n".join(parts) + "\n")
     _plot_scores(report, place.results / "scores.png")
 
 
