@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import GenerationConfig
 
 from icarus import model_length
@@ -13,6 +16,8 @@ from icarus.context import Specialists
 from icarus.errors import UnsupportedModelError
 from icarus.evaluate.sides import Sides
 from icarus.streams import Batch, EncoderCache, TwoStreams
+from icarus.train import IcarusSFTTrainer
+from icarus.train.config import IcarusSFTConfig
 from tiny_models import tiny, tiny_tokenizer, tokens, with_adapters
 
 LIMIT = 12
@@ -83,9 +88,10 @@ def test_answers_end_there(family: str) -> None:
     context.append(tokens(LIMIT - 2).tolist())
     context.generate("one", max_new_tokens=9)
     assert len(context.token_ids) <= LIMIT
-    other = context.rollback(LIMIT - 2).fork()
-    other.generate("one", generation_config=GenerationConfig(max_length=3 * LIMIT))
-    assert len(other.token_ids) <= LIMIT
+    for config in (GenerationConfig(max_length=3 * LIMIT), GenerationConfig()):
+        other = context.rollback(LIMIT - 2).fork()
+        other.generate("one", generation_config=config)
+        assert len(other.token_ids) <= LIMIT
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
@@ -93,6 +99,21 @@ def test_other_models_end_at_their_last_position(family: str) -> None:
     config = tiny(family).config
     assert model_length.steady_length(config) is None
     assert model_length.max_length(config) == config.max_position_embeddings
+
+
+@pytest.mark.parametrize("family", CHANGING)
+def test_rows_that_are_too_long_are_refused_before_training(family: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "a" * n, "completion": "b"} for n in (3, LIMIT)])
+    args = IcarusSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UnsupportedModelError, match=r"keep to 12 tokens \(in training: max_length\)"):
+        IcarusSFTTrainer(tiny(family, **CHANGING[family]), args, train_dataset=rows, processing_class=tiny_tokenizer())
+    args.max_length = LIMIT
+    IcarusSFTTrainer(tiny(family, **CHANGING[family]), args, train_dataset=rows, processing_class=tiny_tokenizer())
+
+
+def test_layers_of_several_kinds_have_a_rope_each() -> None:
+    kinds = {"full_attention": CHANGING["llama"]["rope_parameters"], "sliding_attention": {"rope_type": "default"}}
+    assert model_length.steady_length(SimpleNamespace(rope_parameters=kinds, max_position_embeddings=LIMIT)) == LIMIT
 
 
 def test_dynamic_rope_changes_behind_the_last_position_alone() -> None:

@@ -89,7 +89,7 @@ def _gsm8k(row: Row) -> Example:
 
 
 def _mawps(row: Row) -> Example | None:
-    """A short problem; its answer is the equation solved for x, and the number."""
+    """A short problem; its answer is the equation solved for x, and the number to six digits."""
     found = re.fullmatch(r"[xX]=(.+)", row["equation"])
     if not found:
         return None

@@ -197,15 +197,16 @@ def _wins(report: Mapping[str, Any]) -> str:
         "",
         "An arm wins over another if intervals exclude 0 with both seeds on at least two tasks.",
         "",
-        "| arm | over | by | better on | worse on |",
-        "|---|---|---|---|---|",
+        "| arm | over | by | better on | worse on | so it |",
+        "|---|---|---|---|---|---|",
     ]
     for arm in arms:
         for other, key in ((PEER, "difference"), (PLAIN, f"over {PLAIN}")):
             for name, sign in (("score", 1), ("loss", -1)):
                 better, worse = (_clear(report, arm, key, name, side) for side in (sign, -sign))
                 if arm != other and (better or worse):
-                    lines.append(f"| {arm} | {other} | {name} | {', '.join(better)} | {', '.join(worse)} |")
+                    so = "wins" if len(better) > 1 else "loses" if len(worse) > 1 else ""
+                    lines.append(f"| {arm} | {other} | {name} | {', '.join(better)} | {', '.join(worse)} | {so} |")
     return "\n".join(lines)
 
 
@@ -213,8 +214,11 @@ def _clear(report: Mapping[str, Any], arm: str, key: str, name: str, sign: int) 
     """The tasks on which the differences of two seeds have this sign, intervals included."""
     found = []
     for task, arms in report.items():
-        differences = [seed[key][name] for seed in arms.get(arm, {"seeds": {}})["seeds"].values() if key in seed]
-        if len(differences) > 1 and all(min(sign * bound for bound in d["interval"]) > 0 for d in differences):
+        seeds = arms.get(arm, {"seeds": {}})["seeds"].values()
+        intervals = [seed[key][name]["interval"] for seed in seeds if key in seed]
+        if len(seeds) == len(intervals) > 1 and all(
+            own and min(sign * bound for bound in own) > 0 for own in intervals
+        ):
             found.append(task)
     return found
 

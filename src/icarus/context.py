@@ -31,6 +31,8 @@ from icarus.streams import EncoderCache, TwoStreams
 BASE = "base"
 """The name under which the base model itself speaks."""
 
+_DEFAULT_NEW_TOKENS = 20  # Transformers', where no length is given
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
@@ -353,18 +355,22 @@ class Context:
 
     def _within_model_length(self, config: GenerationConfig) -> GenerationConfig:
         """The turn ends at the model's last position at the latest: beyond it, answers are nonsense."""
-        limit = model_length.max_length(self.team.streams.config)
-        if limit and len(self.token_ids) >= limit:
-            raise InputError(
-                f"The context has {len(self.token_ids)} tokens and this model takes {limit}; roll it back."
-            )
-        if limit and (config.max_new_tokens or 0) > limit - len(self.token_ids):
-            config = copy(config)
-            config.max_new_tokens = limit - len(self.token_ids)
-        if limit and config.max_new_tokens is None and (config.max_length or 0) > limit:
-            config = copy(config)
+        limit, length = model_length.max_length(self.team.streams.config), len(self.token_ids)
+        if limit is None:
+            return config
+        if length >= limit:
+            raise InputError(f"The context has {length} tokens and this model takes {limit}; roll it back.")
+        config = copy(config)
+        if config.max_new_tokens is not None:
+            config.max_new_tokens = min(config.max_new_tokens, limit - length)
+        elif (config.max_length or self._default_max_length() or length + _DEFAULT_NEW_TOKENS) > limit:
             config.max_length = limit
         return config
+
+    def _default_max_length(self) -> int | None:
+        """Of a turn whose config has no length: the model's own."""
+        own: Any = getattr(self.team.streams.model, "generation_config", None)
+        return getattr(own, "max_length", None)
 
     def _next_logits(self, speaker: str | None) -> Tensor:
         """(1, V) logits behind the last token, which encodes what is not encoded yet."""

@@ -38,5 +38,5 @@ def refuse_longer(length: int, limit: int, model_type: str) -> None:
     if length > limit:
         raise UnsupportedModelError(
             f"A text has {length} tokens, and {model_type} changes its rotary positions beyond {limit}, so that a KV "
-            f"cache would not fit any longer; keep to {limit} tokens (max_length={limit})."
+            f"cache would not fit any longer; keep to {limit} tokens (in training: max_length)."
         )

@@ -9,7 +9,7 @@ import pytest
 from icarus import Specialists
 from icarus.chat_template import Codec
 from icarus.errors import InputError
-from icarus.evaluate import Item, Sides, Task, evaluate
+from icarus.evaluate import Item, Scored, Side, Sides, Task, evaluate
 from icarus.evaluate.run import _asked
 from icarus.streams import IGNORED
 from icarus.train.data import tokenize
@@ -115,5 +115,14 @@ def test_an_item_that_does_not_fit_is_named(sides: Sides) -> None:
 def test_a_model_that_gives_no_numbers_is_not_scored(task: Task) -> None:
     model = tiny()
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(InputError, match=r"base gives .* a loss that is no number; check its weights and the dtype"):
+    with pytest.raises(InputError, match="has a loss that is no number"):
         list(evaluate(Sides(model, tiny_tokenizer()), task))
+
+
+def test_a_choice_without_a_number_is_seen(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is not the right one."""
+    task = Task(name="choices", items=[choices(1, 1)], scorer="choice")
+    scored = [Scored([float("nan") if wrong else -1.0], greedy=False) for wrong in (True, False, False)]
+    monkeypatch.setattr(Side, "choose", lambda *_: [scored])
+    with pytest.raises(InputError, match="choice 1 has a loss that is no number"):
+        list(evaluate(sides, task, ["base"]))

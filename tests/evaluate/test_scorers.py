@@ -88,6 +88,8 @@ EXACT = [{"name": "f", "arguments": {"a": [1, 2], "o": {"flags": [True, False]}}
         ("f(a=[1, 2], o={'flags': [True, False]})", EXACT, 1),
         ("f(a=1, o={'flags': [True, False]})", EXACT, 0),
         ("f(a=[1, 2], o={'flags': True})", EXACT, 0),
+        ('```json{"name": "add", "arguments": {"a": 1, "b": "two"}}```', OPENAI, 1),
+        ('```JSON {"name": "add", "arguments": {"a": 1, "b": "two"}}```', OPENAI, 1),
         ("```f(a=[1, 2], o={'flags': [True, False]})```", EXACT, 1),
         (f"add(a=1{'0' * 400}+1j)", OPENAI, 0),
         ("I cannot do that.", BFCL, 0),

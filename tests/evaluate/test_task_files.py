@@ -91,18 +91,17 @@ def test_examples_stand_before_the_question_and_are_not_asked(folder: Path) -> N
 
 
 def test_examples_of_the_same_file_are_not_asked(folder: Path) -> None:
-    made = task(folder, PLAIN | {"few_shot": {"count": 2, "data": "rows.jsonl"}})
-    assert [item.name for item in made.items] == ["rows.jsonl:3"]
+    for name in ("rows.jsonl", str(folder / "rows.jsonl"), f"../{folder.name}/rows.jsonl"):
+        made = task(folder, PLAIN | {"few_shot": {"count": 2, "data": name}})
+        assert [item.name for item in made.items] == ["rows.jsonl:3"]
 
 
 def test_examples_are_of_the_questions_kind(folder: Path) -> None:
-    save_rows(
-        folder / "rows.jsonl",
-        {"prompt": [{"role": "user", "content": "Q"}], "a": "#### 1"},
-        {"prompt": "Q", "a": "#### 2"},
-    )
-    with pytest.raises(DataError, match=r"rows.jsonl:2: .*a solved row of few_shot is a chat, and this one is a text"):
-        task(folder, PLAIN | {"prompt": "{{prompt}}", "completion": "{{a}}", "few_shot": {"count": 1}})
+    chat, text = {"prompt": [{"role": "user", "content": "Q"}], "a": "#### 1"}, {"prompt": "Q", "a": "#### 2"}
+    for rows in ((chat, text), (text, chat)):
+        save_rows(folder / "rows.jsonl", *rows)
+        with pytest.raises(DataError, match=r"rows.jsonl:2: .*one is a chat and another a text"):
+            task(folder, PLAIN | {"prompt": "{{prompt}}", "completion": "{{a}}", "few_shot": {"count": 1}})
 
 
 @pytest.mark.parametrize(
@@ -123,6 +122,23 @@ def test_white_space_around_an_expression_is_kept(folder: Path, template: str, t
     assert made.items[0].row["completion"] == text
     choices = task(folder, CHOICE | {"prompt": "Q", "choices": [template, "6"], "answer": "{{ 0 }}\n"})
     assert choices.items[0].row["completions"] == [text, "6"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        ([" yes", " no"], " no"),
+        ([" yes", " no"], "no"),
+        (["{{yes}}", " {{no}}"], "{{no}}"),
+        ([" ({{yes}})", " ({{no}})"], " ({{no}})"),
+        (["no", " no"], " no"),
+        (["yes", "no"], "1\n"),
+        (["yes", "no"], "{{ 1 }}\n"),
+    ],
+)
+def test_the_right_choice_by_its_text(folder: Path, choices: list[str], answer: str) -> None:
+    save_rows(folder / "rows.jsonl", {"yes": "yes", "no": "no"})
+    assert task(folder, CHOICE | {"prompt": "Q", "choices": choices, "answer": answer}).items[0].reference == 1
 
 
 def test_packed_data(folder: Path) -> None:
@@ -168,11 +184,11 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
         (PLAIN | {"reference": "none"}, "rows.jsonl:1: scorer 'number' needs a text with a number as reference"),
         (PLAIN | {"scorer": "sql", "reference": "{{wrong}}"}, "scorer 'sql' needs a text as reference"),
         (PLAIN | {"scorer": "function_call"}, "scorer 'function_call' needs a list of calls"),
-        (CALLS | {"reference": "{{ [{'f': {'x': 2}}] }}"}, r"needs a list of calls \({name: {argument: \[values\]}}"),
-        (CALLS | {"reference": "{{ [{'name': 'f', 'parameters': {}}] }}"}, "needs a list of calls"),
+        (CALLS | {"reference": "{{ [{'f': {'x': 2}}] }}"}, r"list of calls, each {name: .* as reference, not \[{'f'"),
+        (CALLS | {"reference": "{{ [{'name': 'f', 'parameters': {}}] }}"}, r"as reference, not \[{'name'"),
         (CALLS | {"reference": "{{ [{'f': 'x'}] }}"}, "needs a list of calls"),
         (CALLS | {"reference": "{{ [{}] }}"}, "needs a list of calls"),
-        (CALLS | {"reference": "{{ [{'f': {'x': []}}] }}"}, "needs a list of calls"),
+        (CALLS | {"reference": "{{ [{'f': {'x': []}}] }}"}, r"as reference, not \[{'f'"),
         (PLAIN | {"reference": "{{ [1, 2] }}"}, "scorer 'number' needs a text as reference"),
         (PLAIN | {"scorer": "code"}, "no 'reference', which scorer 'code' needs"),
         (PLAIN | {"scorer": "code", "reference": "{{ {'after': ' '} }}"}, "needs a text of tests, or texts"),
@@ -183,6 +199,7 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
         (PLAIN | {"completion": "{{ none }}"}, "rows.jsonl:1: .*an answer must be a text, not None"),
         (PLAIN | {"prompt": "{{ none }}"}, "rows.jsonl:1: .*the prompt must be a text or messages, not None"),
         (PLAIN | {"prompt": "Q: {{ none }}"}, "rows.jsonl:1: .*a field is null"),
+        (PLAIN | {"scorer": ["number"]}, r"scorer must be a text, not \['number'\]"),
         (PLAIN | {"name": ["x"]}, r"name must be a text, not \['x'\]"),
         (PLAIN | {"few_shot": {"count": 1, "data": 5}}, "few_shot: data must be a file or a Hub data set, not 5"),
         (PLAIN | {"few_shot": {"count": 1, "data": ""}}, "few_shot: data must be a file or a Hub data set, not ''"),

@@ -64,4 +64,7 @@ def test_who_wins_is_by_both_seeds() -> None:
         "three": {"team": arm((-0.3, -0.1), (-0.4, -0.1))},
     }
     rows = [line for line in report._wins(report_of).split("\n") if " | loss | " in line]
-    assert rows == ["| team | conventional | loss | one, three |  |", "| icarus | conventional | loss |  | one |"]
+    assert rows == [
+        "| team | conventional | loss | one, three |  | wins |",
+        "| icarus | conventional | loss |  | one |  |",
+    ]

@@ -249,6 +249,14 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
         data.read(str(path))
 
 
+@pytest.mark.parametrize("value", ["1" * 5_000, "[" * 50_000 + "]" * 50_000])
+def test_a_row_beyond_pythons_limits_is_named(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{json.dumps(GOOD)}\n{{"prompt": "a", "completion": "b", "more": {value}}}\n')
+    with pytest.raises(DataError, match=f"{path}:2 cannot be read .*; leave it out"):
+        data.read(str(path))
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "\xc3\xa4"}\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from icarus import arguments, team
 from icarus.bench import measure
 from icarus.context import BASE
 from icarus.errors import InputError
-from icarus.evaluate import report, task_files
+from icarus.evaluate import report, scorers, task_files
 from icarus.evaluate.records import Records
 from icarus.evaluate.run import digest, evaluate
 from icarus.evaluate.sides import Sides
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "sides": sides.identities,
         "dtype": str(sides.model.dtype).removeprefix("torch."),
         "tasks": {task.name: digest(task, sides.codec) for task in tasks},
+        "scorers": hashlib.sha256(Path(scorers.__file__).read_bytes()).hexdigest()[:12],
     }
     file = None if options.json in (None, "-") else Path(options.json)
     records = Records(file, identity)

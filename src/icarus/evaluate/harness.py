@@ -58,6 +58,8 @@ class IcarusLM(HFLM):  # type: ignore[misc]
         sides = Sides.load(base, {} if adapter is None else {_ADAPTER: adapter}, dtype=dtype, device=device)
         self._attached = ExitStack()  # open as long as the model is
         self.side = self._attached.enter_context(sides.side(BASE if adapter is None else _ADAPTER))
+        if options.get("max_length") is None:
+            options["max_length"] = self.side.max_length  # of all kinds; None lets the harness find it
         super().__init__(pretrained=self.side.causal_lm, tokenizer=sides.codec.tokenizer, **options)
         self.pretrained = base  # what reports name
 

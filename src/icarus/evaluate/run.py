@@ -119,8 +119,8 @@ def _check_length(one: _Asked, side: Side) -> None:
 def _outcomes(name: str, side: Side, task: Task, batch: Sequence[_Asked]) -> Iterator[Outcome]:
     results = _generated(side, task, batch) if task.generates else _chosen(side, batch)
     for one, (score, right, text, answer) in zip(batch, results, strict=True):
-        if math.isnan(_loss(right)):
-            raise InputError(f"{name} gives {one.item.name} a loss that is no number; check its weights and the dtype.")
+        if math.isnan(_loss(right) + (answer.drift if answer else 0.0)):
+            raise _no_number(one.item)
         yield Outcome(
             task=task.name,
             side=name,
@@ -146,8 +146,14 @@ def _generated(side: Side, task: Task, batch: Sequence[_Asked]) -> Iterator[_Res
 
 def _chosen(side: Side, batch: Sequence[_Asked]) -> Iterator[_Result]:
     for one, own in zip(batch, side.choose([one.rows for one in batch]), strict=True):
+        if any(math.isnan(_loss(scored)) for scored in own):
+            raise _no_number(one.item)
         best = max(range(len(own)), key=lambda i: sum(own[i].log_probabilities))
         yield float(best == one.item.reference), own[one.item.reference], _choice(one.item, best), None
+
+
+def _no_number(item: Item) -> InputError:
+    return InputError(f"{item.name} has a loss that is no number (NaN); check the weights of this side and the dtype.")
 
 
 def _loss(scored: Scored) -> float:

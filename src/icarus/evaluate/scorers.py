@@ -27,7 +27,7 @@ CODE = "code"
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _MARK = "####"
 _SQL_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|[\w.]+|<>|!=|<=|>=|==|\S""")
-_FENCE = re.compile(r"```(?:\w*[ \t]*\r?\n|(?:json|python|sql)\s)?(.*?)(?:```|$)", re.DOTALL)
+_FENCE = re.compile(r"```(?:\w*[ \t]*\r?\n|(?i:json|python|sql)\b)?(.*?)(?:```|$)", re.DOTALL)
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -106,7 +106,7 @@ def misfit(scorer: str, reference: Any) -> str | None:
     """What the reference would have to be for this scorer; None if it is."""
     if scorer == "function_call":
         calls = reference if isinstance(reference, list) else [reference]
-        return None if calls and all(map(_is_call, calls)) else "a list of calls ({name: {argument: [values]}})"
+        return None if calls and all(map(_is_call, calls)) else _CALLS
     if scorer == CODE:
         parts = reference if isinstance(reference, dict) else {"after": reference}
         texts = all(isinstance(part, str) for part in parts.values()) and str(parts.get("after", "")).strip()
@@ -162,6 +162,7 @@ def _sql_token(token: str) -> str:
     return {"<>": "!=", "==": "="}.get(token, token.lower())
 
 
+_CALLS = 'a list of calls, each {name: {argument: [one value or more]}} or {"name": ..., "arguments": {...}},'
 Call = tuple[str, dict[str, Any]]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined
+from jinja2.nodes import Output, TemplateData
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icarus import arguments
@@ -31,8 +32,6 @@ from icarus.evaluate.tasks import Item, Task, check_choice
 from icarus.train import data
 
 Row = dict[str, Any]
-
-_ALONE = re.compile(r"\s*\{\{(?![-+])((?:(?!\}\}).)*)(?<![-+])\}\}\s*", re.DOTALL)
 
 
 def _present(value: Any) -> Any:
@@ -119,6 +118,7 @@ def _check(file: TaskFile, path: Path) -> None:
             raise InputError(f"{path}: {key} must be {what}, not {getattr(file, key)!r}.")
 
     wanted("data", isinstance(file.data, str), "a file or a Hub data set")
+    wanted("scorer", isinstance(file.scorer, str), "a text")
     wanted("name", file.name is None or isinstance(file.name, str), "a text")
     wanted("prompt", isinstance(file.prompt, str | list), "a text or a list of messages")
     stops = isinstance(file.stop, list) and all(isinstance(stop, str) and stop for stop in file.stop)
@@ -212,12 +212,19 @@ def _completion(value: Any, prompt: Any) -> Any:
 
 def _reference(file: TaskFile, row: Row, asked: Row) -> Any:
     if file.scorer == CHOICE:
-        answer = _value(file.answer.strip() if isinstance(file.answer, str) else file.answer, row)
-        texts = [_text(choice) for choice in asked["completions"]]
-        if isinstance(answer, str):
-            return texts.index(answer) if answer in texts else int(answer) if answer.isdecimal() else answer
-        return answer
+        answer = _value(file.answer, row)
+        return _index(answer, [_text(choice) for choice in asked["completions"]]) if isinstance(answer, str) else answer
     return _text(asked["completion"]) if file.reference is None else _value(file.reference, row)
+
+
+def _index(answer: str, texts: list[str]) -> int | str:
+    """Of the choice with this text, but for white space if there is no other; or the number that the text is."""
+    if answer in texts:
+        return texts.index(answer)
+    alike = [index for index, text in enumerate(texts) if text.strip() == answer.strip()]
+    if len(alike) == 1:
+        return alike[0]
+    return int(answer) if answer.strip().isdecimal() else answer
 
 
 def _text(completion: Any) -> str:
@@ -229,11 +236,16 @@ def _shots(file: TaskFile, path: Path, rows: Iterator[Row]) -> list[Row]:
     if file.few_shot is None:
         return []
     source = _beside(path, file.few_shot.data or file.data)
-    own = source == _beside(path, file.data)
+    own = _same(source, _beside(path, file.data))
     solved = list(islice(rows if own else data.objects(source), file.few_shot.count))
     if len(solved) < file.few_shot.count:
         raise DataError(f"{source} has {len(solved)} rows for few_shot; lower its count.")
     return [_solved(file, row, source) for row in solved]
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names are of one data set."""
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _solved(file: TaskFile, row: Row, source: str) -> Row:
@@ -252,9 +264,9 @@ def _behind(shots: Sequence[Row], prompt: Any, file: TaskFile) -> Any:
     """The prompt behind solved ones, whose system messages are left out."""
     if not shots or file.few_shot is None:
         return prompt
+    if any(isinstance(shot["prompt"], str) != isinstance(prompt, str) for shot in shots):
+        raise TypeError("of this row and the solved ones of few_shot one is a chat and another a text")
     if isinstance(prompt, str):
-        if not all(isinstance(shot["prompt"], str) for shot in shots):
-            raise TypeError("a solved row of few_shot is a chat, and this one is a text")
         return "".join(f"{shot['prompt']}{shot['completion']}{file.few_shot.separator}" for shot in shots) + prompt
     solved = [message for shot in shots for message in (*_chat(shot["prompt"]), *shot["completion"])]
     return [*(message for message in prompt if message["role"] == "system"), *solved, *_chat(prompt)]
@@ -273,14 +285,25 @@ def _value(template: Any, row: Row) -> Any:
         return [_value(part, row) for part in template]
     if isinstance(template, dict):
         return {key: _value(part, row) for key, part in template.items()}
-    alone = _ALONE.fullmatch(template) if isinstance(template, str) else None
-    if not alone:
+    expression = _expression(template) if isinstance(template, str) else None
+    if expression is None:
         return _filled_in(template, row)
-    value = _JINJA.compile_expression(alone[1], undefined_to_none=False)(**row)
+    value = _JINJA.compile_expression(expression, undefined_to_none=False)(**row)
     if isinstance(value, StrictUndefined):
         str(value)  # raises, and says what is missing
     around = template != template.strip()
     return _filled_in(template, row) if around and isinstance(value, str | int | float) else value
+
+
+def _expression(template: str) -> str | None:
+    """What stands in a template that is a single ``{{expression}}``, but for white space."""
+    bare = template.strip()
+    parsed = _JINJA.parse(bare).body
+    if len(parsed) != 1 or not isinstance(parsed[0], Output) or not bare.startswith("{{"):
+        return None
+    if len(parsed[0].nodes) != 1 or isinstance(parsed[0].nodes[0], TemplateData):
+        return None
+    return re.sub(r"^[-+]|[-+]$", "", bare[2:-2])  # white-space control
 
 
 def _filled_in(template: Any, row: Row) -> Any:

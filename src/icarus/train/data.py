@@ -112,7 +112,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}).") from error
         except (ValueError, RecursionError) as error:  # Python's own limits
-            raise DataError(f"{path}:{number} cannot be read ({first_line(error)}).") from error
+            raise DataError(f"{path}:{number} cannot be read ({first_line(error)}); leave it out.") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number} is a {type(row).__name__}; each line must be a JSON object.")
         yield {**row, LINE: number}

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTConfig, SFTTrainer
 
-from icarus import adapter, base_model
+from icarus import adapter, base_model, model_length
 from icarus.errors import InputError
 from icarus.streams import IGNORED, Batch, TwoStreams
 from icarus.train import data, fields, tokenizer
@@ -98,6 +98,7 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.adapter_name = str(adapted.active_adapter)
         TwoStreams(adapted).probe()  # refuses before any data is read
         self.base_fingerprint = adapter.fingerprint(adapted)  # now, as FSDP will spread the weights over processes
+        self._config = adapted.get_base_model().config.get_text_config()
         self._prepare_model(adapted)
         if processing_class is None:
             processing_class = tokenizer.of_model(adapted, trust=args.trust_remote_code)
@@ -132,11 +133,19 @@ class IcarusSFTTrainer(SFTTrainer):  # type: ignore[misc]
             dataset = self._token_rows(dataset, processing_class, packing)
         elif "position_ids" not in dataset.column_names:  # the rows are not ours
             fields.check_tokens(self._given, dataset.column_names)
+        self._check_length(dataset)
         if "position_ids" in dataset.column_names and not packing:
             # Our rows are cut already, by positions; TRL would cut by tokens, of which branches have more.
             args.max_length = None
         prepared: Dataset = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         return prepared
+
+    def _check_length(self, dataset: Dataset) -> None:
+        """Refuse now what would be refused when its batch comes."""
+        limit = model_length.steady_length(self._config)
+        if limit and "position_ids" in dataset.column_names:
+            longest = 1 + max((max(row, default=0) for row in dataset["position_ids"]), default=0)
+            model_length.refuse_longer(longest, limit, self._config.model_type)
 
     def _token_rows(self, dataset: Dataset, processing_class: Any, packing: bool) -> Dataset:
         given = self._given
