@@ -189,7 +189,7 @@ def test_without_the_flag_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "check", lambda: pytest.fail("it ran"))
     with pytest.raises(InputError, match=r"^Task code runs programs .* --confirm-run-unsafe-code"):
         code_task().check_confirmed(confirm_run_unsafe_code=False)
-    with pytest.raises(InputError, match="needs texts 'before' and 'after' as reference"):
+    with pytest.raises(InputError, match="needs a text of tests, or texts 'before' and 'after' as reference"):
         Task(
             name="code",
             scorer="code",
