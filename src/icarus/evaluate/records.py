@@ -32,10 +32,11 @@ class Records:
         try:
             text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
             lines, unfinished = text.split("\n")[:-1], text.rpartition("\n")[2]
-            if not head.startswith(unfinished) if not lines else lines[0] != head:
+            ours = lines[0] == head if lines else head.startswith(unfinished)
+            if not ours:
                 raise InputError(
-                    f"{self._file} holds results of an evaluation with another base model, adapter, task or dtype; "
-                    "remove it, or give another --json."
+                    f"{self._file} holds results of an evaluation with another base model, adapter, task, dtype or "
+                    "scorers; remove it, or give another --json."
                 )
             self._read(lines[1:])
             if not lines or unfinished or len(self.outcomes) < len(lines) - 1:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,7 @@ def _value(template: Any, row: Row) -> Any:
     return _filled_in(template, row) if around and isinstance(value, str | int | float) else value
 
 
+@cache
 def _expression(template: str) -> str | None:
     """What stands in a template that is a single ``{{expression}}``, but for white space."""
     bare = template.strip()
