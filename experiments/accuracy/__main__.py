@@ -27,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         chosen = settings.read(options.settings, options.tasks)
-        place = work.Place(chosen, options.data, options.work, options.results / chosen.name)
+        place = work.Place(chosen, options.data, options.work / chosen.name, options.results / chosen.name)
         place.results.mkdir(parents=True, exist_ok=True)
         return _PARTS[options.part](place, options)
     except InputError as error:

@@ -25,6 +25,7 @@ from experiments.accuracy.settings import Arm, Settings
 from icarus import adapter, base_model, model_folder
 from icarus.streams import IGNORED, Batch, EncoderCache, TwoStreams, _EncoderPass
 from icarus.train.data import token_rows
+from icarus.train.run import run_directory
 from icarus.train.trainer import Collator
 
 ENCODER = "encoder"
@@ -49,6 +50,7 @@ def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -
     training.run(settings, told)
     model, tokenizer = base_model.load(base, dtype="float32", device="cpu")
     _save(adapter.merge(model, adapter_folder), tokenizer, target)
+    shutil.rmtree(run_directory(adapter_folder), ignore_errors=True)
 
 
 def together(settings: Settings, rows: Mapping[str, Sequence[Row]], target: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from icarus.train import IcarusSFTTrainer
 Form = Literal["residual", "inputs", "norms", "head", "queries"]
 
 _READS = {"residual", "inputs"}
+_EXTRAS = "form.pt"
 
 
 class Extra(nn.Module):
@@ -153,9 +155,23 @@ def _places(model: Any, form: Form) -> list[nn.Module]:
 
 
 class FormTrainer(IcarusSFTTrainer):
-    """Trains whatever ``add`` has added along with the adapter."""
+    """Trains whatever ``add`` has added along with the adapter, and keeps it in checkpoints."""
 
     def _summed_loss(
         self, model: nn.Module, batch: Batch, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         return FormStreams(model).loss(batch)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if extras := self._extras():
+            torch.save(extras.state_dict(), Path(output_dir or self.args.output_dir) / _EXTRAS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if extras := self._extras():
+            extras.load_state_dict(torch.load(Path(resume_from_checkpoint) / _EXTRAS, weights_only=True))
+
+    def _extras(self) -> nn.Module | None:
+        extras: nn.Module | None = getattr(unwrapped(self.model), "form_extras", None)
+        return extras

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import resource
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from icarus.adapter.files import read_tensors
 from icarus.streams import IGNORED, Batch, TwoStreams
 from icarus.train.config import DistillConfig, IcarusDistillationConfig, IcarusSFTConfig, TrainConfig
 from icarus.train.data import read, token_rows
-from icarus.train.run import train
+from icarus.train.fit import fit
+from icarus.train.run import last_checkpoint, run_directory, train
 from icarus.train.trainer import Collator
 
 _VALIDATIONS = 3
@@ -78,7 +78,7 @@ class Trained:
 
 
 def run(settings: Settings, training: Training) -> Trained:
-    """Train, and write the adapter unless it is a form's."""
+    """Train, and write the adapter unless it is a form's; who keeps the result removes the run's checkpoints."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started, used = time.perf_counter(), time.process_time()
@@ -113,7 +113,7 @@ def _trainable(output: Path, form: tuple[TwoStreams, Any] | None) -> int:
 
 def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
     """By ``icarus train`` or ``distill``, which resume from their own checkpoints."""
-    arm, folder = training.arm, training.output.with_name(training.output.name + ".run")
+    arm = training.arm
     common: dict[str, Any] = {
         "base": training.base,
         "data": str(training.rows),
@@ -121,7 +121,7 @@ def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
         "output": str(training.output),
         "rank": arm.rank,
         "dtype": settings.dtype,
-        "resume": any(folder.glob("checkpoint-*/trainer_state.json")),
+        "resume": last_checkpoint(training.output) is not None,
     }
     trainer = _trainer_settings(training)
     if training.teacher:
@@ -132,9 +132,8 @@ def _train(settings: Settings, training: Training) -> list[dict[str, Any]]:
         peer.score_labels_alone()
         method: Any = "lora" if arm.method == "lora" else "icarus"
         train(TrainConfig(method=method, **common), IcarusSFTConfig(**trainer))
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda one: int(one.parent.name.split("-")[1]))
-    history: list[dict[str, Any]] = json.loads(states[-1].read_text())["log_history"]
-    shutil.rmtree(folder)
+    state = Path(str(last_checkpoint(training.output))) / "trainer_state.json"
+    history: list[dict[str, Any]] = json.loads(state.read_text())["log_history"]
     return history
 
 
@@ -167,7 +166,7 @@ def _train_form(settings: Settings, training: Training) -> tuple[tuple[TwoStream
     adapted = adapter.attach(model, _lora(arm, model))
     if arm.form:
         forms.add(adapted, arm.form, arm.form_rank or arm.rank)
-    changed = {"output_dir": str(training.output), "save_strategy": "no", "dataloader_pin_memory": False}
+    changed = {"output_dir": str(run_directory(training.output)), "dataloader_pin_memory": False}
     trainer = forms.FormTrainer(
         adapted,
         IcarusSFTConfig(**_trainer_settings(training) | changed),
@@ -175,7 +174,7 @@ def _train_form(settings: Settings, training: Training) -> tuple[tuple[TwoStream
         eval_dataset=token_rows(read(str(training.validation)), codes, None)[0] if training.validation else None,
         processing_class=codes,
     )
-    trainer.train()
+    fit(trainer, last_checkpoint(training.output))
     adapted.eval()
     return (forms.FormStreams(adapted), codes), trainer.state.log_history
 

@@ -31,6 +31,7 @@ from icarus.evaluate import Sides, TokenRow, evaluate
 from icarus.evaluate.records import Records
 from icarus.evaluate.run import digest
 from icarus.train.data import tokenize
+from icarus.train.run import run_directory
 
 _BATCH = 8
 _SCORED = {"cpu": 16, "cuda": 64}
@@ -57,8 +58,9 @@ class Place:
         return self.results / f"{cell.name}.scores.json"
 
     def adapter(self, cell: Cell) -> Path:
-        """Where its adapter lies."""
-        return self.work / cell.name / "adapter"
+        """Where its adapter lies; one of other rows or settings lies elsewhere, as do its checkpoints."""
+        depends = json.dumps([identity(self, cell), _steps(self, cell)])
+        return self.work / f"{cell.name}.{_key(depends)}" / "adapter"
 
     def loss(self, cell: Cell) -> float | None:
         """The loss on the validation rows; None where the run has not finished, or was another one."""
@@ -216,6 +218,7 @@ def _train(place: Place, cell: Cell) -> None:
         "machine": measure.settings(),
     }
     arguments.write_json(result, str(place.result(cell)))
+    shutil.rmtree(run_directory(output))
 
 
 def _teacher(place: Place, cell: Cell) -> Path:
@@ -238,6 +241,10 @@ def _write(place: Place, name: str, rows: Sequence[data.Row]) -> Path:
     return file
 
 
+def _key(depends: str) -> str:
+    return hashlib.sha256(depends.encode()).hexdigest()[:12]
+
+
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Of several runs that need the same thing, one makes it."""
@@ -255,7 +262,7 @@ def _team_base(place: Place, kind: str) -> Path:
     """The base model that was prepared for the team: made once, and again for other rows or settings."""
     settings, team = place.settings, place.settings.team
     depends = json.dumps([_fingerprint(settings.base), _team_identity(place)])
-    folder = place.work / f"{kind}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
+    folder = place.work / f"{kind}-{_key(depends)}"
     with _alone(folder.with_suffix(".lock")):
         if not folder.exists():
             share = -(-team.steps * settings.batch_size // len(team.tasks))
@@ -264,7 +271,7 @@ def _team_base(place: Place, kind: str) -> Path:
                 bases.together(settings, rows, folder)
             else:
                 file = _write(place, "team", [row for own in rows.values() for row in own])
-                bases.merged(settings, file, place.work / "team-adapter", folder)
+                bases.merged(settings, file, folder.with_name(f"{folder.name}-adapter"), folder)
     return folder
 
 

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from experiments.accuracy import data, settings, work
+from experiments.accuracy import data, settings, training, work
+from experiments.accuracy.forms import Form
+from experiments.accuracy.plan import Cell, Wanted
 from icarus.evaluate import Outcome
+from icarus.train import IcarusSFTTrainer
+from icarus.train.run import run_directory
 from saved import save_base
 
 _TEXT = """
@@ -90,3 +95,47 @@ def test_short_problems_are_cut_by_their_words(place: work.Place) -> None:
     people = [{row["prompt"][0]["content"].split()[0] for row in rows} for rows in (made.train, made.validation)]
     assert not people[0] & people[1]
     assert made.train[0]["completion"][0]["content"] in {f"{n}+{n}\n#### {2 * n}" for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("form", [None, "residual"])
+@pytest.mark.parametrize("at", ["its fifth step", "its validation loss"])
+def test_training_goes_on_where_it_was_interrupted(
+    place: work.Place, monkeypatch: pytest.MonkeyPatch, form: Form | None, at: str
+) -> None:
+    """Checkpoints are written after two steps each."""
+    arms = {"icarus": replace(place.settings.arms["icarus"], form=form)}
+    place = replace(place, settings=replace(place.settings, steps=6, arms=arms, scores=False))
+    other = replace(place, work=place.work / "other", results=place.results / "other")
+    other.results.mkdir()
+    wanted = Wanted(Cell("mawps", "icarus", 0.001, 0), scored=False)
+    steps = list[int]()
+    with monkeypatch.context() as patch:
+        _interrupt(patch, at, steps)
+        with pytest.raises(KeyboardInterrupt):
+            work.perform(place, wanted)
+    taken = len(steps)
+    _count(monkeypatch, steps)
+    work.perform(place, wanted)
+    assert len(steps) - taken == (2 if at == "its fifth step" else 0)
+    work.perform(other, wanted)
+    assert place.loss(wanted.cell) == other.loss(wanted.cell)
+    assert not run_directory(place.adapter(wanted.cell)).exists()
+
+
+def _count(patch: pytest.MonkeyPatch, steps: list[int], last: int | None = None) -> None:
+    step = IcarusSFTTrainer.training_step
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        if len(steps) == last:
+            raise KeyboardInterrupt
+        steps.append(self.state.global_step)
+        return step(self, *args, **options)
+
+    patch.setattr(IcarusSFTTrainer, "training_step", counted)
+
+
+def _interrupt(patch: pytest.MonkeyPatch, at: str, steps: list[int]) -> None:
+    _count(patch, steps, last=4 if at == "its fifth step" else None)
+    if at == "its validation loss":
+        for module, name in ((work, "_validation_loss"), (training, "form_loss")):
+            patch.setattr(module, name, Mock(side_effect=KeyboardInterrupt))

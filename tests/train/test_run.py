@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -397,6 +398,20 @@ def test_a_killed_run_resumes_to_the_same_weights(train: Train, base: Path, tmp_
     assert report["steps"] == 6
     assert_same(weights(tmp_path / "out"), weights(tmp_path / "straight"), **EXACT)
     adapter.verify(tmp_path / "out.run" / "checkpoint-6", base)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 0.4}])
+def test_a_run_that_had_ended_takes_no_further_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: dict[str, Any]
+) -> None:
+    """As where it was interrupted behind its last checkpoint, before the adapter was written."""
+    first = train(MANY * 4, **STEPS | length)
+    before = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    again = train(MANY * 4, resume=True, **STEPS | length)
+    assert again["steps"] == first["steps"]
+    assert math.isclose(again["metrics"]["train_loss"], first["metrics"]["train_loss"], rel_tol=1e-3)
+    assert_same(weights(tmp_path / "out"), before, **EXACT)
 
 
 def test_starting_over_a_broken_run_and_resuming_none_are_refused(

@@ -24,6 +24,7 @@ from icarus.errors import InputError
 from icarus.train import data, fields, tokenizer
 from icarus.train.config import TRAIN, AdapterConfig, DistillConfig, IcarusSFTConfig, TrainConfig
 from icarus.train.distillation import IcarusDistillationTrainer
+from icarus.train.fit import fit
 from icarus.train.progress import Progress
 from icarus.train.trainer import IcarusSFTTrainer
 
@@ -90,9 +91,8 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     train_rows, left_out = _token_rows(rows, codes, sft, config, config.data, ends)
     eval_tokens = _token_rows(eval_rows, codes, sft, config, str(config.eval_data))[0] if eval_rows else None
     trainer = _trainer(config, fields.after_rows(sft), model, codes, train_rows, eval_tokens)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = fit(trainer, checkpoint)
     _write(trainer, config, output)  # before evaluation, which may round the weights (bf16_full_eval)
-    metrics = dict(result.metrics)
     if eval_tokens is not None:
         metrics |= trainer.evaluate()
     return {
