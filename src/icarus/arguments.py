@@ -94,6 +94,8 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
         raise InputError(f"The {what} {file} cannot be read ({error.strerror}); name a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); correct it.") from error
+    except RecursionError as error:
+        raise InputError(f"{file} is nested too deeply to be read; correct it.") from error
     if not isinstance(values, dict):
         raise InputError(f"{file} is no {what}; give it as key: value on each line.")
     return values

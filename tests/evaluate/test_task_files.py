@@ -157,6 +157,7 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
     ("values", "message"),
     [
         ("a: [", "sums.yaml is not YAML"),
+        ("[" * 10_000, "sums.yaml is nested too deeply"),
         ("[]", "sums.yaml is no task file"),
         (PLAIN | {"promt": "x"}, "unknown key 'promt'; the known keys are data, prompt"),
         ({"prompt": "x", "scorer": "number"}, "no 'data'; every task needs data, prompt, scorer"),
@@ -213,6 +214,12 @@ WITHOUT = {key: value for key, value in PLAIN.items() if key != "completion"}
 def test_what_is_wrong_is_said(folder: Path, values: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         task(folder, values)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_no_items_is_refused(folder: Path, limit: int) -> None:
+    with pytest.raises(InputError, match=f"limit={limit} leaves no items; give at least 1"):
+        read_task(folder / "sums.yaml", limit=limit)
 
 
 def test_an_unknown_task_is_refused(tmp_path: Path) -> None:

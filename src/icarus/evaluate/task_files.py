@@ -85,9 +85,11 @@ def read(source: str | Path, *, limit: int | None = None) -> Task:
     """The task of a YAML file, with its first ``limit`` items.
 
     Raises:
-        InputError: there is no such file, or a key in it is unknown, missing or of the wrong kind.
+        InputError: no such file, a key in it is unknown, missing or of the wrong kind, or the limit is below 1.
         DataError: there are no rows, or an item cannot be made of one; the message names it.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} leaves no items; give at least 1, or None for all.")
     path = Path(source).expanduser()
     return _task(_parsed(path), path, limit)
 
