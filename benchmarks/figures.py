@@ -345,7 +345,8 @@ def accuracy(model: str) -> Table:
     for task, arms in result(f"accuracy/{model}/summary")["tasks"].items():
         for arm, own in arms.items():
             seeds = _seeds(own)
-            peer = _seeds(arms["conventional"], None if arm == "base" else own["seeds"])
+            scored = [seed for seed, run in own["seeds"].items() if "score" in run]
+            peer = _seeds(arms["conventional"], None if arm == "base" else scored)
             if not seeds or not peer:
                 continue
             loss, right = (_mean(seeds, name) for name in ("loss", "score"))

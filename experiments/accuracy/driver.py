@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -24,8 +25,15 @@ def run(place: work.Place, jobs: int) -> int:
     place.work.mkdir(parents=True, exist_ok=True)
     threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
-    running: dict[Future[None], Job] = {}
     failed: set[Job] = set()
+    while not _all_done(place, jobs, threads, failed):
+        pass  # a process was killed, as for its memory, which ends a pool: the rest goes on in another one
+    return 1 if failed else 0
+
+
+def _all_done(place: work.Place, jobs: int, threads: int, failed: set[Job]) -> bool:
+    """Whether the pool lived until nothing was left."""
+    running: dict[Future[None], Job] = {}
     spawn = multiprocessing.get_context("spawn")
     # On a CPU each run has a process of its own, which gives memory back. Starting one takes as long as a run on a GPU.
     lives = None if training.device() == "cuda" else 1
@@ -38,12 +46,19 @@ def run(place: work.Place, jobs: int) -> int:
                     print("start", _name(job), flush=True)
                     running[pool.submit(_perform, place, job)] = job
             if not running:
-                return 1 if failed else 0
+                return True
+            broken = False
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 error = future.exception()
                 failed |= {job} if error else set()
+                broken |= isinstance(error, BrokenProcessPool)
                 print("failed" if error else "done", _name(job), error or "", flush=True)
+            if broken:
+                for job in running.values():
+                    print("failed", _name(job), "with the one that was killed", flush=True)
+                failed |= set(running.values())
+                return False
 
 
 def _begin(threads: int) -> None:

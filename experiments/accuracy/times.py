@@ -24,22 +24,34 @@ from icarus.train.data import token_rows
 
 
 def run(place: work.Place, tasks: Sequence[str], arms: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Measure, and write ``times.json``; tasks that were measured before are kept."""
+    """Measure, and write ``times.json`` after each task.
+
+    A task that was measured with these arms and rows is kept, as other times void the runs of equal time.
+    """
     file = place.results / "times.json"
-    report = work.read(file) or {"tasks": {}, "machines": {}}
+    report = work.read(file) or {"tasks": {}, "machines": {}, "identities": {}}
     peer.score_labels_alone()
     if not torch.cuda.is_available():
         memory.keep()
         bfloat16.speed_up()
     for task in tasks:
-        size = place.settings.rows_per_step(task)
-        rows = work.parts(place, task).train[: size * (repeats + 1)]
-        steps = {name: _step(place, place.settings.arms[name], rows, size) for name in arms}
-        seconds = measure.alternate(steps, repeats, task)
-        report["tasks"][task] = {name: measure.summary(values) for name, values in seconds.items()}
+        identity = work.identity(place, work.base_cell(task)) | {"batch_size": place.settings.rows_per_step(task)}
+        if report["identities"].get(task) == identity and report["tasks"][task].keys() >= set(arms):
+            print(f"{task} was measured before and is kept; remove it from {file} to measure it again.", flush=True)
+            continue
+        report["tasks"][task] = _measured(place, task, arms, repeats)
         report["machines"][task] = measure.settings(repeats=repeats)
-    arguments.write_json(report, str(file))
+        report["identities"][task] = identity
+        arguments.write_json(report, str(file))
     return report
+
+
+def _measured(place: work.Place, task: str, arms: Sequence[str], repeats: int) -> dict[str, Any]:
+    size = place.settings.rows_per_step(task)
+    rows = work.parts(place, task).train[: size * (repeats + 1)]
+    steps = {name: _step(place, place.settings.arms[name], rows, size) for name in arms}
+    seconds = measure.alternate(steps, repeats, task)
+    return {name: measure.summary(values) for name, values in seconds.items()}
 
 
 def _step(place: work.Place, arm: Arm, rows: Sequence[Row], batch_size: int) -> Callable[[], None]:

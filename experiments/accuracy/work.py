@@ -135,6 +135,9 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
         depends["validation_rows"] = rows
     if arm.base != "base":
         depends["team"] = _team_identity(place)
+    if arm.teacher:
+        rate = best_rate(settings, cell.task, arm.teacher, place.loss)
+        depends["teacher"] = {"rate": rate, "rank": settings.arms[arm.teacher].rank}
     return depends
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,19 @@ def test_a_changed_figure_is_seen(name: str) -> None:
         place = number + page.index("-->") + len("-->")
         changed = page[:place] + str((int(page[place]) + 1) % 10) + page[place + 1 :]
         assert figures.written(changed) == page
+
+
+def test_an_arm_is_compared_over_the_seeds_that_were_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arm(*scores: float | None) -> dict[str, Any]:
+        seeds = [
+            {"trainable": 1} if score is None else {"trainable": 1, "loss": 1.0, "score": score} for score in scores
+        ]
+        return {"rate": 0.1, "seeds": {str(seed): run for seed, run in enumerate(seeds)}}
+
+    summary = {"tasks": {"sums": {"conventional": arm(0.2, 0.4), "icarus": arm(0.3, None)}}}
+    monkeypatch.setattr(figures, "result", lambda _: summary)
+    *_, icarus = figures.accuracy("any")
+    assert icarus[-2:] == ["30.0 %", "+10.0 points"]
 
 
 def test_the_headline_is_six_figures_with_losses_among_them() -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import yaml
 
 from home import BASE, TEAM, Capture
 from icarus import cli
-from icarus.evaluate import Outcome, Side
+from icarus.evaluate import Outcome, Side, progress
 from icarus.evaluate.report import summary
 from saved import save_rows
 
@@ -85,6 +86,24 @@ def test_an_interrupted_evaluation_resumes(folder: Path, monkeypatch: pytest.Mon
     assert len({(i["task"], i["side"], i["item"]) for i in report["items"]}) == len(report["items"]) == 24
     assert sum(passes) == 24 - 7  # what was finished is not computed again
     assert not partial.exists()
+
+
+def test_what_an_interruption_loses_without_a_file_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(Side, "_batch", Mock(side_effect=KeyboardInterrupt))
+    for json_words, lost in ((["--json", "-"], True), (["--json", "report.json"], False)):
+        assert cli.main([*EVAL[: EVAL.index("--json")], *json_words]) == 130
+        assert ("Nothing was kept. With --json FILE" in capsys.readouterr().err) == lost
+
+
+def test_progress_is_lines_without_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    assert cli.main(EVAL) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("words: ")]
+    assert lines[-1] == "words: 12 of 12 items, side two"
+    assert len(lines) > 3
+    assert not any("\r" in line for line in lines)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.accuracy import data, settings, work
-from experiments.accuracy.plan import Cell, best_rate, wanted
+from experiments.accuracy import data, driver, settings, times, work
+from experiments.accuracy.plan import Cell, Wanted, best_rate, wanted
 from icarus.errors import InputError
 
 _TEXT = """
@@ -115,3 +118,61 @@ def test_missing_settings_or_data_are_named(tmp_path: Path) -> None:
         settings.read(tmp_path / "gone.yaml")
     with pytest.raises(InputError, match=r"wikisql_train.jsonl.gz is missing"):
         data.parts("wikisql", tmp_path, "chat", 4)
+
+
+def test_step_times_are_kept_task_by_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide the steps of runs of equal time."""
+    place = work.Place(_read(tmp_path, _TEXT), tmp_path, tmp_path, tmp_path)
+    rows, measured = {"wikisql": "a", "gsm8k": "b"}, list[str]()
+
+    def measure(_: Any, task: str, arms: list[str], repeats: int) -> dict[str, Any]:
+        measured.append(task)
+        if measured == ["wikisql", "gsm8k"]:
+            raise KeyboardInterrupt
+        return {arm: {"median_ms": 1.0} for arm in arms}
+
+    monkeypatch.setattr(times, "_measured", measure)
+    monkeypatch.setattr(work, "identity", lambda place, cell: {"rows": rows[cell.task]})
+    with pytest.raises(KeyboardInterrupt):
+        times.run(place, ["wikisql", "gsm8k"], ["icarus"], 1)
+    times.run(place, ["wikisql", "gsm8k"], ["icarus"], 1)
+    assert measured == ["wikisql", "gsm8k", "gsm8k"]
+    rows["gsm8k"] = "c"
+    times.run(place, ["wikisql", "gsm8k"], ["icarus"], 1)
+    times.run(place, ["wikisql"], ["icarus", "lora"], 1)
+    assert measured[3:] == ["gsm8k", "wikisql"]
+
+
+def test_a_student_of_a_teacher_at_another_rate_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = "arms: {lora: {method: lora, rank: 2}, taught: {method: distill, rank: 2, teacher: lora}}"
+    read = _read(
+        tmp_path, _TEXT.replace("arms: {icarus: {method: icarus, rank: 2}}", arms).replace("[icarus]", "[lora]")
+    )
+    monkeypatch.setattr(work, "_fingerprint", lambda base: base)
+    monkeypatch.setattr(work, "_rows_digest", lambda base, task, form: task)
+    place, identities = work.Place(read, tmp_path, tmp_path, tmp_path), []
+    for best in (0.002, 0.002, None):
+        monkeypatch.setattr(work, "best_rate", lambda *_, best=best: best)
+        identities.append(work.identity(place, Cell("wikisql", "taught", 0.001, 0)))
+    assert identities[0] == identities[1] != identities[2]
+
+
+def _killed_once(place: work.Place, job: Any) -> None:
+    """In the driver's processes."""
+    if job.cell.rate == 0.001:
+        os.kill(os.getpid(), signal.SIGKILL)
+    place.result(job.cell).write_text("{}")
+
+
+def test_a_run_that_is_killed_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for its memory."""
+    place = work.Place(_read(tmp_path, _TEXT), tmp_path, tmp_path, tmp_path)
+    cells = [Cell("wikisql", "icarus", rate, 0) for rate in (0.001, 0.002, 0.004)]
+    wanted_ = [Wanted(cell, scored=False) for cell in cells]
+    monkeypatch.setattr(driver, "_perform", _killed_once)
+    monkeypatch.setattr(driver, "_jobs", lambda _: [one for one in wanted_ if not place.result(one.cell).exists()])
+    assert driver.run(place, 1) == 1
+    assert [place.result(cell).exists() for cell in cells] == [False, True, True]
+    assert "failed wikisql.icarus.0.001.0" in capsys.readouterr().out

@@ -385,7 +385,22 @@ def test_a_teacher_whose_base_model_has_another_name_is_warned_of(
         Teacher(student, teacher)
         assert not caplog.records
         Teacher(student, folder)
-    assert "'owner/other', and this one is called 'owner/mine'" in caplog.text
+    assert "'owner/other', and this one is called 'owner/mine'. If they differ, " in caplog.text
+
+
+def test_a_teacher_whose_base_model_is_at_hand_is_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The weights, which models of one shape differ in; another name alone does not matter."""
+    model = tiny()
+    model.name_or_path = str(save_base(tmp_path / "same"))
+    folder = save_teacher(tmp_path / "teacher", model)
+    student = tiny()
+    student.name_or_path = "owner/mine"
+    Teacher(student, folder)
+    with torch.no_grad():
+        next(student.parameters()).mul_(2)
+    with pytest.raises(InputError, match=r"trained on the base model .*same, which has other weights than owner/mine"):
+        Teacher(student, folder)
+    assert not caplog.records
 
 
 def test_a_model_that_a_trainer_has_changed_cannot_be_run_twice(teacher: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,15 +74,12 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     }
     file = None if options.json in (None, "-") else Path(options.json)
     records = Records(file, identity)
-    for task in tasks:
-        for outcome in evaluate(
-            sides,
-            task,
-            batch_size=options.batch_size,
-            done=records.done(task.name),
-            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-        ):
-            records.add(outcome)
+    try:
+        _evaluate(sides, tasks, records, options)
+    except KeyboardInterrupt:
+        if file is None:
+            print("Nothing was kept. With --json FILE what is finished is, and is not done again.", file=sys.stderr)
+        raise
     figures = report.summary(records.outcomes, sides.kinds, options.against)
     report.show(figures, options.against)
     if options.json:
@@ -93,6 +92,18 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         arguments.write_json(whole, options.json)
     records.finish()
     return None
+
+
+def _evaluate(sides: Sides, tasks: Sequence[Task], records: Records, options: argparse.Namespace) -> None:
+    for task in tasks:
+        for outcome in evaluate(
+            sides,
+            task,
+            batch_size=options.batch_size,
+            done=records.done(task.name),
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        ):
+            records.add(outcome)
 
 
 def _refuse_twins(tasks: list[Task]) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from tqdm.auto import tqdm
 
 from icarus.chat_template import Codec
 from icarus.errors import InputError
 from icarus.evaluate.generated import Answer
+from icarus.evaluate.progress import Progress
 from icarus.evaluate.sides import Scored, Side, Sides, TokenRow
 from icarus.evaluate.tasks import Item, Task
 from icarus.streams import IGNORED
@@ -75,19 +72,18 @@ def evaluate(
     asked = [_asked(item, sides.codec) for item in task.items]
     asked.sort(key=lambda one: max(len(row.input_ids) for row in one.rows), reverse=True)
     finished = set(done)
-    bar: Any = tqdm(total=len(chosen) * len(asked), desc=task.name, unit="item", disable=not sys.stderr.isatty())
-    with bar:
+    with Progress(task.name, len(chosen) * len(asked)) as progress:
         for name in chosen:
             left = [one for one in asked if (name, one.item.name) not in finished]
-            bar.update(len(asked) - len(left))
-            bar.set_postfix(side=name)
+            progress.start(name)
+            progress.update(len(asked) - len(left))
             with sides.side(name) as side:
                 for one in left:
                     _check_length(one, side)
                 for start in range(0, len(left), batch_size):
                     batch = left[start : start + batch_size]
                     yield from _outcomes(name, side, task, batch)
-                    bar.update(len(batch))
+                    progress.update(len(batch))
 
 
 def digest(task: Task, codec: Codec) -> str:

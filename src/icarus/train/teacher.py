@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icarus import adapter
+from icarus import adapter, base_model, packaged_model
 from icarus.errors import AdapterError, InputError, UnsupportedModelError
 from icarus.streams import Batch, TwoStreams
 
@@ -73,16 +73,29 @@ def _loaded(model: nn.Module, source: str | Path) -> Any:
     config = adapted.peft_config["teacher"]
     if config.is_prompt_learning:
         raise InputError(f"Teacher {source} is no LoRA but adds tokens to its prompts; give a LoRA.")
-    its, own = config.base_model_name_or_path, adapted.get_base_model().name_or_path
-    if its and own and its != own:  # a conventional adapter has no fingerprint by which the weights could be compared
-        logger.warning(
-            "Teacher %s was trained on a base model called %r, and this one is called %r; if they differ, what it "
-            "teaches is wrong.",
-            source,
-            its,
-            own,
-        )
+    _check_base(adapted, source, config.base_model_name_or_path)
     return adapted
+
+
+def _check_base(adapted: Any, source: str | Path, its: str | None) -> None:
+    """A conventional adapter has no fingerprint of its base model: the weights that it names are compared, if here."""
+    own = adapted.get_base_model().name_or_path
+    if not its or not own or its == own:
+        return
+    if its in packaged_model.NAMES or Path(its).is_dir():
+        if adapter.fingerprint(base_model.folder(its)) != adapter.fingerprint(adapted):
+            raise InputError(
+                f"Teacher {source} was trained on the base model {its}, which has other weights than {own}; "
+                f"give --base {its}."
+            )
+        return
+    logger.warning(
+        "Teacher %s was trained on a base model called %r, and this one is called %r. If they differ, what it teaches "
+        "is wrong: give the one that it was trained on.",
+        source,
+        its,
+        own,
+    )
 
 
 def _reason(error: AdapterError) -> str:
