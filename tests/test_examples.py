@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from icarus import adapter, cli, turns
+from icarus.evaluate import read_task
 from saved import save_adapter, save_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -31,6 +32,13 @@ def test_a_specialist_is_trained_and_scored(
     assert adapter.verify(output, base).rank == 8
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split(":")[0].strip() for line in lines] == ["base", "dates"]
+
+
+def test_a_task_asks_for_queries() -> None:
+    task = read_task(EXAMPLES / "sql.yaml")
+    rows = (EXAMPLES / "rows" / "sql.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(task.items) == len(rows)
+    assert task.items[0].reference == "select population from t where city = 'Lima'"
 
 
 def test_a_team_works_in_one_context(

@@ -75,9 +75,11 @@ class NamedPaths(argparse.Action):
         setattr(namespace, self.dest, paths)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(
+    parser: argparse.ArgumentParser, help_: str = "write the report as JSON; - prints it as the last line"
+) -> None:
     """Add ``--json``, which the command line acts on for every command that returns a report."""
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON; - prints it as the last line")
+    parser.add_argument("--json", metavar="FILE", help=help_)
 
 
 def read_yaml(file: Path, what: str) -> dict[str, Any]:

@@ -130,8 +130,10 @@ def _merge(source: Path, encoder: Path, target: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     print(f"Preparing {PREPARED} (once) ...", file=sys.stderr)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
@@ -139,6 +141,8 @@ def _merge(source: Path, encoder: Path, target: Path) -> None:
         raise InputError(
             f"{source} is damaged ({first_line(error)}); remove that folder, and it is made again."
         ) from error
+    finally:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model.name_or_path = PACKAGED
     merged: Any = adapter.merge(model, encoder)
     model_folder.write(merged, tokenizer, target)

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     team.add_arguments(parser)
     parser.add_argument("--turns", required=True, metavar="FILE", help="JSON list of turns; - reads standard input")
-    arguments.add_json(parser)
+    arguments.add_json(parser, "write the figures of all turns as JSON; - prints those of each turn as a line")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -45,6 +45,7 @@ def test_all_sides_over_all_tasks(folder: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "words: 3 items" in out
     assert "over one" in out
+    assert "drift/token" in out  # whole, though this is no terminal and the table wider than one
     report = json.loads(Path("report.json").read_text())
     assert report["settings"]["dtype"] == "float32"
     assert report["settings"]["sides"].keys() == {"base", "one", "two"}

@@ -402,7 +402,7 @@ def test_a_killed_run_resumes_to_the_same_weights(train: Train, base: Path, tmp_
 
 @pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 0.4}])
 def test_a_run_that_had_ended_takes_no_further_step(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: dict[str, Any]
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], length: dict[str, Any]
 ) -> None:
     """As where it was interrupted behind its last checkpoint, before the adapter was written."""
     first = train(MANY * 4, **STEPS | length)
@@ -410,8 +410,20 @@ def test_a_run_that_had_ended_takes_no_further_step(
     shutil.rmtree(tmp_path / "out")
     again = train(MANY * 4, resume=True, **STEPS | length)
     assert again["steps"] == first["steps"]
+    assert "The run had ended after" in capsys.readouterr().err
     assert math.isclose(again["metrics"]["train_loss"], first["metrics"]["train_loss"], rel_tol=1e-3)
     assert_same(weights(tmp_path / "out"), before, **EXACT)
+
+
+def test_a_run_that_had_ended_before_it_logged_a_loss_has_none(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In place of NaN, which no JSON has."""
+    train(MANY, **STEPS, logging_steps=10)
+    again = train(MANY, resume=True, **STEPS, logging_steps=10)
+    assert again["metrics"] == {}
+    under_test.report(again | {"steps": 1})
+    assert re.search(r"out: 1 step in [\d.]+ s$", capsys.readouterr().err)
 
 
 def test_starting_over_a_broken_run_and_resuming_none_are_refused(

@@ -85,7 +85,8 @@ def show(figures: Mapping[str, Mapping[str, Any]], against: str) -> None:
     for task, sides in figures.items():
         items = next(iter(sides.values()))["items"]
         names = ("kind", "score", f"over {against}", "loss/token", f"over {against}", "drift/token")
-        table = Table("side", *(Column(name, justify="right") for name in names), title=f"{task}: {items} items")
+        title = f"{task}: {items} item{'' if items == 1 else 's'}"
+        table = Table("side", *(Column(name, justify="right", overflow="fold") for name in names), title=title)
         for side, own in sides.items():
             difference = own.get("difference", {})
             table.add_row(
@@ -97,7 +98,15 @@ def show(figures: Mapping[str, Mapping[str, Any]], against: str) -> None:
                 shown(difference.get("loss"), 1, ".4f"),
                 f"{own['drift']:.3f}" if "drift" in own else "",
             )
-        Console().print(table)
+        _print(table)
+
+
+def _print(table: Table) -> None:
+    """On a terminal as wide as that; elsewhere as wide as the table."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table)
 
 
 def shown(difference: Mapping[str, Any] | None, scale: int, form: str) -> str:

@@ -6,6 +6,7 @@ one more step when it is resumed, and end with other weights.
 
 from __future__ import annotations
 
+import sys
 from statistics import fmean
 from typing import Any
 
@@ -13,15 +14,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 
 def fit(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train, and return the trainer's metrics; with ``checkpoint`` from there on."""
+    """Train, with ``checkpoint`` from there on; returns its metrics, of a run that had ended the mean loss."""
     ended = _Ended()
     trainer.add_callback(ended)
     try:
         return dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     except _EndedError:  # its weights are loaded
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        if trainer.is_world_process_zero():
+            steps = trainer.state.global_step
+            print(f"The run had ended after {steps} steps; what it learnt is written again.", file=sys.stderr)
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        return {"train_loss": fmean(losses) if losses else float("nan")}
+        return {"train_loss": fmean(losses)} if losses else {}
     finally:
         trainer.remove_callback(ended)
 

@@ -59,7 +59,9 @@ def report(figures: dict[str, Any]) -> dict[str, Any] | None:
     """Say on the terminal what was done; returns the figures in the first of several processes alone."""
     if os.environ.get("RANK", "0") != "0":  # torchrun started several processes
         return None
-    done = f"{figures['steps']} steps in {figures['seconds']} s, mean loss {figures['metrics']['train_loss']:.3f}"
+    steps, metrics = figures["steps"], figures["metrics"]
+    loss = f", mean loss {metrics['train_loss']:.3f}" if "train_loss" in metrics else ""
+    done = f"{steps} step{'' if steps == 1 else 's'} in {figures['seconds']} s{loss}"
     print(f"{figures['output']}: {done}", file=sys.stderr)
     return figures
 
