@@ -1,9 +1,17 @@
 """The tasks: rows to train on, rows for the choice of settings, items to score.
 
-Reads JSON lines (gzip) of WikiSQL, CommonsenseQA, OpenBookQA, GSM8K, MAWPS, BFCL and agent roles (LRAgent, from
-AutoAct). Their folder names are those of ``SOURCES``. Rows that settings are chosen by are cut from the training part;
-rows of one table, question or set of functions never stand on both sides of a cut. (One function may be in several
-sets.)
+Reads JSON lines (gzip), one object a row; files and folders are named in ``SOURCES``. They were made from these
+repositories on GitHub:
+
+    WikiSQL                      jkkummerfeld/text2sql-data
+    OpenBookQA, CommonsenseQA    AGI-Edgerunners/LLM-Adapters and kojima-takeshi188/zero_shot_cot
+    MAWPS                        AGI-Edgerunners/LLM-Adapters
+    GSM8K                        openai/grade-school-math
+    BFCL                         ShishirPatil/gorilla
+    agent roles                  hjeon2k/LRAgent, from AutoAct
+
+Rows that settings are chosen by are cut from the training part; rows of one table, question or set of functions never
+stand on both sides of a cut. (One function may be in several sets.)
 """
 
 from __future__ import annotations
