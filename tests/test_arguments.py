@@ -123,3 +123,5 @@ def test_train_shows_the_flags_of_its_settings(word: str, capsys: pytest.Capture
     out = capsys.readouterr().out
     for flag in ("--eval_data", "--per_device_train_batch_size", "--json FILE", "--debug"):
         assert flag in out
+    for refused in ("--push_to_hub ", "--resume_from_checkpoint", "--dataset_text_field", "--model_init_kwargs"):
+        assert refused not in out

@@ -6,6 +6,7 @@ TrainingArguments: schedules, accumulation, precision, FSDP, ``report_to``) with
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from trl import SFTConfig, TrlParser
 
 from icarus.arguments import Parser
 from icarus.errors import InputError
+from icarus.train import fields
 
 
 @dataclass(kw_only=True)
@@ -160,8 +162,13 @@ class Settings:
     """More for the beginning of ``--help``."""
 
     def help_text(self) -> str:
-        """The text of ``--help``."""
-        return str(self._parser().format_help())
+        """The text of ``--help``; flags that are always refused are left out."""
+        parser = self._parser()
+        for flag in parser._actions:
+            refused = fields.REFUSED.get(flag.dest)
+            if refused and refused.where != "decoder" and not refused.taken:
+                flag.help = argparse.SUPPRESS
+        return str(parser.format_help())
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, Any]:
         """Flags, and ``--config recipe.yaml`` for their defaults; flags win. Returns one of each dataclass.
