@@ -388,17 +388,19 @@ def accuracy_forms() -> Table:
     return rows
 
 
+_CHAIN = {
+    "plan": "plan right",
+    "sql": "SQL right at the end",
+    "sql if plan": "the same, where the plan was right",
+    "explanation": "explanation, token F1 with a person's question",
+}
+
+
 def chain() -> Table:
     """Three specialists that continue one another, beside conventional ones on the same tables."""
     report = result("chain")
     rows = [["", "conventional", "ICaRus", "difference", "ICaRus, prepared base", "difference"]]
-    labels = {
-        "plan": "plan right",
-        "sql": "SQL right at the end",
-        "sql if plan": "the same, where the plan was right",
-        "explanation": "explanation, token F1 with a person's question",
-    }
-    for name, label in labels.items():
+    for name, label in _CHAIN.items():
         scale, form, unit = (1, ".3f", "") if name == "explanation" else (100, ".1f", " %")
         cells = [f"{scale * report['lora'][name]['value']:{form}}{unit}"]
         for side in ("icarus", "team"):
@@ -408,6 +410,18 @@ def chain() -> Table:
     read = report["tokens read for a chain"]
     lora, icarus, team = (f"{read[side]:.0f}" for side in ("lora", "icarus", "team"))
     rows.append(["tokens read for a chain", lora, icarus, "", team, ""])
+    return rows
+
+
+def chain_shipped() -> Table:
+    """The shipped specialists, end to end on the same tables."""
+    report = result("chain-shipped")
+    rows = [["", "shipped specialists", "95 % interval", "tables"]]
+    for name, label in _CHAIN.items():
+        scale, form, unit = (1, ".3f", "") if name == "explanation" else (100, ".1f", " %")
+        own = report["shipped"][name]
+        low, high = (f"{scale * bound:{form}}" for bound in own["interval"])
+        rows.append([label, f"{scale * own['value']:{form}}{unit}", f"{low} to {high}", str(own["tables"])])
     return rows
 
 
@@ -439,6 +453,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "accuracy more": partial(accuracy, "more"),
     "accuracy forms": accuracy_forms,
     "chain": chain,
+    "chain shipped": chain_shipped,
     "soak": soak,
 }
 

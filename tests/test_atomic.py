@@ -119,3 +119,14 @@ def test_file_system_without_links_copies(good: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "link", no_link)
     adapter.save(specialist(llama(), seed=3), good)
     assert (good / "notes.txt").read_text() == "mine"
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """It is not replaced by a file, which root could do."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic.write_text(pipe, "words")
+    assert os.read(read, 99) == b"words"
+    os.close(read)
+    assert pipe.is_fifo()

@@ -26,39 +26,51 @@ def run(place: work.Place, jobs: int) -> int:
     threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
     failed: set[Job] = set()
-    while not _all_done(place, jobs, threads, failed):
-        pass  # a process was killed, as for its memory, which ends a pool: the rest goes on in another one
+    while killed := _until_killed(place, jobs, threads, failed):
+        if len(killed) > 1:  # any of them, as for its memory: each once more, alone, from its checkpoints
+            killed = {job for job in killed if _until_killed(place, 1, threads, failed, only=job)}
+        failed |= killed
     return 1 if failed else 0
 
 
-def _all_done(place: work.Place, jobs: int, threads: int, failed: set[Job]) -> bool:
-    """Whether the pool lived until nothing was left."""
+def _until_killed(place: work.Place, jobs: int, threads: int, failed: set[Job], only: Job | None = None) -> set[Job]:
+    """Runs until nothing is left, or until a process is killed, which ends its pool: those that ran then."""
     running: dict[Future[None], Job] = {}
     spawn = multiprocessing.get_context("spawn")
     # On a CPU each run has a process of its own, which gives memory back. Starting one takes as long as a run on a GPU.
     lives = None if training.device() == "cuda" else 1
     with ProcessPoolExecutor(jobs, spawn, _begin, (threads,), max_tasks_per_child=lives) as pool:
         while True:
-            for job in _jobs(place):
-                if len(running) == jobs:
-                    break
-                if job not in failed and job not in running.values():
-                    print("start", _name(job), flush=True)
-                    running[pool.submit(_perform, place, job)] = job
+            try:
+                _start(pool, place, jobs, running, failed, only)
+            except BrokenProcessPool:
+                return set(running.values())
             if not running:
-                return True
-            broken = False
+                return set()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
                 error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    print("killed", *map(_name, running.values()), flush=True)
+                    return set(running.values())
+                job = running.pop(future)
                 failed |= {job} if error else set()
-                broken |= isinstance(error, BrokenProcessPool)
                 print("failed" if error else "done", _name(job), error or "", flush=True)
-            if broken:
-                for job in running.values():
-                    print("failed", _name(job), "with the one that was killed", flush=True)
-                failed |= set(running.values())
-                return False
+
+
+def _start(
+    pool: ProcessPoolExecutor,
+    place: work.Place,
+    jobs: int,
+    running: dict[Future[None], Job],
+    failed: set[Job],
+    only: Job | None,
+) -> None:
+    for job in _jobs(place):
+        if len(running) == jobs:
+            return
+        if job not in failed and job not in running.values() and only in (None, job):
+            print("start", _name(job), flush=True)
+            running[pool.submit(_perform, place, job)] = job
 
 
 def _begin(threads: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
@@ -14,12 +14,14 @@ from experiments.accuracy.data import Form as Template
 from experiments.accuracy.forms import Form
 from icarus.errors import InputError
 
+Method = Literal["icarus", "lora", "distill"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to make a specialist."""
 
-    method: Literal["icarus", "lora", "distill"]
+    method: Method
     rank: int
     base: Literal["base", "team", "together"] = "base"
     """``team`` and ``together``: the base model that was prepared for the team in one of two ways (bases.py)."""
@@ -120,6 +122,11 @@ def read(file: Path, tasks: Sequence[str] | None = None) -> Settings:
         raise InputError(f"{file} cannot be read ({error}); name a YAML file of settings.") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no file of settings ({error}); see those beside this script.") from error
+    for name, own in arms.items():
+        if own.method not in get_args(Method):
+            raise InputError(
+                f"{file}: the arm {name} has method {own.method!r}; give one of {', '.join(get_args(Method))}."
+            )
     for name in ("batch_sizes", "scored_items", "validation_rows"):
         for task in getattr(settings, name):
             if task not in SOURCES:

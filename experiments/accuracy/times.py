@@ -26,17 +26,17 @@ from icarus.train.data import token_rows
 def run(place: work.Place, tasks: Sequence[str], arms: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure, and write ``times.json`` after each task.
 
-    A task that was measured with these arms and rows is kept, as other times void the runs of equal time.
+    A task that was measured with the same arms and rows is kept, as other times void the runs of equal time.
     """
     file = place.results / "times.json"
-    report = work.read(file) or {"tasks": {}, "machines": {}, "identities": {}}
+    report = {"tasks": {}, "machines": {}, "identities": {}} | (work.read(file) or {})
     peer.score_labels_alone()
     if not torch.cuda.is_available():
         memory.keep()
         bfloat16.speed_up()
     for task in tasks:
-        identity = work.identity(place, work.base_cell(task)) | {"batch_size": place.settings.rows_per_step(task)}
-        if report["identities"].get(task) == identity and report["tasks"][task].keys() >= set(arms):
+        identity = work.timed_identity(place, task, arms)
+        if task in report["tasks"] and report["identities"].get(task) == identity:
             print(f"{task} was measured before and is kept; remove it from {file} to measure it again.", flush=True)
             continue
         report["tasks"][task] = _measured(place, task, arms, repeats)

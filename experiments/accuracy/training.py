@@ -61,6 +61,8 @@ class Trained:
     """Parameters."""
     history: list[dict[str, Any]]
     """The trainer's log."""
+    resumed: bool
+    """Whether time and memory are those of the last start alone."""
     form: tuple[TwoStreams, Any] | None = None
     """Streams and tokenizer of a form, which is not written."""
 
@@ -81,6 +83,7 @@ def run(settings: Settings, training: Training) -> Trained:
     """Train, and write the adapter unless it is a form's; who keeps the result removes the run's checkpoints."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    resumed = last_checkpoint(training.output) is not None
     started, used = time.perf_counter(), time.process_time()
     form, history = _train_form(settings, training) if training.arm.in_process else (None, _train(settings, training))
     return Trained(
@@ -89,6 +92,7 @@ def run(settings: Settings, training: Training) -> Trained:
         peak_bytes=_peak_bytes(),
         trainable=_trainable(training.output, form),
         history=history,
+        resumed=resumed,
         form=form,
     )
 

@@ -22,7 +22,7 @@ from experiments.accuracy import bases, data, training
 from experiments.accuracy.plan import Cell, Wanted, best_rate
 from experiments.accuracy.settings import Arm, Settings
 from icarus import adapter as adapters
-from icarus import arguments, base_model
+from icarus import arguments, atomic, base_model
 from icarus.bench import measure
 from icarus.chat_template import Codec
 from icarus.context import BASE
@@ -137,7 +137,7 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
         depends["team"] = _team_identity(place)
     if arm.teacher:
         rate = best_rate(settings, cell.task, arm.teacher, place.loss)
-        depends["teacher"] = {"rate": rate, "rank": settings.arms[arm.teacher].rank}
+        depends["teacher"] = rate and identity(place, Cell(cell.task, arm.teacher, rate, cell.seed))
     return depends
 
 
@@ -185,6 +185,14 @@ def base_done(place: Place, task: str) -> bool:
 
 
 def _train(place: Place, cell: Cell) -> None:
+    """Another process that was at it has finished when this one's turn comes."""
+    folder = place.adapter(cell).parent
+    with _alone(folder.with_name(f"{folder.name}.lock")):
+        if place.loss(cell) is None or not place.adapter(cell).exists():
+            _train_alone(place, cell)
+
+
+def _train_alone(place: Place, cell: Cell) -> None:
     settings, arm = place.settings, place.settings.arms[cell.arm]
     base, output = _base(place, arm), place.adapter(cell)
     shutil.rmtree(output, ignore_errors=True)
@@ -220,6 +228,8 @@ def _train(place: Place, cell: Cell) -> None:
         "validation": trained.curve("eval_loss"),
         "machine": measure.settings(),
     }
+    if trained.resumed:
+        result["resumed"] = True
     arguments.write_json(result, str(place.result(cell)))
     shutil.rmtree(run_directory(output))
 
@@ -236,11 +246,9 @@ def _teacher(place: Place, cell: Cell) -> Path:
 
 
 def _write(place: Place, name: str, rows: Sequence[data.Row]) -> Path:
-    file = place.work / f"{name}.jsonl"
-    with _alone(place.work / f"{name}.lock"):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            file.write_text(text, encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file = place.work / f"{name}.{_key(text)}.jsonl"  # other rows are another file: a run may be reading this one
+    atomic.write_text(file, text)
     return file
 
 
@@ -295,6 +303,13 @@ def step_ms(place: Place, task: str, arm: Arm) -> float | None:
     wanted = _timed(arm)
     alike = (name for name in measured if (own := place.settings.arms.get(name)) and _timed(own) == wanted)
     return next((float(measured[name]["median_ms"]) for name in alike), None)
+
+
+def timed_identity(place: Place, task: str, arms: Sequence[str]) -> dict[str, Any]:
+    """What the step times of arms on a task depend on, besides code and machine."""
+    timed = {name: asdict(_timed(place.settings.arms[name])) for name in arms}
+    own = {name: {key: value for key, value in arm.items() if value is not None} for name, arm in timed.items()}
+    return identity(place, base_cell(task)) | {"batch_size": place.settings.rows_per_step(task), "arms": own}
 
 
 def _timed(arm: Arm) -> Arm:

@@ -88,11 +88,14 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file; another process sees it as it was, or with all of ``content``.
+    """Write a file; another process sees it as it was, or with all of ``content``. A device or a pipe is written to.
 
     Raises:
         OSError: the file cannot be written.
     """
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
     work = file.with_name(f".{file.name}.{uuid4().hex[:8]}.tmp")
     try:
         work.write_bytes(content)

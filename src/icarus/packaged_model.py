@@ -17,7 +17,8 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +111,29 @@ def _unpack(gguf: Path, target: Path) -> None:
     """Dequantise to a folder of bfloat16 safetensors with its tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
     print(f"Unpacking {PACKAGED} (once) ...", file=sys.stderr)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    with _without_bars():
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model: Any = AutoModelForCausalLM.from_pretrained(
             **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         model.config._name_or_path = PACKAGED
         model_folder.write(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(**source), target)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers' bars, which would stand around our two lines."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
     finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _merge(source: Path, encoder: Path, target: Path) -> None:
@@ -130,19 +141,16 @@ def _merge(source: Path, encoder: Path, target: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     print(f"Preparing {PREPARED} (once) ...", file=sys.stderr)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        with _without_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+            tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"{source} is damaged ({first_line(error)}); remove that folder, and it is made again."
         ) from error
-    finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model.name_or_path = PACKAGED
     merged: Any = adapter.merge(model, encoder)
     model_folder.write(merged, tokenizer, target)

@@ -95,16 +95,24 @@ def test_what_an_interruption_loses_without_a_file_is_said(
     monkeypatch.setattr(Side, "_batch", Mock(side_effect=KeyboardInterrupt))
     for json_words, lost in ((["--json", "-"], True), (["--json", "report.json"], False)):
         assert cli.main([*EVAL[: EVAL.index("--json")], *json_words]) == 130
-        assert ("Nothing was kept. With --json FILE" in capsys.readouterr().err) == lost
+        err = capsys.readouterr().err
+        assert ("Nothing was kept. With --json FILE" in err) == lost
+        assert ("What is finished is in report.json.partial" in err) != lost
 
 
 def test_progress_is_lines_without_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
     assert cli.main(EVAL) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("words: ")]
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    lines = [line for line in err.splitlines() if line.startswith("words: ")]
     assert lines[-1] == "words: 12 of 12 items, side two"
     assert len(lines) > 3
-    assert not any("\r" in line for line in lines)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 60.0)
+    assert cli.main([*EVAL, "--limit", "2"]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("words: ")] == [
+        "words: 6 of 6 items, side two"
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")

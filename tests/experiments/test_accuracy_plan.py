@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,40 +141,57 @@ def test_step_times_are_kept_task_by_task(tmp_path: Path, monkeypatch: pytest.Mo
     assert measured == ["wikisql", "gsm8k", "gsm8k"]
     rows["gsm8k"] = "c"
     times.run(place, ["wikisql", "gsm8k"], ["icarus"], 1)
-    times.run(place, ["wikisql"], ["icarus", "lora"], 1)
+    wider = replace(place.settings, arms={"icarus": replace(place.settings.arms["icarus"], rank=64)})
+    times.run(replace(place, settings=wider), ["wikisql"], ["icarus"], 1)
     assert measured[3:] == ["gsm8k", "wikisql"]
+    (tmp_path / "times.json").write_text(
+        '{"tasks": {}, "machines": {}}'
+    )  # as one removes a task, and before there was more
+    times.run(place, ["gsm8k"], ["icarus"], 1)
+    assert measured[5:] == ["gsm8k"]
 
 
-def test_a_student_of_a_teacher_at_another_rate_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_of_another_teacher_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = "arms: {lora: {method: lora, rank: 2}, taught: {method: distill, rank: 2, teacher: lora}}"
-    read = _read(
-        tmp_path, _TEXT.replace("arms: {icarus: {method: icarus, rank: 2}}", arms).replace("[icarus]", "[lora]")
-    )
+    text = _TEXT.replace("arms: {icarus: {method: icarus, rank: 2}}", arms).replace("[icarus]", "[lora]")
     monkeypatch.setattr(work, "_fingerprint", lambda base: base)
     monkeypatch.setattr(work, "_rows_digest", lambda base, task, form: task)
-    place, identities = work.Place(read, tmp_path, tmp_path, tmp_path), []
-    for best in (0.002, 0.002, None):
+    identities = []
+    for best, rank in ((0.002, 2), (0.002, 2), (0.004, 2), (0.002, 3)):
+        read = _read(tmp_path, text.replace("method: lora, rank: 2", f"method: lora, rank: {rank}"))
         monkeypatch.setattr(work, "best_rate", lambda *_, best=best: best)
+        place = work.Place(read, tmp_path, tmp_path, tmp_path)
         identities.append(work.identity(place, Cell("wikisql", "taught", 0.001, 0)))
-    assert identities[0] == identities[1] != identities[2]
+    assert identities[0] == identities[1]
+    assert identities[0] not in identities[2:]
 
 
-def _killed_once(place: work.Place, job: Any) -> None:
-    """In the driver's processes."""
+def _killed(place: work.Place, job: Any) -> None:
+    """In the driver's processes: the run of the first rate is killed, when the others have begun."""
+    begun = place.work / f"begun {job.cell.rate}"
+    begun.write_text("")
+    while job.cell.rate == 0.001 and not (place.work / "begun 0.002").exists():
+        time.sleep(0.01)
     if job.cell.rate == 0.001:
         os.kill(os.getpid(), signal.SIGKILL)
+    while job.cell.rate == 0.002 and not (place.work / "alone").exists():
+        (place.work / "alone").write_text("")
+        time.sleep(20)  # it is killed with the first one
     place.result(job.cell).write_text("{}")
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_is_killed_does_not_end_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], jobs: int
 ) -> None:
-    """As for its memory."""
+    """As for its memory. Those beside it, which die with it, are run once more."""
     place = work.Place(_read(tmp_path, _TEXT), tmp_path, tmp_path, tmp_path)
+    for name in ("begun 0.002", "alone") if jobs == 1 else ():
+        (tmp_path / name).write_text("")
     cells = [Cell("wikisql", "icarus", rate, 0) for rate in (0.001, 0.002, 0.004)]
     wanted_ = [Wanted(cell, scored=False) for cell in cells]
-    monkeypatch.setattr(driver, "_perform", _killed_once)
+    monkeypatch.setattr(driver, "_perform", _killed)
     monkeypatch.setattr(driver, "_jobs", lambda _: [one for one in wanted_ if not place.result(one.cell).exists()])
-    assert driver.run(place, 1) == 1
+    assert driver.run(place, jobs) == 1
     assert [place.result(cell).exists() for cell in cells] == [False, True, True]
-    assert "failed wikisql.icarus.0.001.0" in capsys.readouterr().out
+    assert "killed wikisql.icarus.0.001.0" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from datasets import Dataset
 from peft.utils import save_and_load as peft_files
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import reference
 from icarus import Specialists, adapter, processor
@@ -424,6 +425,41 @@ def test_a_run_that_had_ended_before_it_logged_a_loss_has_none(
     assert again["metrics"] == {}
     under_test.report(again | {"steps": 1})
     assert re.search(r"out: 1 step in [\d.]+ s$", capsys.readouterr().err)
+
+
+def test_a_run_that_had_ended_keeps_its_best_checkpoint(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Transformers itself takes no further step, at the end of an epoch."""
+    rows = save_rows(tmp_path / "eval.jsonl", *MANY[:4])
+    best: dict[str, Any] = {"eval_data": str(rows), "eval_strategy": "steps", "eval_steps": 2}
+    best |= STEPS | {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    train(MANY, **best)
+    before = weights(tmp_path / "out")
+    last = weights(tmp_path / "out.run" / "checkpoint-6")
+    assert any(not torch.equal(before[name], last[name]) for name in before)
+    train(MANY, resume=True, **best)
+    assert_same(weights(tmp_path / "out"), before, **EXACT)
+
+
+def test_a_run_of_other_settings_is_not_resumed(train: Train, base: Path, tmp_path: Path) -> None:
+    """Its weights would get a config that is not theirs, or the fingerprint of a base model that they never saw."""
+    steps = STEPS | {"max_steps": 2}
+    train(MANY, **steps)
+    before = weights(tmp_path / "out")
+    other = AutoModelForCausalLM.from_pretrained(base)
+    next(other.parameters()).data.mul_(2)
+    shutil.copytree(base, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    for changed, message in (
+        ({"alpha": 99}, "checkpoint-2 is of a run with alpha 8, and this one has 99; give what it had, or remove"),
+        ({"rank": 2}, "with rank 4, and this one has 2"),
+        ({"method": "lora"}, "with method icarus, and this one has lora"),
+        ({"base": str(tmp_path / "other")}, "with a base model of fingerprint "),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(MANY, resume=True, **steps | changed)
+    assert_same(weights(tmp_path / "out"), before, **EXACT)
 
 
 def test_starting_over_a_broken_run_and_resuming_none_are_refused(

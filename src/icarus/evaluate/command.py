@@ -77,8 +77,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     try:
         _evaluate(sides, tasks, records, options)
     except KeyboardInterrupt:
-        if file is None:
-            print("Nothing was kept. With --json FILE what is finished is, and is not done again.", file=sys.stderr)
+        kept = "Nothing was kept. With --json FILE what is finished is, and is not done again."
+        if file:
+            kept = f"What is finished is in {file}.partial; the same command goes on from there."
+        print(kept, file=sys.stderr)
         raise
     figures = report.summary(records.outcomes, sides.kinds, options.against)
     report.show(figures, options.against)
@@ -102,6 +104,7 @@ def _evaluate(sides: Sides, tasks: Sequence[Task], records: Records, options: ar
             batch_size=options.batch_size,
             done=records.done(task.name),
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+            lines=True,
         ):
             records.add(outcome)
 

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, a plain line now and then elsewhere."""
+"""How far an evaluation is: a bar on a terminal; elsewhere a plain line now and then, for whoever wants them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _LINE_EVERY_S = 30.0
 class Progress:
     """Of one task; ``total`` is its items times the sides that answer them."""
 
-    def __init__(self, task: str, total: int) -> None:
+    def __init__(self, task: str, total: int, *, lines: bool) -> None:
         self._task, self._side = task, ""
-        self._lines = not sys.stderr.isatty()
-        self._bar: tqdm[Any] = tqdm(total=total, desc=task, unit="item", disable=self._lines)
+        terminal = sys.stderr.isatty()
+        self._lines = lines and not terminal
+        self._bar: tqdm[Any] = tqdm(total=total, desc=task, unit="item", disable=not terminal)
         self._done, self._total, self._said = 0, total, time.monotonic()
 
     def __enter__(self) -> Progress:

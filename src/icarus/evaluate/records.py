@@ -25,10 +25,12 @@ class Records:
 
     def __init__(self, report: Path | None, identity: Mapping[str, Any]) -> None:
         self.outcomes: list[Outcome] = []
-        self._file = report and report.with_name(report.name + ".partial")
+        self._file = report.parent / f"{report.name}.partial" if report else None
         head = json.dumps({"evaluation": identity}, sort_keys=True)
-        if self._file is None:
+        if report is None or self._file is None:
             return
+        if report.is_dir():
+            raise InputError(f"{report} is a folder; give --json the name of a file.")
         try:
             text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
             lines, unfinished = text.split("\n")[:-1], text.rpartition("\n")[2]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 from scipy.stats import bootstrap
@@ -102,10 +103,11 @@ def show(figures: Mapping[str, Mapping[str, Any]], against: str) -> None:
 
 
 def _print(table: Table) -> None:
-    """On a terminal as wide as that; elsewhere as wide as the table."""
+    """On a terminal as wide as that; elsewhere as wide as the table and its title."""
     console = Console()
     if not console.is_terminal:
-        console.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        console.width = max(needed, cell_len(str(table.title)))
     console.print(table)
 
 

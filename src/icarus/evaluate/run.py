@@ -50,6 +50,7 @@ def evaluate(
     batch_size: int = 8,
     done: Sequence[tuple[str, str]] = (),
     confirm_run_unsafe_code: bool = False,
+    lines: bool = False,
 ) -> Iterator[Outcome]:
     """Results of all sides (or those of ``names``), one side after another, as batches are finished.
 
@@ -62,6 +63,7 @@ def evaluate(
         batch_size: items in one pass; an item's choices follow its prompt one by one.
         done: (side, item) that are known already.
         confirm_run_unsafe_code: whether programs that a model wrote may run (scorer ``code``), in a sandbox.
+        lines: whether progress is printed where there is no terminal for a bar.
 
     Raises:
         InputError: an item has no tokens to predict, or does not fit into the model; or programs would be run and may
@@ -72,7 +74,7 @@ def evaluate(
     asked = [_asked(item, sides.codec) for item in task.items]
     asked.sort(key=lambda one: max(len(row.input_ids) for row in one.rows), reverse=True)
     finished = set(done)
-    with Progress(task.name, len(chosen) * len(asked)) as progress:
+    with Progress(task.name, len(chosen) * len(asked), lines=lines) as progress:
         for name in chosen:
             left = [one for one in asked if (name, one.item.name) not in finished]
             progress.start(name)

@@ -26,6 +26,7 @@ from icarus.train.config import TRAIN, AdapterConfig, DistillConfig, IcarusSFTCo
 from icarus.train.distillation import IcarusDistillationTrainer
 from icarus.train.fit import fit
 from icarus.train.progress import Progress
+from icarus.train.resume import check_same
 from icarus.train.trainer import IcarusSFTTrainer
 
 
@@ -93,6 +94,8 @@ def train(config: AdapterConfig, sft: IcarusSFTConfig) -> dict[str, Any]:
     train_rows, left_out = _token_rows(rows, codes, sft, config, config.data, ends)
     eval_tokens = _token_rows(eval_rows, codes, sft, config, str(config.eval_data))[0] if eval_rows else None
     trainer = _trainer(config, fields.after_rows(sft), model, codes, train_rows, eval_tokens)
+    if checkpoint:
+        check_same(Path(checkpoint), config, getattr(trainer, "base_fingerprint", None))
     metrics = fit(trainer, checkpoint)
     _write(trainer, config, output)  # before evaluation, which may round the weights (bf16_full_eval)
     if eval_tokens is not None:

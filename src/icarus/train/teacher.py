@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icarus import adapter, base_model, packaged_model
+from icarus import adapter, packaged_model
 from icarus.errors import AdapterError, InputError, UnsupportedModelError
 from icarus.streams import Batch, TwoStreams
 
@@ -78,24 +78,36 @@ def _loaded(model: nn.Module, source: str | Path) -> Any:
 
 
 def _check_base(adapted: Any, source: str | Path, its: str | None) -> None:
-    """A conventional adapter has no fingerprint of its base model: the weights that it names are compared, if here."""
+    """By name, as a conventional adapter has no fingerprint of its base model; by the weights, if that is a folder."""
     own = adapted.get_base_model().name_or_path
     if not its or not own or its == own:
         return
-    if its in packaged_model.NAMES or Path(its).is_dir():
-        if adapter.fingerprint(base_model.folder(its)) != adapter.fingerprint(adapted):
-            raise InputError(
-                f"Teacher {source} was trained on the base model {its}, which has other weights than {own}; "
-                f"give --base {its}."
-            )
-        return
-    logger.warning(
-        "Teacher %s was trained on a base model called %r, and this one is called %r. If they differ, what it teaches "
-        "is wrong: give the one that it was trained on.",
-        source,
-        its,
-        own,
-    )
+    packaged = {its, own} <= set(packaged_model.NAMES)
+    same = False if packaged else _same_weights(adapted, Path(its))
+    if same is False:
+        raise InputError(
+            f"Teacher {source} was trained on {its}, which has other weights than {own}; give that as the base model."
+        )
+    if same is None:
+        logger.warning(
+            "Teacher %s was trained on a base model called %r, and this one is called %r. If they differ, what it "
+            "teaches is wrong: give the one that it was trained on.",
+            source,
+            its,
+            own,
+        )
+
+
+def _same_weights(adapted: Any, folder: Path) -> bool | None:
+    """Whether they are those in a folder; None where that cannot be told."""
+    base = adapted.get_base_model()
+    comparable = base.dtype in (torch.float32, torch.bfloat16) and not getattr(base, "is_quantized", False)
+    if not comparable or not folder.is_absolute() or not (folder / "config.json").is_file():
+        return None
+    try:
+        return bool(adapter.fingerprint(folder) == adapter.fingerprint(adapted))
+    except InputError:
+        return None
 
 
 def _reason(error: AdapterError) -> str:
