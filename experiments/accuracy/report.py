@@ -251,6 +251,9 @@ def _plot_curves(place: work.Place, task: str) -> None:
         (line,) = axes[0, 0].plot(tokens, losses, "o-", label=f"{arm}, {rate}")
         if step_ms := work.step_ms(place, task, place.settings.arms[arm]):
             axes[0, 1].plot([step * step_ms / 1e3 for step in steps], losses, "o-", color=line.get_color())
+    if not axes[0, 0].lines:  # its runs looked at no validation rows on the way
+        plt.close(figure)
+        return
     axes[0, 0].set(xlabel="thousand tokens seen", ylabel="validation loss (nats per token)", title=task)
     if timed:
         axes[0, 1].set(xlabel="seconds, from alternating step times", title="the same over wall time")
