@@ -54,7 +54,7 @@ def merged(settings: Settings, rows: Path, adapter_folder: Path, target: Path) -
 
 
 def together(settings: Settings, rows: Mapping[str, Sequence[Row]], target: Path) -> None:
-    """Encoder and decoders at once, on rows by task; each batch is of one task, in turns."""
+    """Encoder and decoders at once, on rows by task, each batch of one task. Interrupted, it starts anew."""
     team = settings.team
     model, tokenizer = base_model.load(settings.base, dtype=settings.dtype)
     torch.manual_seed(team.seed)
