@@ -388,11 +388,11 @@ def accuracy_forms() -> Table:
     return rows
 
 
-_CHAIN = {
-    "plan": "plan right",
-    "sql": "SQL right at the end",
-    "sql if plan": "the same, where the plan was right",
-    "explanation": "explanation, token F1 with a person's question",
+_CHAIN = {  # label, scale, format, unit
+    "plan": ("plan right", 100, ".1f", " %"),
+    "sql": ("SQL right at the end", 100, ".1f", " %"),
+    "sql if plan": ("the same, where the plan was right", 100, ".1f", " %"),
+    "explanation": ("explanation, token F1 with a person's question", 1, ".3f", ""),
 }
 
 
@@ -400,8 +400,7 @@ def chain() -> Table:
     """Three specialists that continue one another, beside conventional ones on the same tables."""
     report = result("chain")
     rows = [["", "conventional", "ICaRus", "difference", "ICaRus, prepared base", "difference"]]
-    for name, label in _CHAIN.items():
-        scale, form, unit = (1, ".3f", "") if name == "explanation" else (100, ".1f", " %")
+    for name, (label, scale, form, unit) in _CHAIN.items():
         cells = [f"{scale * report['lora'][name]['value']:{form}}{unit}"]
         for side in ("icarus", "team"):
             cells.append(f"{scale * report[side][name]['value']:{form}}{unit}")
@@ -417,8 +416,7 @@ def chain_shipped() -> Table:
     """The shipped specialists, end to end on the same tables."""
     report = result("chain-shipped")
     rows = [["", "shipped specialists", "95 % interval", "tables"]]
-    for name, label in _CHAIN.items():
-        scale, form, unit = (1, ".3f", "") if name == "explanation" else (100, ".1f", " %")
+    for name, (label, scale, form, unit) in _CHAIN.items():
         own = report["shipped"][name]
         low, high = (f"{scale * bound:{form}}" for bound in own["interval"])
         rows.append([label, f"{scale * own['value']:{form}}{unit}", f"{low} to {high}", str(own["tables"])])

@@ -128,7 +128,7 @@ def identity(place: Place, cell: Cell) -> dict[str, Any]:
     }
     if arm is None:
         return depends
-    depends |= {"arm": {key: value for key, value in asdict(arm).items() if value is not None}}
+    depends |= {"arm": _given(arm)}
     depends |= {"steps": settings.steps, "batch_size": settings.rows_per_step(cell.task)}
     depends |= {"rate": cell.rate, "seed": cell.seed}
     if rows := settings.validation_rows.get(cell.task):
@@ -307,9 +307,13 @@ def step_ms(place: Place, task: str, arm: Arm) -> float | None:
 
 def timed_identity(place: Place, task: str, arms: Sequence[str]) -> dict[str, Any]:
     """What the step times of arms on a task depend on, besides code and machine."""
-    timed = {name: asdict(_timed(place.settings.arms[name])) for name in arms}
-    own = {name: {key: value for key, value in arm.items() if value is not None} for name, arm in timed.items()}
+    own = {name: _given(_timed(place.settings.arms[name])) for name in arms}
     return identity(place, base_cell(task)) | {"batch_size": place.settings.rows_per_step(task), "arms": own}
+
+
+def _given(arm: Arm) -> dict[str, Any]:
+    """So that a setting that is new makes no result void that does without."""
+    return {key: value for key, value in asdict(arm).items() if value is not None}
 
 
 def _timed(arm: Arm) -> Arm:

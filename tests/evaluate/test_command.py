@@ -136,6 +136,7 @@ def test_programs_run_once_that_is_confirmed(folder: Path, monkeypatch: pytest.M
         (["eval", *BASE, "--task", "words.yaml", "--limit", "0"], "--limit.*'0'"),
         (["eval", *BASE, "--task", "words.yaml", "--adapter", "a=nowhere"], "nowhere: there is no such directory"),
         (["eval", *BASE, "--task", "words.yaml", "--json", "none/report.json"], "none/report.json"),
+        (["eval", *BASE, "--task", "words.yaml", "--json", "."], r"\. is a folder; give --json the name of a file"),
     ],
 )
 def test_bad_input_is_one_sentence(folder: Path, words: list[str], message: str, capsys: Capture) -> None:

@@ -108,6 +108,7 @@ def test_a_run_of_equal_time_is_made_again_when_other_step_times_are_measured(
         ("test_items: 4", "test_items: 4\nbatch_sizes: {wikisq: 2}", "batch_sizes has wikisq, which is no task"),
         ("test_items: 4", "test_itens: 4", "is no file of settings"),
         ("name: some", "name: [", "is no file of settings"),
+        ("method: icarus", "method: icaru", "the arm icarus has method 'icaru'; give one of icarus, lora, distill"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path: Path, was: str, wrong: str, message: str) -> None:
